@@ -1,0 +1,118 @@
+"""KVSpec: what KV a model makes, and of which model.
+
+Its fingerprint roots every key, so two fine-tunes of one shape never share KV. It knows nothing of
+documents, tiers or files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from .errors import InvalidSpec
+
+BLOCK_TOKENS: Final = 64  # the unit of hashing and prefix matching
+EXTENT_TARGET_BYTES: Final = 8 << 20  # large enough for raw disk speed, small enough to evict finely
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float64": 8}
+
+
+class GroupKind(StrEnum):
+    """How the layers of a group keep KV."""
+
+    GQA = "gqa"  # covers MHA (kv_heads = heads) and MQA (kv_heads = 1)
+    MLA = "mla"  # one latent plane, no value plane
+    SLIDING = "sliding"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerGroup:
+    """Layers that keep KV in the same shape.
+
+    `layers` are the model's layer indices, ascending. `value_dim` is 0 for MLA, whose latent is the key plane.
+    """
+
+    kind: GroupKind = GroupKind.GQA
+    layers: tuple[int, ...]
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    def elements_per_token(self) -> int:
+        """Cache elements that one token takes in all layers of the group."""
+        return len(self.layers) * self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSpec:
+    """Shape and identity of a model's KV.
+
+    `model` names weights and revision (or a digest of them); `rope` the rotary parameters; `adapter` a LoRA;
+    `quantisation` how KV values were scaled. `extent_blocks` is how many blocks one extent holds at most.
+    """
+
+    groups: tuple[LayerGroup, ...]
+    dtype: str
+    model: str
+    vocabulary_size: int
+    rope: str = ""
+    adapter: str = ""
+    quantisation: str = ""
+    block_tokens: int = BLOCK_TOKENS
+    extent_blocks: int
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPE_BYTES:
+            raise InvalidSpec(f"dtype {self.dtype!r} is unknown; use one of {', '.join(DTYPE_BYTES)}")
+        if not self.groups:
+            raise InvalidSpec("a spec needs at least one layer group")
+        if not self.model:
+            raise InvalidSpec("a spec needs `model`: a revision or digest of the weights")
+        numbers = [self.vocabulary_size, self.block_tokens, self.extent_blocks]
+        for group in self.groups:
+            numbers += [group.kv_heads, group.key_dim, len(group.layers)]
+            if group.value_dim < (0 if group.kind is GroupKind.MLA else 1):
+                raise InvalidSpec(f"value_dim {group.value_dim} is too small for a {group.kind} group")
+            if (group.window is None) == (group.kind is GroupKind.SLIDING):
+                raise InvalidSpec("exactly the sliding-window groups have a window")
+        if min(numbers) < 1:
+            raise InvalidSpec("layers, heads, dims, block and vocabulary sizes must be positive")
+        layers = [layer for group in self.groups for layer in group.layers]
+        if len(set(layers)) != len(layers):
+            raise InvalidSpec("a layer belongs to exactly one group")
+        if self.extent_blocks & (self.extent_blocks - 1):
+            raise InvalidSpec(f"extent_blocks must be a power of two, not {self.extent_blocks}")
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one cache element."""
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def extent_tokens(self) -> int:
+        """Capacity of an extent in tokens."""
+        return self.block_tokens * self.extent_blocks
+
+    @property
+    def bytes_per_token(self) -> int:
+        """KV bytes of one token over all groups, padding not counted (MODEL.md section 4, formula 1)."""
+        return sum(group.elements_per_token() for group in self.groups) * self.element_bytes
+
+    def fingerprint(self) -> bytes:
+        """16 bytes that change with anything that changes the KV's meaning or its canonical bytes."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.blake2b(text.encode(), digest_size=16, person=b"holdfast-spec").digest()
+
+
+def sized(spec: KVSpec, target_bytes: int = EXTENT_TARGET_BYTES) -> KVSpec:
+    """The one sizing function: as many blocks per extent (a power of two) as fit `target_bytes` in the
+    largest group, at least one."""
+    largest = max(group.elements_per_token() for group in spec.groups)
+    block_bytes = largest * spec.element_bytes * spec.block_tokens
+    blocks = 1
+    while 2 * blocks * block_bytes <= target_bytes:
+        blocks *= 2
+    return replace(spec, extent_blocks=blocks)
