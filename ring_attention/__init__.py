@@ -1,0 +1,7 @@
+"""Context-parallel attention over shards held by ranks.
+
+This room knows kernels, communicators, the model and the runner: exact attention over KV that is
+spread unevenly over ranks, merged by log-sum-exp. It takes layouts and byte-range copies from
+`kvstore`, and is the only room that imports torch. It does not know tiers, eviction, pins,
+engines or the daemon's state.
+"""
