@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+ROOMS := kvstore eviction engine_adapter ring_attention
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format links clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install holdfast with its pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[runner,dev]'
+	touch $@
+
+demo: $(STAMP) ## Run the demonstration
+	$(BIN)/holdfast demo
+
+test: $(STAMP) ## Run all tests
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP) links ## Lint, formatting, types, layering, packaging
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	cd .links && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache -p holdfast
+	$(BIN)/python -m pytest -q tests/test_layering.py tests/test_packaging.py
+
+# mypy does not see setuptools' package-dir mapping, so it reads the package through symlinks.
+links:
+	@rm -rf .links && mkdir -p .links/holdfast
+	@for path in holdfast/*; do ln -s ../../$$path .links/holdfast/; done
+	@for room in $(ROOMS); do ln -s ../../$$room .links/holdfast/; done
+
+format: $(STAMP) ## Format the code and fix what can be fixed safely
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## Remove what was generated, except .venv
+	rm -rf .links .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist holdfast.egg-info
+	find holdfast $(ROOMS) tests -name __pycache__ -type d -prune -exec rm -rf {} +
