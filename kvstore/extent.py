@@ -1,0 +1,67 @@
+"""Extent: a run of blocks for one layer group, the unit that is stored, moved and evicted.
+
+Identity only; where its copies are is residency's affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .geometry import extent_geometry
+from .spec import KVSpec
+
+ExtentId = str  # hex of the key of its last block, then ":" and the layer group's index
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """`valid_tokens` tokens from document position `start`, of one layer group.
+
+    The id is made from the chained key of the last block, so it names the whole prefix: two documents with a common
+    prefix share extents, and each extent has exactly one `previous`.
+    """
+
+    id: ExtentId
+    tenant: str
+    fingerprint: bytes
+    group: int
+    start: int
+    valid_tokens: int
+    previous: ExtentId | None
+    block_keys: tuple[bytes, ...]
+    slot_bytes: int
+
+    @property
+    def stop(self) -> int:
+        """Document position behind the last token."""
+        return self.start + self.valid_tokens
+
+
+def cut(
+    keys: Sequence[bytes], token_count: int, spec: KVSpec, tenant: str
+) -> tuple[Extent, ...]:
+    """The extents of a token sequence with these block keys, group by group, each in document order."""
+    extents = []
+    fingerprint = spec.fingerprint()
+    step = spec.extent_blocks
+    for group in range(len(spec.groups)):
+        slot_bytes = extent_geometry(spec, group).size_bytes
+        previous = None
+        for first in range(0, len(keys), step):
+            block_keys = tuple(keys[first : first + step])
+            start = first * spec.block_tokens
+            extent = Extent(
+                id=f"{block_keys[-1].hex()}:{group}",
+                tenant=tenant,
+                fingerprint=fingerprint,
+                group=group,
+                start=start,
+                valid_tokens=min(token_count - start, spec.extent_tokens),
+                previous=previous,
+                block_keys=block_keys,
+                slot_bytes=slot_bytes,
+            )
+            extents.append(extent)
+            previous = extent.id
+    return tuple(extents)

@@ -1,0 +1,192 @@
+"""Allocators, pure: fixed-size slots in slabs (DDR) and segments (NVMe), and rows in a rank's arena (HBM).
+
+They hand out numbers and touch no memory. A slab serves one class (owner, slot size) while any of its slots is in
+use, and goes back to the pool when the last is freed, so sizes of different models do not fragment each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class SlotClass(NamedTuple):
+    """Slots of one size for one owner (a tenant in DDR; "" on NVMe)."""
+
+    owner: str
+    slot_bytes: int
+
+
+class Slot(NamedTuple):
+    """`size_bytes` bytes at `offset` of slab `slab` (a slab or segment number)."""
+
+    slab: int
+    offset: int
+    size_bytes: int
+
+
+@dataclass(slots=True)
+class _Slab:
+    kind: SlotClass
+    free: list[int]  # slot indices, highest first, so that low offsets go first
+    slots: int
+
+
+class SlabPool:
+    """`capacity_bytes // slab_bytes` slabs, numbered from 0."""
+
+    def __init__(self, capacity_bytes: int, slab_bytes: int) -> None:
+        self.slab_bytes = slab_bytes
+        self.slab_count = capacity_bytes // slab_bytes
+        self._unused = list(range(self.slab_count))[::-1]
+        self._slabs: dict[int, _Slab] = {}
+        self._open: dict[SlotClass, set[int]] = defaultdict(set)
+        self.used_bytes = 0
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes that slots can ever take: whole slabs only."""
+        return self.slab_count * self.slab_bytes
+
+    def per_slab(self, kind: SlotClass) -> int:
+        """Slots of this class in one slab; 0 when the slot is larger than a slab."""
+        return self.slab_bytes // kind.slot_bytes
+
+    def largest(self, kind: SlotClass) -> int:
+        """Slots of this class if it had the whole pool."""
+        return self.per_slab(kind) * self.slab_count
+
+    def allocate(self, kind: SlotClass) -> Slot | None:
+        """A free slot, or None. The fullest-numbered open slab of the class goes first."""
+        if self._open[kind]:
+            number = min(self._open[kind])
+        elif self._unused and self.per_slab(kind):
+            number = self._unused.pop()
+            count = self.per_slab(kind)
+            self._slabs[number] = _Slab(kind, list(range(count))[::-1], count)
+            self._open[kind].add(number)
+        else:
+            return None
+        slab = self._slabs[number]
+        index = slab.free.pop()
+        if not slab.free:
+            self._open[kind].discard(number)
+        self.used_bytes += kind.slot_bytes
+        return Slot(number, index * kind.slot_bytes, kind.slot_bytes)
+
+    def claim(self, kind: SlotClass, slot: Slot) -> None:
+        """Mark a given slot as used (restart: the catalog says where extents lie)."""
+        if slot.slab not in self._slabs:
+            assert slot.slab in self._unused, f"segment {slot.slab} is outside the pool"
+            self._unused.remove(slot.slab)
+            count = self.per_slab(kind)
+            self._slabs[slot.slab] = _Slab(kind, list(range(count))[::-1], count)
+            self._open[kind].add(slot.slab)
+        slab = self._slabs[slot.slab]
+        assert slab.kind == kind, f"segment {slot.slab} serves {slab.kind}, not {kind}"
+        slab.free.remove(slot.offset // kind.slot_bytes)
+        if not slab.free:
+            self._open[kind].discard(slot.slab)
+        self.used_bytes += kind.slot_bytes
+
+    def fits_in(self, kind: SlotClass, slot: Slot) -> bool:
+        """Whether `slot` could be claimed for this class."""
+        if slot.size_bytes != kind.slot_bytes or slot.offset % kind.slot_bytes:
+            return False
+        index = slot.offset // kind.slot_bytes
+        slab = self._slabs.get(slot.slab)
+        if slab is None:
+            return slot.slab in self._unused and index < self.per_slab(kind)
+        return slab.kind == kind and index in slab.free
+
+    def free(self, slot: Slot) -> int | None:
+        """Give a slot back. Returns the slab's number when it was the last one in use there."""
+        slab = self._slabs[slot.slab]
+        index = slot.offset // slab.kind.slot_bytes
+        assert index not in slab.free, f"{slot} is freed twice"
+        slab.free.append(index)
+        self.used_bytes -= slab.kind.slot_bytes
+        if len(slab.free) < slab.slots:
+            self._open[slab.kind].add(slot.slab)
+            return None
+        del self._slabs[slot.slab]
+        self._open[slab.kind].discard(slot.slab)
+        self._unused.append(slot.slab)
+        return slot.slab
+
+    def owner(self, slab: int) -> str | None:
+        """Whose slots the slab serves now; None when unused."""
+        found = self._slabs.get(slab)
+        return found.kind.owner if found else None
+
+    def fits(self, wanted: Mapping[SlotClass, int], freeing: Iterable[Slot] = ()) -> bool:
+        """Whether the wanted slots could all be allocated once the slots in `freeing` are free."""
+        freed = Counter(slot.slab for slot in freeing)
+        empty = len(self._unused)
+        spare: Counter[SlotClass] = Counter()
+        for number, slab in self._slabs.items():
+            free = len(slab.free) + freed[number]
+            if free == slab.slots:
+                empty += 1
+            else:
+                spare[slab.kind] += free
+        for kind, count in wanted.items():
+            missing = max(0, count - spare[kind])
+            if missing:
+                per_slab = self.per_slab(kind)
+                if not per_slab:
+                    return False
+                empty -= -(-missing // per_slab)
+        return empty >= 0
+
+
+class RowPool:
+    """Token rows 0..rows of a rank's arena, handed out as contiguous ranges, first fit."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self._free: list[tuple[int, int]] = [(0, rows)] if rows else []
+
+    @property
+    def used_rows(self) -> int:
+        """Rows handed out."""
+        return self.rows - sum(stop - start for start, stop in self._free)
+
+    def copy(self) -> RowPool:
+        """An independent pool in the same state, to try things on."""
+        twin = RowPool(0)
+        twin.rows = self.rows
+        twin._free = list(self._free)
+        return twin
+
+    def allocate(self, count: int) -> int | None:
+        """The first row of a free range of `count` rows, or None. Zero rows always fit, at row 0."""
+        if count == 0:
+            return 0
+        for index, (start, stop) in enumerate(self._free):
+            if stop - start >= count:
+                self._free[index] = (start + count, stop)
+                if start + count == stop:
+                    del self._free[index]
+                return start
+        return None
+
+    def free(self, start: int, count: int) -> None:
+        """Give rows back; neighbours merge."""
+        if count == 0:
+            return
+        stop = start + count
+        assert 0 <= start < stop <= self.rows, f"rows [{start}, {stop}) are outside the arena"
+        merged = [(start, stop)]
+        for low, high in self._free:
+            assert high <= start or low >= stop, f"rows [{start}, {stop}) are freed twice"
+            merged.append((low, high))
+        merged.sort()
+        self._free = []
+        for low, high in merged:
+            if self._free and self._free[-1][1] == low:
+                self._free[-1] = (self._free[-1][0], high)
+            else:
+                self._free.append((low, high))
