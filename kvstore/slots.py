@@ -173,6 +173,17 @@ class RowPool:
                 return start
         return None
 
+    def claim(self, start: int, count: int) -> bool:
+        """Take exactly these rows, if they are free."""
+        if count == 0:
+            return True
+        for index, (low, high) in enumerate(self._free):
+            if low <= start and start + count <= high:
+                pieces = [(low, start), (start + count, high)]
+                self._free[index : index + 1] = [piece for piece in pieces if piece[0] < piece[1]]
+                return True
+        return False
+
     def free(self, start: int, count: int) -> None:
         """Give rows back; neighbours merge."""
         if count == 0:

@@ -1,0 +1,140 @@
+"""Ledger: what was moved, how long it took, who waited, who left and why.
+
+Pure bookkeeping in memory, bounded. Occupancy is kept twice, as bytes in minus bytes out here and as the sum of
+placements in the store; the invariant check compares them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .residency import Tier
+
+
+class Hop(NamedTuple):
+    """A move from one tier to another."""
+
+    source: Tier
+    target: Tier
+
+    def __str__(self) -> str:
+        return f"{self.source.label}->{self.target.label}"
+
+
+@dataclass(slots=True, kw_only=True)
+class HopTime:
+    """One hop's share of a swap. `elapsed_ns` runs from its first byte ordered to its last byte landed."""
+
+    size_bytes: int = 0
+    moves: int = 0
+    busy_ns: int = 0
+    first_ns: int | None = None
+    last_ns: int = 0
+
+    @property
+    def elapsed_ns(self) -> int:
+        """From the first order to the last landing."""
+        return self.last_ns - self.first_ns if self.first_ns is not None else 0
+
+    def add(self, size_bytes: int, busy_ns: int, started_ns: int, ended_ns: int) -> None:
+        """Account one move."""
+        self.size_bytes += size_bytes
+        self.moves += 1
+        self.busy_ns += busy_ns
+        self.first_ns = started_ns if self.first_ns is None else min(self.first_ns, started_ns)
+        self.last_ns = max(self.last_ns, ended_ns)
+
+
+@dataclass(slots=True, kw_only=True)
+class SwapRecord:
+    """The receipt of an attach. Durations in nanoseconds, sizes in bytes.
+
+    `wait_ns` is the time until room was made, `reattach_ns` from the request until everything had arrived,
+    `exposed_ns` the part that the decoder really waited for (reported by the engine; None until then).
+    `predicted_ns` and `recompute_ns` are the cost model's words at the time of the request.
+    """
+
+    id: int
+    document: str
+    group: str | None
+    client: int
+    started_wall_ns: int
+    token_count: int
+    source_bytes: dict[str, int] = field(default_factory=dict)
+    hops: dict[Hop, HopTime] = field(default_factory=dict)
+    wait_ns: int = 0
+    reattach_ns: int | None = None
+    predicted_ns: int = 0
+    recompute_ns: int = 0
+    exposed_ns: int | None = None
+    prefill_ns: int | None = None
+    decode_ns: int | None = None
+    answer_tokens: int | None = None
+    outcome: str = "moving"
+
+    @property
+    def moved_bytes(self) -> int:
+        """Bytes moved over all hops."""
+        return sum(hop.size_bytes for hop in self.hops.values())
+
+    @property
+    def source_tier(self) -> str:
+        """The farthest tier that bytes came from; "hbm" when nothing moved."""
+        ranked = [tier.label for tier in sorted(Tier, reverse=True)]
+        return next((label for label in ranked if self.source_bytes.get(label)), Tier.HBM.label)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Why a copy left: `action` is "demote" or "drop"; `scores` are the policy's parts at the time."""
+
+    wall_ns: int
+    extent: str
+    documents: tuple[str, ...]
+    start: int
+    stop: int
+    tier: str
+    action: str
+    reason: str
+    size_bytes: int
+    last_copy: bool
+    restore_ns: int
+    policy: str
+    scores: dict[str, float]
+
+
+class Ledger:
+    """Occupancy per device, totals per hop, the last swap records and verdicts, named counts."""
+
+    def __init__(self, swap_records: int) -> None:
+        self.bytes_in: Counter[str] = Counter()
+        self.bytes_out: Counter[str] = Counter()
+        self.hops: dict[Hop, HopTime] = {}
+        self.swaps: deque[SwapRecord] = deque(maxlen=swap_records)
+        self.verdicts: deque[Verdict] = deque(maxlen=swap_records)
+        self.counts: Counter[str] = Counter()
+
+    def came(self, device: str, size_bytes: int) -> None:
+        """A placement took its slot on a device."""
+        self.bytes_in[device] += size_bytes
+
+    def left(self, device: str, size_bytes: int) -> None:
+        """A placement gave its slot back."""
+        self.bytes_out[device] += size_bytes
+
+    def occupancy(self, device: str) -> int:
+        """Bytes in minus bytes out."""
+        return self.bytes_in[device] - self.bytes_out[device]
+
+    def moved(
+        self, hop: Hop, size_bytes: int, busy_ns: int, started_ns: int, ended_ns: int
+    ) -> None:
+        """Account one move in the totals."""
+        self.hops.setdefault(hop, HopTime()).add(size_bytes, busy_ns, started_ns, ended_ns)
+        self.counts["moves"] += 1
+
+    def swap(self, record_id: int) -> SwapRecord | None:
+        """The record of that attach, while it is remembered."""
+        return next((record for record in self.swaps if record.id == record_id), None)

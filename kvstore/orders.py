@@ -1,0 +1,205 @@
+"""Orders: what the service asks the effects to do, as frozen values.
+
+The service decides and records; whoever carries an order out reports back by its id (`Service.finished`,
+`Service.advanced`). An order without an id needs no answer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal, NamedTuple, Protocol
+
+from .claims import Pin
+from .document import Document
+from .errors import HoldfastError
+from .extent import Extent
+from .geometry import Geometry
+from .layout import Layout
+from .slots import Slot
+from .spec import KVSpec
+
+
+class Urgency(IntEnum):
+    """Transfer classes; lower goes first."""
+
+    ATTACH = 0  # someone waits for the bytes
+    DEMOTE = 1  # someone waits for the room
+    PREFETCH = 2
+    WRITE_THROUGH = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal:
+    """Compute the plane checksums of a filled DDR slot."""
+
+    id: int
+    slot: Slot
+    geometry: Geometry
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadIn:
+    """NVMe slot to DDR slot, layer by layer; each plane is verified before it counts as read."""
+
+    id: int
+    source: Slot
+    target: Slot
+    geometry: Geometry
+    checksums: tuple[int, ...]
+    urgency: Urgency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteOut:
+    """DDR slot to NVMe slot; finished means synced as far as fdatasync goes."""
+
+    id: int
+    source: Slot
+    target: Slot
+    size_bytes: int
+    urgency: Urgency
+
+
+class Part(NamedTuple):
+    """An extent's place in DDR and in the document, as ranks need it."""
+
+    slot: Slot
+    start: int
+    valid_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenShard:
+    """Tell the ranks of a group which rows a shard takes: `rows[rank]` is its first row there."""
+
+    group: str
+    shard: int
+    layout: Layout
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadShard:
+    """Layers [layer_start, layer_stop) of these extents from DDR into every rank's rows of the shard."""
+
+    id: int
+    group: str
+    shard: int
+    parts: tuple[Part, ...]
+    layer_start: int
+    layer_stop: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveShard:
+    """Every rank writes its share of these extents from its arena into their DDR slots."""
+
+    id: int
+    group: str
+    shard: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CloseShard:
+    """The ranks forget the shard (`reason` empty), or fail whoever waits for its layers."""
+
+    group: str
+    shard: int
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetireSlab:
+    """The slab has no slot in use: drop its memory, so that its next owner cannot see old bytes."""
+
+    slab: int
+
+
+class PutSpec(NamedTuple):
+    """Catalog: a model's spec."""
+
+    spec: KVSpec
+    kind: Literal["put-spec"] = "put-spec"
+
+
+class PutExtent(NamedTuple):
+    """Catalog: an extent lies, sealed with these checksums, in this NVMe slot."""
+
+    extent: Extent
+    checksums: tuple[int, ...]
+    slot: Slot
+    kind: Literal["put-extent"] = "put-extent"
+
+
+class DropExtent(NamedTuple):
+    """Catalog: the extent's NVMe slot is free."""
+
+    extent: str
+    kind: Literal["drop-extent"] = "drop-extent"
+
+
+class PutDocument(NamedTuple):
+    """Catalog: the document is complete on NVMe."""
+
+    document: Document
+    kind: Literal["put-document"] = "put-document"
+
+
+class DropDocument(NamedTuple):
+    """Catalog: the document is deleted."""
+
+    tenant: str
+    name: str
+    kind: Literal["drop-document"] = "drop-document"
+
+
+class PutPin(NamedTuple):
+    """Catalog: a pin, new or replaced."""
+
+    pin: Pin
+    kind: Literal["put-pin"] = "put-pin"
+
+
+class DropPin(NamedTuple):
+    """Catalog: a pin ended."""
+
+    tenant: str
+    name: str
+    kind: Literal["drop-pin"] = "drop-pin"
+
+
+Record = PutSpec | PutExtent | DropExtent | PutDocument | DropDocument | PutPin | DropPin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Write:
+    """Commit catalog records, in order and together."""
+
+    id: int
+    records: tuple[Record, ...]
+
+
+Order = (
+    Seal | ReadIn | WriteOut | OpenShard | LoadShard | SaveShard | CloseShard | RetireSlab | Write
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How an order ended. `error` None means done; `busy_ns` is time spent moving bytes, summed over workers."""
+
+    elapsed_ns: int = 0
+    busy_ns: int = 0
+    size_bytes: int = 0
+    error: HoldfastError | None = None
+    checksums: tuple[int, ...] = ()
+
+
+class Effects(Protocol):
+    """Carries orders out, later and elsewhere; must not call back into the service from `submit`."""
+
+    def submit(self, order: Order) -> None:
+        """Take the order."""
+        ...

@@ -1,0 +1,380 @@
+"""Planner: what would have to move or leave, as frozen values. Computing a plan changes nothing.
+
+A dry run is a plan that nobody carries out. The planner reads the state, asks the eviction room who should leave, and
+prices returns with the cost model.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ..eviction.candidate import Candidate
+from ..eviction.history import History
+from ..eviction.policy import Policy
+from ..eviction.victims import choose_victims
+from .clock import Clock
+from .costs import LinkSpeed, PrefillCurve
+from .document import Document, DocumentId
+from .ledger import Hop
+from .residency import Placement, State, Tier
+from .slots import RowPool, SlotClass
+from .state import ExtentRecord, Group, Shard, State as Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Victim:
+    """A copy that would leave. `action` is "demote" (a copy goes, or stays, one tier down) or "drop" (the last)."""
+
+    extent: str
+    start: int
+    stop: int
+    documents: tuple[str, ...]
+    tier: Tier
+    shard: int | None
+    action: str
+    size_bytes: int
+    restore_ns: int
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Room that is needed at once: DDR slots by class, and rows per rank for a document's shard in a group."""
+
+    slots: dict[SlotClass, int] = field(default_factory=dict)
+    group: str | None = None
+    document: DocumentId | None = None
+    rows: tuple[int, ...] = ()
+
+
+class Planner:
+    """Reads state; knows the policy, the memory of past uses and the prices."""
+
+    def __init__(self, state: Store, policy: Policy, history: History, clock: Clock) -> None:
+        self.state = state
+        self.policy = policy
+        self.history = history
+        self.clock = clock
+        self.curves: dict[bytes, PrefillCurve] = {}
+        self.links = {
+            Hop(Tier.NVME, Tier.DDR): LinkSpeed.default("nvme->ddr"),
+            Hop(Tier.DDR, Tier.NVME): LinkSpeed.default("ddr->nvme"),
+            Hop(Tier.DDR, Tier.HBM): LinkSpeed.default("ddr->hbm"),
+            Hop(Tier.HBM, Tier.DDR): LinkSpeed.default("hbm->ddr"),
+        }
+
+    # Prices ------------------------------------------------------------------------------------
+
+    def curve(self, fingerprint: bytes) -> PrefillCurve:
+        """The model's prefill curve: measured, or the default until then."""
+        return self.curves.setdefault(fingerprint, PrefillCurve())
+
+    def recompute_ns(self, record: ExtentRecord) -> int:
+        """Marginal prefill time of the extent's tokens behind what precedes them."""
+        extent = record.extent
+        return self.curve(extent.fingerprint).marginal_prefill_ns(extent.start, extent.stop)
+
+    def reload_ns(self, record: ExtentRecord, source: Tier, target: Tier) -> int:
+        """Predicted time to bring one extent from a tier to a nearer one, hop after hop."""
+        size = record.extent.slot_bytes
+        total = 0
+        for hop, link in self.links.items():
+            if hop.source > hop.target and source >= hop.source and target <= hop.target:
+                total += link.move_ns(size)
+        return total
+
+    def restore_ns(self, record: ExtentRecord, placement: Placement) -> int:
+        """What losing this copy would cost on the next use: reload from below, or recompute."""
+        below = [
+            copy
+            for copy in (record.ddr, record.nvme)
+            if copy is not None and copy.tier > placement.tier and copy.readable
+        ]
+        if below:
+            return self.reload_ns(record, below[0].tier, placement.tier)
+        if placement.tier is Tier.DDR and self._goes_to_nvme(record):
+            return self.reload_ns(record, Tier.NVME, Tier.DDR)
+        return self.recompute_ns(record)
+
+    # Room --------------------------------------------------------------------------------------
+
+    def fits(self, demand: Demand) -> bool:
+        """Whether the demand could be granted right now."""
+        if not self.state.ddr.fits(demand.slots):
+            return False
+        return self._rows_fit(demand, {})
+
+    def draining(self, demand: Demand) -> bool:
+        """Whether it will fit once everything on its way out has left."""
+        leaving = [
+            copy.slot
+            for copy in self._ddr_copies()
+            if copy.state is State.DRAINING and copy.slot is not None
+        ]
+        if not self.state.ddr.fits(demand.slots, leaving):
+            return False
+        return self._rows_fit(demand, self._draining_extents(demand))
+
+    def make_room(self, demand: Demand) -> tuple[Victim, ...] | None:
+        """Who should leave so that the demand fits (what drains already is counted as gone); None: impossible."""
+        chosen: list[Victim] = []
+        leaving = [
+            copy.slot
+            for copy in self._ddr_copies()
+            if copy.state is State.DRAINING and copy.slot is not None
+        ]
+        records = {i: r for i, r in self.state.extents.items() if r.ddr is not None}
+
+        def slots_fit(victims: Sequence[Candidate]) -> bool:
+            freed = [records[victim.id].ddr.slot for victim in victims]  # type: ignore[union-attr]
+            return self.state.ddr.fits(demand.slots, [*leaving, *(s for s in freed if s is not None)])
+
+        victims = self._choose(self._ddr_candidates(), slots_fit)
+        if victims is None:
+            return None
+        chosen += [self._victim(records[v.id], records[v.id].ddr, v) for v in victims]
+        if demand.group is not None:
+            more = self._make_rows(demand)
+            if more is None:
+                return None
+            chosen += more
+        return tuple(chosen)
+
+    def make_nvme_room(self, kind: SlotClass) -> tuple[Victim, ...] | None:
+        """Who should leave NVMe so that one slot of this class fits; None: nobody may."""
+        leaving = [
+            record.nvme.slot
+            for record in self.state.extents.values()
+            if record.nvme is not None and record.nvme.state is State.DRAINING and record.nvme.slot
+        ]
+        records = self.state.extents
+
+        def slot_fits(victims: Sequence[Candidate]) -> bool:
+            freed = [records[victim.id].nvme.slot for victim in victims]  # type: ignore[union-attr]
+            return self.state.nvme.fits({kind: 1}, [*leaving, *(s for s in freed if s is not None)])
+
+        victims = self._choose(self._nvme_candidates(), slot_fits)
+        if victims is None:
+            return None
+        return tuple(self._victim(records[v.id], records[v.id].nvme, v) for v in victims)
+
+    def free_bytes(self, tier: Tier, size_bytes: int) -> tuple[Victim, ...] | None:
+        """Who should leave DDR or NVMe to free at least that many bytes; None: not that much may leave."""
+        candidates = self._ddr_candidates() if tier is Tier.DDR else self._nvme_candidates()
+
+        def enough(victims: Sequence[Candidate]) -> bool:
+            return sum(victim.size_bytes for victim in victims) >= size_bytes
+
+        victims = self._choose(candidates, enough)
+        if victims is None:
+            return None
+        found = []
+        for victim in victims:
+            record = self.state.extents[victim.id]
+            found.append(self._victim(record, record.ddr if tier is Tier.DDR else record.nvme, victim))
+        return tuple(found)
+
+    def evict_document(self, document: Document, target: Tier | None) -> tuple[Victim, ...]:
+        """Every copy that leaves when a document goes down to `target` (None: dropped), nearest tier first."""
+        found = []
+        for extent in reversed(document.extents):
+            record = self.state.extents[extent]
+            for placement in record.placements():
+                if target is None or placement.tier < target:
+                    candidate = self._candidate(record, placement, record.extent.previous)
+                    found.append(self._victim(record, placement, candidate))
+        return tuple(sorted(found, key=lambda victim: victim.tier))
+
+    def explain(self, record: ExtentRecord, placement: Placement) -> dict[str, float]:
+        """The policy's score parts for one copy, now."""
+        candidate = self._candidate(record, placement, None)
+        return self.policy.explain(candidate, self.clock.monotonic_ns())
+
+    # HBM rows ----------------------------------------------------------------------------------
+
+    def place_rows(
+        self, demand: Demand, gone: dict[int, set[str]] | None = None
+    ) -> tuple[list[tuple[int, int]], bool] | None:
+        """Rows per rank for the demanded shard, and whether the existing shard must move to get them.
+
+        `gone` names extents per shard whose rows are counted as free already. None: no room.
+        """
+        assert demand.group is not None
+        assert demand.document is not None
+        group = self.state.groups[demand.group]
+        pools = self._pools_after(group, gone or {})
+        own = group.shards.get(demand.document)
+        if own is not None:
+            grown = [
+                pools[rank].claim(start + count, demand.rows[rank] - count)
+                for rank, (start, count) in enumerate(own.rows)
+            ]
+            if all(grown):
+                rows = [(start, demand.rows[rank]) for rank, (start, _) in enumerate(own.rows)]
+                return rows, False
+            pools = self._pools_after(group, {**(gone or {}), own.id: set(own.extents)})
+        starts = [pools[rank].allocate(count) for rank, count in enumerate(demand.rows)]
+        if None in starts:
+            return None
+        rows = [(start or 0, count) for start, count in zip(starts, demand.rows, strict=True)]
+        return rows, own is not None
+
+    def _pools_after(self, group: Group, gone: dict[int, set[str]]) -> dict[int, RowPool]:
+        pools = {rank: pool.copy() for rank, pool in group.pools.items()}
+        for shard in group.shards.values():
+            kept = [extent for extent in shard.extents if extent not in gone.get(shard.id, ())]
+            if len(kept) == len(shard.extents):
+                continue
+            lengths = self.shard_rows(group, shard, len(kept))
+            for rank, (start, count) in enumerate(shard.rows):
+                pools[rank].free(start + lengths[rank], count - lengths[rank])
+        return pools
+
+    def shard_rows(self, group: Group, shard: Shard, extent_count: int) -> list[int]:
+        """Rows per rank that the first `extent_count` extents of a shard take."""
+        stop = self.state.extents[shard.extents[extent_count - 1]].extent.stop if extent_count else 0
+        kept = shard.layout.truncated(stop)
+        return [kept.length(rank // group.tp) for rank in range(group.cp * group.tp)]
+
+    def _rows_fit(self, demand: Demand, gone: dict[int, set[str]]) -> bool:
+        return demand.group is None or self.place_rows(demand, gone) is not None
+
+    def _draining_extents(self, demand: Demand) -> dict[int, set[str]]:
+        gone: dict[int, set[str]] = {}
+        if demand.group is not None:
+            for shard in self.state.groups[demand.group].shards.values():
+                for extent in shard.extents:
+                    copy = self._hbm_copy(shard, extent)
+                    if copy is not None and copy.state is State.DRAINING:
+                        gone.setdefault(shard.id, set()).add(extent)
+        return gone
+
+    def _make_rows(self, demand: Demand) -> list[Victim] | None:
+        """HBM victims of the demanded group; [] when the rows fit anyway."""
+        assert demand.group is not None
+        group = self.state.groups[demand.group]
+        gone = self._draining_extents(demand)
+        candidates = []
+        owners: dict[str, tuple[Shard, str]] = {}
+        for shard in group.shards.values():
+            previous = None
+            for extent in shard.extents:
+                record = self.state.extents.get(extent)
+                copy = self._hbm_copy(shard, extent)
+                if record is None or copy is None or copy.state is State.DRAINING:
+                    continue
+                ours = shard.document == demand.document
+                name = f"{extent}@{shard.id}"
+                candidate = self._candidate(record, copy, previous, name=name, ours=ours)
+                owners[name] = (shard, extent)
+                candidates.append(candidate)
+                previous = name
+
+        def rows_fit(victims: Sequence[Candidate]) -> bool:
+            leaving = {shard: set(extents) for shard, extents in gone.items()}
+            for victim in victims:
+                shard, extent = owners[victim.id]
+                leaving.setdefault(shard.id, set()).add(extent)
+            return self.place_rows(demand, leaving) is not None
+
+        victims = self._choose(candidates, rows_fit)
+        if victims is None:
+            return None
+        found = []
+        for victim in victims:
+            shard, extent = owners[victim.id]
+            record = self.state.extents[extent]
+            found.append(self._victim(record, record.hbm[shard.id], victim))
+        return found
+
+    def _hbm_copy(self, shard: Shard, extent: str) -> Placement | None:
+        record = self.state.extents.get(extent)
+        return record.hbm.get(shard.id) if record is not None else None
+
+    # Candidates --------------------------------------------------------------------------------
+
+    def _ddr_copies(self) -> Iterable[Placement]:
+        return (r.ddr for r in self.state.extents.values() if r.ddr is not None)
+
+    def _ddr_candidates(self) -> list[Candidate]:
+        return [
+            self._candidate(record, record.ddr, record.extent.previous)
+            for record in self.state.extents.values()
+            if record.ddr is not None and record.ddr.state is not State.DRAINING
+        ]
+
+    def _nvme_candidates(self) -> list[Candidate]:
+        """Everything resident anywhere: what only DDR holds cannot leave NVMe, but keeps its front there."""
+        found = []
+        for record in self.state.extents.values():
+            placement = record.nvme or record.ddr
+            if placement is None or placement.state is State.DRAINING:
+                continue
+            found.append(
+                self._candidate(
+                    record, placement, record.extent.previous, ours=placement.tier is not Tier.NVME
+                )
+            )
+        return found
+
+    def _candidate(
+        self,
+        record: ExtentRecord,
+        placement: Placement,
+        previous: str | None,
+        *,
+        name: str | None = None,
+        ours: bool = False,
+    ) -> Candidate:
+        now_ns = self.clock.monotonic_ns()
+        extent = record.extent.id
+        last = self.history.last_access_ns(extent)
+        return Candidate(
+            id=name or extent,
+            previous=previous,
+            size_bytes=placement.size_bytes,
+            movable=placement.movable and not ours and self.state.may_leave(record, placement),
+            last_access_ns=last if last is not None else 0,
+            frequency=self.history.frequency(extent, now_ns),
+            restore_ns=self.restore_ns(record, placement),
+        )
+
+    def _choose(
+        self, candidates: list[Candidate], satisfied: Callable[[Sequence[Candidate]], bool]
+    ) -> tuple[Candidate, ...] | None:
+        return choose_victims(candidates, self.policy, self.clock.monotonic_ns(), satisfied)
+
+    def _victim(
+        self, record: ExtentRecord, placement: Placement | None, candidate: Candidate
+    ) -> Victim:
+        assert placement is not None
+        extent = record.extent
+        others = [copy for copy in record.placements() if copy is not placement and copy.readable]
+        stays = bool(others) or (placement.tier is Tier.DDR and self._goes_to_nvme(record))
+        return Victim(
+            extent=extent.id,
+            start=extent.start,
+            stop=extent.stop,
+            documents=tuple(sorted(str(document) for document in record.documents)),
+            tier=placement.tier,
+            shard=placement.shard,
+            action="demote" if stays else "drop",
+            size_bytes=placement.size_bytes,
+            restore_ns=candidate.restore_ns,
+            scores=self.policy.explain(candidate, self.clock.monotonic_ns()),
+        )
+
+    def _goes_to_nvme(self, record: ExtentRecord) -> bool:
+        """Whether DDR eviction writes it out: some document wants it kept, and NVMe could take its size at all."""
+        kind = SlotClass("", record.extent.slot_bytes)
+        kept = any(
+            self.state.documents[document].document.write_policy != "memory-only"
+            for document in record.documents
+        )
+        return kept and self.state.nvme.largest(kind) > 0
+
+    def slot_demand(self, records: Iterable[ExtentRecord]) -> Counter[SlotClass]:
+        """DDR slots by class that these extents would take."""
+        return Counter(SlotClass(r.extent.tenant, r.extent.slot_bytes) for r in records)

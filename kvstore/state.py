@@ -1,0 +1,201 @@
+"""State: everything the daemon knows, in plain containers. Read by all rules, changed only by the store.
+
+`check` compares the containers with each other; tests call it after every command.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from .claims import Lease, Pins
+from .document import Document, DocumentId
+from .errors import DocumentNotFound, GroupNotFound
+from .extent import Extent, ExtentId
+from .layout import Layout
+from .ledger import Ledger
+from .residency import Placement, Tier
+from .slots import RowPool, SlabPool
+from .spec import KVSpec
+
+DDR = "ddr"
+NVME = "nvme"
+
+
+@dataclass(slots=True, kw_only=True)
+class ExtentRecord:
+    """An extent, its seal, its copies, and the committed documents that need it."""
+
+    extent: Extent
+    checksums: tuple[int, ...] = ()
+    ddr: Placement | None = None
+    nvme: Placement | None = None
+    hbm: dict[int, Placement] = field(default_factory=dict)  # by shard
+    documents: set[DocumentId] = field(default_factory=set)
+    cataloged: bool = False  # the catalog has, or is about to have, a row for the NVMe copy
+
+    def placements(self) -> list[Placement]:
+        """Every copy."""
+        found = [copy for copy in (self.ddr, self.nvme) if copy is not None]
+        return found + list(self.hbm.values())
+
+    def source(self) -> Placement | None:
+        """The copy an attach reads from, outside HBM: DDR if it is there or on its way, else NVMe."""
+        for copy in (self.ddr, self.nvme):
+            if copy is not None and (copy.readable or (copy is self.ddr and copy.state == "filling")):
+                return copy
+        return None
+
+
+@dataclass(slots=True, kw_only=True)
+class DocumentRecord:
+    """A committed document; `durable` when the catalog has it and all of its extents."""
+
+    document: Document
+    durable: bool = False
+
+
+@dataclass(slots=True, kw_only=True)
+class Shard:
+    """The rows that a document takes in a group's arenas: `rows[rank]` is (first row, count).
+
+    `extents` are those that have rows, from the document's front without gaps; `layout` covers at least them.
+    """
+
+    id: int
+    group: str
+    document: DocumentId
+    layout: Layout
+    rows: list[tuple[int, int]]
+    extents: list[ExtentId]
+
+
+@dataclass(slots=True, kw_only=True)
+class Group:
+    """Ranks that decode together. `seats[rank]` is the client at that rank; it works when all are taken."""
+
+    name: str
+    fingerprint: bytes
+    cp: int
+    tp: int
+    row_bytes: int  # bytes of one row on one rank
+    pools: dict[int, RowPool] = field(default_factory=dict)
+    seats: dict[int, int] = field(default_factory=dict)
+    shards: dict[DocumentId, Shard] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """All ranks are registered."""
+        return len(self.seats) == self.cp * self.tp
+
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes over all ranks' arenas."""
+        return sum(pool.rows for pool in self.pools.values()) * self.row_bytes
+
+
+class State:
+    """The containers. Keys are ids; no container holds what another can derive."""
+
+    def __init__(self, ddr: SlabPool, nvme: SlabPool, pins: Pins, ledger: Ledger) -> None:
+        self.ddr = ddr
+        self.nvme = nvme
+        self.pins = pins
+        self.ledger = ledger
+        self.specs: dict[bytes, KVSpec] = {}
+        self.documents: dict[DocumentId, DocumentRecord] = {}
+        self.extents: dict[ExtentId, ExtentRecord] = {}
+        self.groups: dict[str, Group] = {}
+        self.leases: dict[int, Lease] = {}
+        self.private: dict[int, list[Placement]] = {}  # ingest id -> copies nobody else sees yet
+
+    def document(self, document: DocumentId) -> DocumentRecord:
+        """The record. Raises DocumentNotFound."""
+        record = self.documents.get(document)
+        if record is None:
+            raise DocumentNotFound(f"no document {document.name!r} in tenant {document.tenant!r}")
+        return record
+
+    def group(self, name: str) -> Group:
+        """A group with all ranks registered. Raises GroupNotFound."""
+        group = self.groups.get(name)
+        if group is None:
+            raise GroupNotFound(f"no group {name!r}; registered: {', '.join(self.groups) or 'none'}")
+        if not group.complete:
+            raise GroupNotFound(
+                f"group {name!r} has {len(group.seats)} of {group.cp * group.tp} ranks registered"
+            )
+        return group
+
+    def leased(self, document: DocumentId) -> list[Lease]:
+        """The document's leases."""
+        return [lease for lease in self.leases.values() if lease.document == document]
+
+    def floor(self, record: ExtentRecord) -> Tier | None:
+        """The nearest floor among the pins of the documents that need this extent."""
+        pins = [self.pins.get(document) for document in record.documents]
+        floors = [pin.floor for pin in pins if pin is not None]
+        return min(floors, default=None)
+
+    def may_leave(self, record: ExtentRecord, placement: Placement) -> bool:
+        """Whether pins allow this copy to go: another good copy stays at or above the floor.
+
+        HBM copies go with their process, so they never stand in for a copy in DDR or on NVMe.
+        """
+        floor = self.floor(record)
+        if floor is None or placement.tier > floor:
+            return True
+        if placement.tier is Tier.HBM:
+            return False
+        others = [copy for copy in (record.ddr, record.nvme) if copy is not None]
+        return any(
+            copy is not placement and copy.tier <= floor and copy.readable for copy in others
+        )
+
+    def all_placements(self) -> list[Placement]:
+        """Every copy of every extent, those of open ingests included."""
+        shared = [copy for record in self.extents.values() for copy in record.placements()]
+        return shared + [copy for copies in self.private.values() for copy in copies]
+
+    def used_bytes(self) -> Counter[str]:
+        """Bytes of placements per device."""
+        used: Counter[str] = Counter()
+        for placement in self.all_placements():
+            used[placement.device] += placement.size_bytes
+        return used
+
+    def check(self) -> None:
+        """Assert the invariants of DESIGN section 6 between the containers."""
+        used = self.used_bytes()
+        placements = self.all_placements()
+        for device, pool in ((DDR, self.ddr), (NVME, self.nvme)):
+            assert used[device] == pool.used_bytes, (device, used[device], pool.used_bytes)
+            assert used[device] <= pool.capacity_bytes, device
+            slots = [copy.slot for copy in placements if copy.device == device]
+            assert None not in slots
+            assert len(set(slots)) == len(slots), f"two copies share a slot on {device}"
+        for device in {*used, DDR, NVME, *self.ledger.bytes_in}:
+            assert used[device] == self.ledger.occupancy(device), f"ledger differs on {device}"
+        for placement in placements:
+            assert placement.state != "gone", f"a gone copy is still listed: {placement}"
+            assert placement.holds >= 0, placement
+        for group in self.groups.values():
+            self._check_group(group)
+        for record in self.extents.values():
+            for document in record.documents:
+                assert record.extent.id in self.documents[document].document.extents
+
+    def _check_group(self, group: Group) -> None:
+        for rank, pool in group.pools.items():
+            taken = sorted(shard.rows[rank] for shard in group.shards.values())
+            assert sum(count for _, count in taken) == pool.used_rows, (group.name, rank)
+            busy = [item for item in taken if item[1]]
+            for (start, count), (following, _) in zip(busy, busy[1:], strict=False):
+                assert start + count <= following, f"shards overlap on {group.name}/{rank}"
+        by_shard: Counter[int] = Counter()
+        for placement in self.all_placements():
+            if placement.shard is not None:
+                by_shard[placement.shard] += placement.size_bytes
+        for shard in group.shards.values():
+            rows = sum(count for _, count in shard.rows)
+            assert rows * group.row_bytes == by_shard[shard.id], f"rows of shard {shard.id}"

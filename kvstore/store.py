@@ -1,0 +1,352 @@
+"""Store: the one writer of state. Takes and frees slots, holds and releases copies, submits orders.
+
+Every change of a placement goes through here, so that pools, ledger and records cannot disagree. It decides nothing:
+who leaves and what is loaded is asked of it by room, loader, ingest and attach.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .clock import Clock
+from .errors import GroupFailed, HoldfastError
+from .extent import Extent
+from .ledger import Verdict
+from .orders import (
+    CloseShard,
+    DropExtent,
+    Effects,
+    LoadShard,
+    Order,
+    Outcome,
+    RetireSlab,
+    SaveShard,
+    Write,
+)
+from .planner import Planner, Victim
+from .residency import Event, Placement, State, Tier
+from .slots import Slot, SlotClass
+from .state import DDR, NVME, DocumentRecord, ExtentRecord, Group, Shard
+from .state import State as Records
+
+Then = Callable[[Outcome], None]
+
+
+def hbm_device(group: str) -> str:
+    """The device name of a group's HBM."""
+    return f"hbm:{group}"
+
+
+class Store:
+    """Mutators over the records. `changed` is called after anything that may have freed room."""
+
+    def __init__(self, records: Records, planner: Planner, effects: Effects, clock: Clock) -> None:
+        self.records = records
+        self.planner = planner
+        self.clock = clock
+        self._effects = effects
+        self._next_id = 1
+        self._then: dict[int, Then] = {}
+        self._progress: dict[int, Callable[[int], None]] = {}
+        self._by_group: dict[str, set[int]] = {}
+
+    # Orders ------------------------------------------------------------------------------------
+
+    def new_id(self) -> int:
+        """A number never used before in this process."""
+        self._next_id += 1
+        return self._next_id
+
+    def submit(self, order: Order, then: Then | None = None) -> None:
+        """Hand an order to the effects; `then` hears how it ended, exactly once."""
+        if then is not None:
+            assert not isinstance(order, CloseShard | RetireSlab)
+            order_id = getattr(order, "id", None)
+            assert order_id is not None, "this order is never answered"
+            self._then[order_id] = then
+            if isinstance(order, LoadShard | SaveShard):
+                self._by_group.setdefault(order.group, set()).add(order_id)
+        self._effects.submit(order)
+
+    def watch(self, order_id: int, progress: Callable[[int], None]) -> None:
+        """Hear of the layers that an order has brought so far."""
+        self._progress[order_id] = progress
+
+    def finished(self, order_id: int, outcome: Outcome) -> None:
+        """An order ended. Late answers to cancelled orders are ignored."""
+        self._progress.pop(order_id, None)
+        then = self._then.pop(order_id, None)
+        for ids in self._by_group.values():
+            ids.discard(order_id)
+        if then is not None:
+            then(outcome)
+
+    def advanced(self, order_id: int, layers: int) -> None:
+        """A read has brought its first `layers` layers."""
+        progress = self._progress.get(order_id)
+        if progress is not None:
+            progress(layers)
+
+    @property
+    def orders_in_flight(self) -> int:
+        """Orders whose end is awaited."""
+        return len(self._then)
+
+    # Placements --------------------------------------------------------------------------------
+
+    def take(self, extent: Extent, tier: Tier) -> Placement | None:
+        """A slot in DDR or on NVMe, FILLING, accounted; None when no slot is free."""
+        pool, device = (self.records.ddr, DDR) if tier is Tier.DDR else (self.records.nvme, NVME)
+        owner = extent.tenant if tier is Tier.DDR else ""
+        slot = pool.allocate(SlotClass(owner, extent.slot_bytes))
+        if slot is None:
+            return None
+        return self._opened(
+            Placement(extent=extent.id, tier=tier, device=device, size_bytes=extent.slot_bytes, slot=slot)
+        )
+
+    def adopt_nvme(self, record: ExtentRecord, slot: Slot) -> None:
+        """Restart: the catalog says that the extent lies in this slot."""
+        self.records.nvme.claim(SlotClass("", record.extent.slot_bytes), slot)
+        placement = Placement(
+            extent=record.extent.id,
+            tier=Tier.NVME,
+            device=NVME,
+            size_bytes=record.extent.slot_bytes,
+            slot=slot,
+        )
+        record.nvme = self._opened(placement)
+        placement.apply(Event.COMPLETE)
+        record.cataloged = True
+
+    def take_rows(self, group: Group, shard: Shard, extent: Extent) -> Placement:
+        """A copy in a shard, FILLING; the rows themselves are taken by `open_shard`."""
+        size = sum(self._extent_rows(group, shard, extent)) * group.row_bytes
+        placement = Placement(
+            extent=extent.id,
+            tier=Tier.HBM,
+            device=hbm_device(group.name),
+            size_bytes=size,
+            shard=shard.id,
+        )
+        return self._opened(placement)
+
+    def _opened(self, placement: Placement) -> Placement:
+        self.records.ledger.came(placement.device, placement.size_bytes)
+        placement.apply(Event.FILL)
+        return placement
+
+    def hold(self, placement: Placement) -> Placement:
+        """Use the bytes: they stay until `unhold`. A hit on a draining copy cancels the drain."""
+        assert placement.state not in (State.LOST, State.GONE), placement
+        if placement.state is State.DRAINING:
+            placement.apply(Event.HIT)
+            self.records.ledger.counts["drains_cancelled"] += 1
+        placement.holds += 1
+        return placement
+
+    def unhold(self, placement: Placement) -> None:
+        """Stop using the bytes; a copy that was only waiting for that leaves now."""
+        assert placement.holds > 0, placement
+        placement.holds -= 1
+        self.settle(placement)
+
+    def settle(self, placement: Placement) -> None:
+        """Free the slot of a copy that is lost, or unwanted and idle, once nobody holds it."""
+        if placement.holds:
+            return
+        if placement.state is State.LOST:
+            self._gone(placement)
+            return
+        record = self.records.extents.get(placement.extent)
+        if record is not None and not record.documents and placement.state is State.RESIDENT:
+            if placement is record.nvme:
+                self.drop_nvme(record)
+            elif placement in record.placements():
+                self.drop(placement)
+
+    def drop(self, placement: Placement) -> None:
+        """A complete copy leaves at once; nobody may hold it. NVMe copies leave by `drop_nvme`."""
+        assert placement.tier is not Tier.NVME
+        if placement.state is State.RESIDENT:
+            placement.apply(Event.DRAIN)
+        self._gone(placement)
+
+    def fail(self, placement: Placement) -> None:
+        """The bytes cannot be trusted, or their device is gone; the slot is freed when nobody holds it."""
+        if placement.state is State.RESERVED:
+            placement.apply(Event.FILL)
+        if placement.state is not State.LOST:
+            placement.apply(Event.FAIL)
+        self.settle(placement)
+
+    def drop_nvme(self, record: ExtentRecord) -> None:
+        """Take the NVMe copy out of the catalog, then free its slot: reusable only after the commit."""
+        placement = record.nvme
+        assert placement is not None
+        if placement.state is State.RESIDENT:
+            placement.apply(Event.DRAIN)
+        elif placement.state is State.LOST:
+            pass
+        else:
+            return  # on its way out already, or still being written (settled when that ends)
+        placement.holds += 1  # until the commit
+        write = Write(id=self.new_id(), records=(DropExtent(record.extent.id),))
+        record.cataloged = False
+
+        def committed(outcome: Outcome) -> None:
+            placement.holds -= 1
+            if outcome.error is not None:
+                # The row may still be there, so the slot must not be reused before a restart sorts it out.
+                self.records.ledger.counts["catalog_failures"] += 1
+                return
+            self._gone(placement)
+
+        self.submit(write, committed)
+
+    def quarantine(self, record: ExtentRecord) -> None:
+        """The NVMe bytes differ from their checksum: never read again; what lies behind is kept."""
+        assert record.nvme is not None
+        self.records.ledger.counts["quarantined"] += 1
+        if record.nvme.state is State.LOST:
+            return
+        record.nvme.apply(Event.FAIL)
+        self.drop_nvme(record)
+
+    def _gone(self, placement: Placement) -> None:
+        placement.apply(Event.RELEASE)
+        self.records.ledger.left(placement.device, placement.size_bytes)
+        if placement.slot is not None:
+            pool = self.records.ddr if placement.tier is Tier.DDR else self.records.nvme
+            slab = pool.free(placement.slot)
+            if slab is not None and placement.tier is Tier.DDR:
+                self.submit(RetireSlab(slab=slab))
+        for copies in self.records.private.values():
+            if placement in copies:
+                copies.remove(placement)
+        record = self.records.extents.get(placement.extent)
+        if record is not None:
+            self._forget(record, placement)
+        if placement.shard is not None:
+            self._shrink(placement.shard)
+
+    def _forget(self, record: ExtentRecord, placement: Placement) -> None:
+        if record.ddr is placement:
+            record.ddr = None
+        if record.nvme is placement:
+            record.nvme = None
+        if placement.shard is not None and record.hbm.get(placement.shard) is placement:
+            del record.hbm[placement.shard]
+        self.reap(record)
+
+    def reap(self, record: ExtentRecord) -> None:
+        """Drop what no document needs any more; forget the record when its last copy is gone."""
+        if record.documents:
+            return
+        for placement in record.placements():
+            self.settle(placement)
+        if not record.placements():
+            self.records.extents.pop(record.extent.id, None)
+
+    # Shards ------------------------------------------------------------------------------------
+
+    def open_shard(self, group: Group, shard: Shard, rows: list[tuple[int, int]]) -> None:
+        """Give a new or moved shard its rows."""
+        for rank, (start, count) in enumerate(rows):
+            old_start, old_count = shard.rows[rank]
+            if old_count and old_start == start:
+                taken = group.pools[rank].claim(start + old_count, count - old_count)
+            else:
+                group.pools[rank].free(old_start, old_count)
+                taken = group.pools[rank].claim(start, count)
+            assert taken, "rows were planned on this very state"
+        shard.rows = rows
+        group.shards[shard.document] = shard
+
+    def _shrink(self, shard_id: int) -> None:
+        """A copy left a shard: give back the rows behind the last copy that remains."""
+        for group in self.records.groups.values():
+            for shard in group.shards.values():
+                if shard.id == shard_id:
+                    self._shrink_to_fit(group, shard)
+                    return
+
+    def _shrink_to_fit(self, group: Group, shard: Shard) -> None:
+        copies = [self.shard_copy(shard, extent) for extent in shard.extents]
+        while copies and copies[-1] is None:
+            copies.pop()
+        stop = 0
+        if copies:
+            last = copies[-1]
+            assert last is not None
+            stop = self.extent_of(shard, last.extent).stop
+        if None in copies:
+            return  # a failing shard loses copies in any order; rows go when the tail does
+        kept = shard.layout.truncated(stop)
+        for rank, (start, count) in enumerate(shard.rows):
+            length = kept.length(rank // group.tp)
+            group.pools[rank].free(start + length, count - length)
+            shard.rows[rank] = (start, length)
+        del shard.extents[len(copies) :]
+        if not shard.extents:
+            del group.shards[shard.document]
+            self.submit(CloseShard(group=group.name, shard=shard.id))
+
+    def shard_copy(self, shard: Shard, extent: str) -> Placement | None:
+        """The shard's copy of an extent, also while an ingest keeps it private."""
+        record = self.records.extents.get(extent)
+        if record is not None and shard.id in record.hbm:
+            return record.hbm[shard.id]
+        for copies in self.records.private.values():
+            for copy in copies:
+                if copy.shard == shard.id and copy.extent == extent:
+                    return copy
+        return None
+
+    def extent_of(self, shard: Shard, extent: str) -> Extent:
+        """The extent, by id."""
+        return self.records.extents[extent].extent
+
+    def _extent_rows(self, group: Group, shard: Shard, extent: Extent) -> list[int]:
+        before = shard.layout.truncated(extent.start)
+        upto = shard.layout.truncated(extent.stop)
+        return [upto.length(r // group.tp) - before.length(r // group.tp) for r in range(group.cp * group.tp)]
+
+    def fail_group(self, name: str, reason: str) -> None:
+        """A rank died: the group's HBM is gone, and whoever waited for it hears so."""
+        group = self.records.groups.pop(name)
+        error: HoldfastError = GroupFailed(f"group {name!r}: {reason}")
+        for order_id in sorted(self._by_group.pop(name, set())):
+            self.finished(order_id, Outcome(error=error))
+        for placement in self.records.all_placements():
+            if placement.device == hbm_device(name) and placement.state is not State.GONE:
+                placement.holds = 0
+                self.fail(placement)
+        group.shards.clear()
+
+    # Verdicts ----------------------------------------------------------------------------------
+
+    def verdict(self, victim: Victim, reason: str) -> None:
+        """Write down why a copy leaves."""
+        self.records.ledger.counts[f"evictions_{victim.tier.label}"] += 1
+        self.records.ledger.verdicts.append(
+            Verdict(
+                wall_ns=self.clock.wall_ns(),
+                extent=victim.extent,
+                documents=victim.documents,
+                start=victim.start,
+                stop=victim.stop,
+                tier=victim.tier.label,
+                action=victim.action,
+                reason=reason,
+                size_bytes=victim.size_bytes,
+                last_copy=victim.action == "drop",
+                restore_ns=victim.restore_ns,
+                policy=self.planner.policy.name,
+                scores=victim.scores,
+            )
+        )
+
+    def document_of(self, record: ExtentRecord) -> list[DocumentRecord]:
+        """The committed documents that need an extent."""
+        return [self.records.documents[document] for document in sorted(record.documents)]
