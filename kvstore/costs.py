@@ -118,9 +118,7 @@ def prefill_flops(
     return linear_flops(active_params=active_params, new_tokens=new_tokens) + attention
 
 
-def crossover_tokens(
-    *, active_params: float, layers: int, heads: int, qk_dim: int, v_dim: int
-) -> float:
+def crossover_tokens(*, active_params: float, layers: int, heads: int, qk_dim: int, v_dim: int) -> float:
     """Document length where attention FLOPs equal the others: 2 N / (L H (d_qk + d_v))."""
     return 2.0 * active_params / (layers * heads * (qk_dim + v_dim))
 
@@ -138,9 +136,7 @@ def prefill_seconds(
     return flops / (gpu_count * peak_flops_per_second * efficiency)
 
 
-def touched_params(
-    *, shared_params: float, expert_params: float, experts: int, top_k: int, batch: int
-) -> float:
+def touched_params(*, shared_params: float, expert_params: float, experts: int, top_k: int, batch: int) -> float:
     """Parameters a mixture of experts reads per step: N_shared + N_exp (1 - (1 - k/E)^batch)."""
     return shared_params + expert_params * (1.0 - (1.0 - top_k / experts) ** batch)
 
@@ -160,9 +156,7 @@ def decode_step_seconds(
 
     The step makes one token for each sequence of the batch.
     """
-    reading = (weight_bytes + batch_kv_bytes) / (
-        gpu_count * hbm_bytes_per_second * memory_efficiency
-    )
+    reading = (weight_bytes + batch_kv_bytes) / (gpu_count * hbm_bytes_per_second * memory_efficiency)
     computing = step_flops / (gpu_count * peak_flops_per_second * compute_efficiency)
     return max(reading, computing)
 
@@ -265,9 +259,7 @@ def query_dollars(
     return (prefill + holding) / queries + query_seconds * gpu_second_dollars
 
 
-def break_even_idle_hours(
-    *, prefill_dollars: float, kv_bytes: float, gb_hour_dollars: float
-) -> float:
+def break_even_idle_hours(*, prefill_dollars: float, kv_bytes: float, gb_hour_dollars: float) -> float:
     """How long unused KV may be held before prefilling again is cheaper: prefill / (GB x price).
 
     The price of memory that nobody else wants is 0, and the answer then infinity.
@@ -334,9 +326,7 @@ class PrefillCurve:
         else:
             a = (ty * xx - xy * tx) / determinant
             b = (xy * tt - ty * tx) / determinant
-            if (
-                a < 0 or b < 0
-            ):  # the optimum lies on an edge; its gain there is (column.y)^2 / |.|^2
+            if a < 0 or b < 0:  # the optimum lies on an edge; its gain there is (column.y)^2 / |.|^2
                 a, b = (ty / tt, 0.0) if ty * ty / tt >= xy * xy / xx else (0.0, xy / xx)
         return PrefillCurve(seconds_per_token=a, seconds_per_pair=b, point_count=len(rows))
 
@@ -360,6 +350,11 @@ class LinkSpeed:
     bytes_per_second: float
     latency_ns: float
     move_count: int = 0
+
+    @classmethod
+    def default(cls, hop: str) -> LinkSpeed:
+        """The prior of a hop, named "from->to" as in DEFAULT_LINKS."""
+        return DEFAULT_LINKS[hop]
 
     def move_ns(self, size_bytes: int) -> int:
         """Predicted nanoseconds of one move; 0 for no bytes."""
@@ -388,13 +383,13 @@ class LinkSpeed:
         )
 
 
-# Priors by (from, to), conventional figures that no datasheet was checked for: a Gen4 NVMe drive
+# Priors by hop, conventional figures that no datasheet was checked for: a Gen4 NVMe drive
 # and pinned copies over PCIe Gen4 (20 GB/s is also the constant of arXiv 2405.08944).
-DEFAULT_LINKS: Final[Mapping[tuple[str, str], LinkSpeed]] = MappingProxyType(
+DEFAULT_LINKS: Final[Mapping[str, LinkSpeed]] = MappingProxyType(
     {
-        ("nvme", "ddr"): LinkSpeed(bytes_per_second=7e9, latency_ns=100_000),
-        ("ddr", "nvme"): LinkSpeed(bytes_per_second=5e9, latency_ns=100_000),
-        ("ddr", "hbm"): LinkSpeed(bytes_per_second=20e9, latency_ns=20_000),
-        ("hbm", "ddr"): LinkSpeed(bytes_per_second=20e9, latency_ns=20_000),
+        "nvme->ddr": LinkSpeed(bytes_per_second=7e9, latency_ns=100_000),
+        "ddr->nvme": LinkSpeed(bytes_per_second=5e9, latency_ns=100_000),
+        "ddr->hbm": LinkSpeed(bytes_per_second=20e9, latency_ns=20_000),
+        "hbm->ddr": LinkSpeed(bytes_per_second=20e9, latency_ns=20_000),
     }
 )
