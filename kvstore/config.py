@@ -61,11 +61,10 @@ def parse_size(value: object) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """The shortest exact spelling in binary units: 64 MiB, 1 GiB, 1000 B."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if size_bytes and size_bytes % UNITS[unit] == 0:
-            return f"{size_bytes // UNITS[unit]} {unit}"
-    return f"{size_bytes} B"
+    """The exact spelling with the smallest number: 64 MiB, 20 GB, 1001 B."""
+    whole = [(size_bytes // size, unit) for unit, size in UNITS.items() if not size_bytes % size]
+    number, unit = min(whole, key=lambda pair: pair[0]) if size_bytes else (0, "B")
+    return f"{number} {unit}"
 
 
 # What a value may be. A rule turns what a file or a shell says into a value, or raises ValueError.
@@ -87,7 +86,7 @@ class Size:
     """Bytes, in multiples of `step`."""
 
     least: int
-    most: int = 1 << 60
+    most: int = 1024 * TIB
     step: int = 1
 
     @property
