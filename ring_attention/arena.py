@@ -25,7 +25,7 @@ TORCH_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
 
 class HBMArena:
-    """`key` [L, Hkv, R, D] and `value` [L, Hkv, R, Dv] on one device; the owner decides which rows hold what."""
+    """`key` [L, Hkv, R, D] and `value` [L, Hkv, R, Dv] on one device; the owner assigns rows."""
 
     def __init__(self, spec: KVSpec, rows: int, tp: int = 1, device: str | torch.device = "cpu") -> None:
         """Allocate. Raises InvalidSpec for KV other than exactly one GQA group of a plain dtype."""
@@ -60,7 +60,7 @@ class HBMArena:
         self.value[layer, :, row_start:stop] = value
 
     def load(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
-        """Fill arena rows (the copies' target) from extents (their source), for layers [start, stop)."""
+        """Fill arena rows (the copies' target) from extents (their source), layers [start, stop)."""
         for layer in range(layer_start, layer_stop):
             moves = [
                 (self._rows(part, layer, copy.target_head, copy.target_row, copy), source)
@@ -73,7 +73,7 @@ class HBMArena:
                     np.copyto(target.numpy(), source)
 
     def save(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
-        """Fill extents (the copies' target, writable) from arena rows (their source), for layers [start, stop)."""
+        """Fill writable extents (the copies' target) from arena rows, layers [start, stop)."""
         for layer in range(layer_start, layer_stop):
             for part, copy, target in self._extent_rows(copies, buffers, layer, "target"):
                 rows = self._rows(part, layer, copy.source_head, copy.source_row, copy)
@@ -107,7 +107,7 @@ class HBMArena:
 
 
 def _load_staged(moves: Sequence[tuple[Tensor, Bytes]]) -> None:
-    """One host-to-device copy of all sources, then a scatter on the device. Not yet run on a GPU."""
+    """One host-to-device copy of all, then a scatter on the device. Not yet run on a GPU."""
     if not moves:
         return
     total = sum(source.size for _, source in moves)

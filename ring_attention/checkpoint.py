@@ -1,4 +1,4 @@
-"""Checkpoints: a Hugging Face directory (config.json and safetensors) read into a Decoder, and written."""
+"""Checkpoints: a Hugging Face directory (config.json, safetensors), read and written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_config(directory: Path) -> ModelConfig:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, whole or sharded, sorted by name. Raises InvalidSpec."""
+    """The safetensors files of a checkpoint, whole or sharded, by name. Raises InvalidSpec."""
     if (directory / WEIGHTS_FILE).exists():
         return [directory / WEIGHTS_FILE]
     if not (directory / INDEX_FILE).exists():
@@ -61,7 +61,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def digest_of(directory: Path) -> str:
-    """32 hex digits over the config and every weight byte: the model's identity where no revision is known."""
+    """32 hex digits over the config and every weight byte: the model's identity."""
     digest = hashlib.blake2b(digest_size=16, person=b"holdfast-model")
     for path in [directory / CONFIG_FILE, *weight_files(directory)]:
         with path.open("rb") as file:

@@ -1,7 +1,8 @@
 """Communicator: how the ranks of a group exchange tensors.
 
-Both sides know the length of every message from the layouts, so nothing is padded, and an empty message is not sent.
-Every wait has a deadline: a peer that died, raised or is stuck makes the others raise GroupFailed.
+Both sides know the length of every message from the layouts, so nothing is padded, and an empty
+message is not sent. Every wait has a deadline: a peer that died, raised or is stuck makes the
+others raise GroupFailed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Communicator(Protocol):
         ...
 
     def shift(self, send: Tensor, receive: Tensor) -> Work:
-        """Start sending `send` to rank + 1 and receiving from rank - 1 into `receive` (both contiguous)."""
+        """Start sending `send` to rank + 1 and filling `receive` from rank - 1 (contiguous)."""
         ...
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:

@@ -8,14 +8,19 @@ from typing import Any, Final
 
 from ..kvstore.errors import InvalidSpec
 
-ARCHITECTURES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+ARCHITECTURES: Final = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+)
 DTYPES: Final = ("float32", "bfloat16", "float16")
 ROPE_KINDS: Final = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding: `factor` stretches positions; the rest is Llama 3's blend of stretched and original."""
+    """Rotary embedding: `factor` stretches positions; the rest is Llama 3's blend of both."""
 
     theta: float = 10_000.0
     kind: str = "default"
@@ -27,7 +32,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Everything of config.json that the forward pass needs. Biases are found in the weights themselves."""
+    """What the forward pass needs of config.json. Biases are found in the weights themselves."""
 
     architecture: str = "LlamaForCausalLM"
     vocabulary_size: int
@@ -49,7 +54,7 @@ class ModelConfig:
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
-    """The config of a supported model. Raises InvalidSpec that names what is unsupported or missing."""
+    """The config of a supported model. Raises InvalidSpec naming what is unsupported or missing."""
     architecture = (raw.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise InvalidSpec(f"unsupported architecture {architecture!r}; use one of {', '.join(ARCHITECTURES)}")
@@ -82,7 +87,8 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise InvalidSpec(f"unsupported hidden_act {activation!r}; only silu is supported")
-    # Qwen configs carry a window that is off unless use_sliding_window says so; Mistral's is on when set.
+    # Qwen configs carry a window that is off unless use_sliding_window says so; Mistral's is on
+    # when set.
     windowed = raw.get("use_sliding_window", architecture == "MistralForCausalLM")
     if windowed and raw.get("sliding_window") is not None:
         raise InvalidSpec(f"unsupported sliding_window {raw['sliding_window']}; only full attention is supported")
@@ -95,7 +101,7 @@ def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
 
 
 def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Transformers 5 writes `rope_parameters`; earlier versions `rope_theta` and an optional `rope_scaling`."""
+    """Transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
     fields = dict(raw.get("rope_scaling") or {})
     fields |= raw.get("rope_parameters") or {}
     kind = str(fields.get("rope_type") or fields.get("type") or "default")

@@ -1,6 +1,7 @@
 """Decode over sharded KV: attend locally, gather (out, lse), merge.
 
-One all-gather beats an N-step ring here (the paper's table 8: SendRecv 105.7 us against 14.7 us of attention).
+One all-gather beats an N-step ring here (the paper's table 8: SendRecv 105.7 us against 14.7 us of
+attention).
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from .segment import KVSegment
 
 
 def decode(
-    communicator: Communicator, query: Tensor, segments: Sequence[KVSegment], kernel: str | None = None
+    communicator: Communicator,
+    query: Tensor,
+    segments: Sequence[KVSegment],
+    kernel: str | None = None,
 ) -> Tensor:
-    """Attention of query [H, T, D], the same on all ranks, over all KV of all ranks; float32 [H, T, Dv].
+    """Attention of query [H, T, D], equal on all ranks, over all ranks' KV: float32 [H, T, Dv].
 
-    No query may come before a key. Partials merge in rank order, so all ranks compute identical bits. Raises
-    GroupFailed.
+    No query may come before a key. Partials merge in rank order, so all ranks compute identical
+    bits. Raises GroupFailed.
     """
     local = merge([attend(query, part.key, part.value, Mask.FULL, kernel) for part in segments])
     if communicator.size == 1:

@@ -1,4 +1,4 @@
-"""DistributedCommunicator: ranks are processes joined by torch.distributed (gloo on CPU, NCCL on CUDA)."""
+"""DistributedCommunicator: ranks are processes joined by torch.distributed (gloo or NCCL)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOCAL_METHODS = ("file://", "tcp://127.", "tcp://localhost")
 
 @contextmanager
 def _peer_errors(rank: int, what: str) -> Iterator[None]:
-    """Name a peer's death or a passed deadline, which torch reports as RuntimeError, for what it is."""
+    """Name a peer's death or a passed deadline, which torch reports as RuntimeError."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # ValueError: the process group is already closed
@@ -39,19 +39,18 @@ class _DistributedWork:
 
 
 class DistributedCommunicator:
-    """See Communicator. One per process: it owns torch's default process group until `abort` or `close`."""
+    """See Communicator. One per process: it owns torch's default process group until closed."""
 
-    def __init__(
-        self, rank: int, size: int, init_method: str, device: torch.device, deadline_s: float = 60.0
-    ) -> None:
-        """Join the group; blocks until all ranks have. `init_method` is torch's, e.g. file:///path or tcp://h:p.
+    def __init__(self, rank: int, size: int, init_method: str, device: torch.device, deadline_s: float = 60.0) -> None:
+        """Join the group; blocks until all ranks have. `init_method` is torch's, as file:///path.
 
         Raises GroupFailed when the others do not come before the deadline.
         """
         if not dist.is_available():
             raise MissingExtra("this torch has no torch.distributed: pip install 'holdfast[runner]'")
         if init_method.startswith(_LOCAL_METHODS):
-            # Without it gloo resolves the host name, which in containers may lead to an interface nobody hears.
+            # Without it gloo resolves the host name, which in containers may lead to an interface
+            # nobody hears.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         self.rank = rank
         self.size = size
@@ -99,7 +98,7 @@ class DistributedCommunicator:
         self.all_gather(torch.zeros(1, device=self.device))
 
     def abort(self, reason: str) -> None:
-        """See Communicator. The others notice the closed connections; `reason` stays in this process."""
+        """See Communicator. The others see closed connections; `reason` stays in this process."""
         self.close()
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """Attention kernels, each giving (out, natural-log lse), chosen by device or by name.
 
-Shapes: H query heads, Hkv kv heads (H a multiple of Hkv), T query tokens, S key tokens, D key dim, Dv value dim.
-`attend` is the boundary: what a kernel is unable to take (no rows, wrong corner) never reaches one.
+Shapes: H query heads, Hkv kv heads (H a multiple of Hkv), T query tokens, S key tokens, D key dim,
+Dv value dim. `attend` is the boundary: what a kernel is unable to take (no rows, wrong corner)
+never reaches one.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.nn import functional
 from ..kvstore.errors import ConfigError
 from .merge import Partial, identity
 
-# Below this many queries a GQA group's heads are read as more queries of one head: each key is then read once
-# per group (3-9x faster decode on CPU).
+# Below this many queries a GQA group's heads are read as more queries of one head: each key is then
+# read once per group (3-9x faster decode on CPU).
 FOLD_BELOW_TOKENS: Final = 64
 
 
@@ -83,7 +84,10 @@ def cpu_flash(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[Te
     if value_dim != dim:  # the op takes one dim: pad with zeros, which change neither scores nor kept columns
         width = max(dim, value_dim)
         query = functional.pad(query, (0, width - dim)) * sqrt(width / dim)
-        key, value = functional.pad(key, (0, width - dim)), functional.pad(value, (0, width - value_dim))
+        key, value = (
+            functional.pad(key, (0, width - dim)),
+            functional.pad(value, (0, width - value_dim)),
+        )
     if mask is Mask.FULL and query.shape[1] < FOLD_BELOW_TOKENS:
         out, lse = _folded(_cpu_flash_call, query, key, value)
     else:
@@ -97,9 +101,7 @@ def _cuda_call(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[T
     if query.dtype in (torch.float16, torch.bfloat16) and query.shape[2] == value.shape[2]:
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
     else:  # FlashAttention takes half precision only
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            q, k, v, None, True, 0.0, causal
-        )
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal)
     return out[0], lse[0, :, : query.shape[1]]  # the efficient kernel pads lse rows to a multiple of 32
 
 
@@ -115,7 +117,10 @@ def cuda_aten(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[Te
 def reference(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
     """Dense softmax attention in float64, for tests."""
     group = query.shape[0] // key.shape[0]
-    keys, values = key.double().repeat_interleave(group, 0), value.double().repeat_interleave(group, 0)
+    keys, values = (
+        key.double().repeat_interleave(group, 0),
+        value.double().repeat_interleave(group, 0),
+    )
     scores = query.double() @ keys.transpose(1, 2) / sqrt(query.shape[2])
     if mask is Mask.DIAGONAL:
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool, device=scores.device).triu(1)

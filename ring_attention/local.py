@@ -114,12 +114,11 @@ def local_group(size: int, deadline_s: float = 60.0) -> list[LocalCommunicator]:
     return [LocalCommunicator(rank, group) for rank in range(size)]
 
 
-def run_ranks(
-    size: int, function: Callable[[LocalCommunicator], Result], deadline_s: float = 60.0
-) -> list[Result]:
+def run_ranks(size: int, function: Callable[[LocalCommunicator], Result], deadline_s: float = 60.0) -> list[Result]:
     """Run `function` on a thread per rank and return the results in rank order.
 
-    A rank that raises ends the group; the first error that is not an echo of another rank's is raised here.
+    A rank that raises ends the group; the first error that is not an echo of another rank's is
+    raised here.
     """
     ranks = local_group(size, deadline_s)
 

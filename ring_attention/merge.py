@@ -1,7 +1,7 @@
 """Partial: attention over some of the keys, and how partials join into attention over all of them.
 
-Shapes: H query heads, T query tokens, D value dim. Everything is float32: an accumulator in bf16 drifts to 1e-2
-after 64 parts. Formula: arXiv 2411.01783, appendix B, equation 4.
+Shapes: H query heads, T query tokens, D value dim. Everything is float32: an accumulator in bf16
+drifts to 1e-2 after 64 parts. Formula: arXiv 2411.01783, appendix B, equation 4.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Decoder: the forward pass of Llama, Mistral, Qwen2 and Qwen3, written once for any attention.
 
-Shapes: T tokens, H query heads, Hkv kv heads, D head dim, E hidden size, V vocabulary size, L layers.
+Shapes: T tokens, H query heads, Hkv kv heads, D head dim, E hidden size, V vocabulary size, L
+layers.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Decoder:
 
     def check_tokens(self, tokens: Sequence[int]) -> None:
         """Raises TokenOutOfRange for an id outside the vocabulary."""
-        if tokens and not (0 <= min(tokens) and max(tokens) < self.config.vocabulary_size):
+        if tokens and (min(tokens) < 0 or max(tokens) >= self.config.vocabulary_size):
             raise TokenOutOfRange(f"token ids must lie in [0, {self.config.vocabulary_size})")
 
     def hidden(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
@@ -136,12 +137,20 @@ class Decoder:
         return functional.linear(hidden, self._head).float()
 
     def _attend(
-        self, index: int, layer: _Layer, states: Tensor, cos: Tensor, sin: Tensor, attention: Attention
+        self,
+        index: int,
+        layer: _Layer,
+        states: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attention: Attention,
     ) -> Tensor:
         config = self.config
         tokens = states.shape[0]
         joined = functional.linear(states, *layer.query_key_value).view(tokens, -1, config.head_dim)
-        query, key, value = joined.transpose(0, 1).split([config.heads, config.kv_heads, config.kv_heads])
+        heads = joined.transpose(0, 1)
+        query, rest = heads[: config.heads], heads[config.heads :]
+        key, value = rest[: config.kv_heads], rest[config.kv_heads :]
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = self._rms(query, layer.query_norm), self._rms(key, layer.key_norm)
         out = attention(index, rotate(query, cos, sin), rotate(key, cos, sin), value)
@@ -163,7 +172,11 @@ class Decoder:
         return self.logits(self.hidden(ids, positions, _dense_attention)[-last:])
 
 
-def _dense_attention(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _dense_attention(_layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(
-        query[None], key[None], value[None], is_causal=True, enable_gqa=query.shape[0] != key.shape[0]
+        query[None],
+        key[None],
+        value[None],
+        is_causal=True,
+        enable_gqa=query.shape[0] != key.shape[0],
     )[0]

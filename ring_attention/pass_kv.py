@@ -29,9 +29,10 @@ def pass_kv(
 ) -> Tensor:
     """Causal attention of query [H, T, D] over the KV of all ranks; float32 [H, T, Dv].
 
-    `query_spans` are the ascending global positions of the queries, `segments` this rank's KV, and `held[r]` the
-    spans of rank r's segments (at least one, which may be empty); every token of the group is in exactly one segment. A query sees
-    keys at positions up to its own. Raises GroupFailed.
+    `query_spans` are the ascending global positions of the queries, `segments` this rank's KV, and
+    `held[r]` the spans of rank r's segments (at least one, which may be empty); every token of the
+    group is in exactly one segment. A query sees keys at positions up to its own. Raises
+    GroupFailed.
     """
     heads, tokens, _ = query.shape
     assert tokens == span_tokens(query_spans), "spans name every query"
@@ -51,13 +52,15 @@ def pass_kv(
 class _Ring:
     """The KV messages of one ring pass: at hop j a rank holds what began on rank (rank - j) mod size."""
 
-    def __init__(
-        self, communicator: Communicator, segments: Sequence[KVSegment], held: Sequence[Held]
-    ) -> None:
+    def __init__(self, communicator: Communicator, segments: Sequence[KVSegment], held: Sequence[Held]) -> None:
         self._communicator = communicator
         self._own = segments
         self._held = held
-        self._shape = (segments[0].key.shape[0], segments[0].key.shape[2], segments[0].value.shape[2])
+        self._shape = (
+            segments[0].key.shape[0],
+            segments[0].key.shape[2],
+            segments[0].value.shape[2],
+        )
         self._buffers: list[Tensor] = []
         if communicator.size > 1:
             self._buffers = [_pack(segments)]
@@ -111,12 +114,16 @@ def _unpack(message: Tensor, shape: tuple[int, int, int], held: Held) -> list[KV
 
 
 def attend_causal(
-    total: Partial, query: Tensor, query_spans: Sequence[Span], segment: KVSegment, kernel: str | None
+    total: Partial,
+    query: Tensor,
+    query_spans: Sequence[Span],
+    segment: KVSegment,
+    kernel: str | None,
 ) -> None:
     """Merge into `total` what the queries see of one segment, without any mask but the square diagonal.
 
-    Keys before a run of queries are a prefix of the segment (it is sorted), so one FULL call serves them. A key span
-    that overlaps the run is a DIAGONAL square, and FULL for the queries behind it.
+    Keys before a run of queries are a prefix of the segment (it is sorted), so one FULL call serves
+    them. A key span that overlaps the run is a DIAGONAL square, and FULL for the queries behind it.
     """
     if not query_spans or not segment.token_count:
         return

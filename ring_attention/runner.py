@@ -1,12 +1,11 @@
 """ContextParallelRunner: prefill and answer over sharded KV, one instance per rank, all in step.
 
-It knows nothing of the daemon: shards are handed to it, and it waits for a layer only when it first reads it.
-Shapes: T tokens, H query heads, Hkv kv heads, D head dim, V vocabulary size.
+It knows nothing of the daemon: shards are handed to it, and it waits for a layer only when it first
+reads it. Shapes: T tokens, H query heads, Hkv kv heads, D head dim, V vocabulary size.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from ..kvstore.clock import Clock, SystemClock
 from ..kvstore.errors import InvalidRequest, LayoutError, SpecMismatch
 from ..kvstore.layout import Layout, Span, zigzag
 from .arena import HBMArena
@@ -32,8 +32,8 @@ CHUNK_TOKENS: Final = 2048  # bounds a chunk's activations; larger chunks gain n
 class Answer:
     """Greedy tokens, and `logits` float32 [n, V] whose row i predicted tokens[i].
 
-    `prefill_ns` is the question's, up to the first token; `exposed_ns` the part of it spent waiting for layers still
-    being loaded; `decode_ns` the time of all later tokens. A rank's own clock.
+    `prefill_ns` is the question's, up to the first token; `exposed_ns` the part of it spent waiting
+    for layers still being loaded; `decode_ns` the time of all later tokens. A rank's own clock.
     """
 
     tokens: list[int]
@@ -43,12 +43,11 @@ class Answer:
     exposed_ns: int
 
 
-def prefill_layout(
-    token_count: int, cp: int, chunk_tokens: int = CHUNK_TOKENS, cached: Layout | None = None
-) -> Layout:
+def prefill_layout(token_count: int, cp: int, chunk_tokens: int = CHUNK_TOKENS, cached: Layout | None = None) -> Layout:
     """The layout that `prefill` of a document of `token_count` tokens ends with: each chunk zigzag over `cp` ranks.
 
-    The first tokens keep the layout `cached`. Raises LayoutError when that is longer than the document.
+    The first tokens keep the layout `cached`. Raises LayoutError when that is longer than the
+    document.
     """
     layout = cached or Layout((), cp)
     if layout.token_count > token_count or layout.cp != cp:
@@ -63,11 +62,18 @@ def prefill_layout(
 class ContextParallelRunner:
     """One rank of a group that runs a model over shards. Every rank calls the same methods with equal arguments."""
 
-    def __init__(self, model: Decoder, communicator: Communicator, kernel: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        communicator: Communicator,
+        kernel: str | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         """`kernel` names an attention kernel; by default the device chooses."""
         self.model = model
         self.communicator = communicator
         self._kernel = kernel
+        self._clock = clock or SystemClock()
 
     def no_document(self) -> KVShard:
         """A shard of no tokens, for a prompt without a document."""
@@ -83,18 +89,19 @@ class ContextParallelRunner:
     ) -> Layout:
         """Compute the KV of the document `tokens` into the shard's arena, behind what the shard already holds.
 
-        The first `shard.layout.token_count` tokens are there already (partial prefill). This rank's new rows are packed
-        after them: `prefill_layout` says how many. `progress` gets the tokens done after each chunk. Returns the layout
-        of the whole document. Raises LayoutError, TokenOutOfRange, SpecMismatch, GroupFailed.
+        The first `shard.layout.token_count` tokens are there already (partial prefill). This rank's
+        new rows are packed after them: `prefill_layout` says how many. `progress` gets the tokens
+        done after each chunk. Returns the layout of the whole document. Raises LayoutError,
+        TokenOutOfRange, SpecMismatch, GroupFailed.
         """
         rank = self.communicator.rank
         self._check(shard, tokens)
         final = prefill_layout(len(tokens), self.communicator.size, chunk_tokens, shard.layout)
         needed = shard.row_start + final.length(rank)
-        if needed > shard.arena.rows:
-            raise LayoutError(f"rank {rank} needs {needed} arena rows and has {shard.arena.rows}")
         with self._in_step():
-            waits = _LayerWaits(shard.wait_layer)
+            if needed > shard.arena.rows:  # may differ between ranks, so all must hear of it
+                raise LayoutError(f"rank {rank} needs {needed} arena rows and has {shard.arena.rows}")
+            waits = _LayerWaits(shard.wait_layer, self._clock)
             fresh = tokens[shard.layout.token_count :]
             for grown, _ in self._chunks([], shard, fresh, chunk_tokens, waits):
                 if progress is not None:
@@ -112,35 +119,41 @@ class ContextParallelRunner:
     ) -> Answer:
         """Greedily answer `question` over the shard's document, which stays as it is; ends early after `eos`.
 
-        The KV of question and answer lives in a tail of the runner's own. All ranks return the same tokens. Raises
-        InvalidRequest for an empty question, TokenOutOfRange, SpecMismatch, LayoutError, GroupFailed.
+        The KV of question and answer lives in a tail of the runner's own. All ranks return the same
+        tokens. Raises InvalidRequest for an empty question, TokenOutOfRange, SpecMismatch,
+        LayoutError, GroupFailed.
         """
         self._check(shard, question)
         if not question or max_new_tokens < 1:
             raise InvalidRequest("an answer needs a question of at least one token and room for one new token")
         ranks = self.communicator.size
-        # Zigzag gives a rank at most two more tokens than an even share per chunk, decode at most one.
+        # Zigzag gives a rank at most two more tokens than an even share per chunk, decode at most
+        # one.
         slack = 2 * (len(question) // chunk_tokens + 1) + 1
         rows = len(question) // ranks + max_new_tokens // ranks + slack
         tail = KVShard(arena=self._arena(rows), layout=Layout((), ranks), first_token=shard.end_token)
         with self._in_step():
-            started = time.monotonic_ns()
-            waits = _LayerWaits(shard.wait_layer)
+            started = self._clock.monotonic_ns()
+            waits = _LayerWaits(shard.wait_layer, self._clock)
             hidden: Tensor | None = None
             for grown, states in self._chunks([shard], tail, question, chunk_tokens, waits):
                 tail, hidden = grown, states
             assert hidden is not None, "a question has at least one chunk"
             logits = self._last_logits(tail, hidden)
-            answering = _Answering(self, shard, tail)
+            answering = _Answering(self.model, self.communicator, shard, tail, self._kernel)
             all_logits = [logits]
             tokens = [answering.agree(logits)]
-            prefilled = time.monotonic_ns()
+            prefilled = self._clock.monotonic_ns()
             while len(tokens) < max_new_tokens and tokens[-1] != eos:
                 all_logits.append(answering.step(tokens[-1]))
                 tokens.append(answering.agree(all_logits[-1]))
-            ended = time.monotonic_ns()
+            ended = self._clock.monotonic_ns()
         return Answer(
-            tokens, torch.stack(all_logits), prefilled - started, ended - prefilled, waits.exposed_ns
+            tokens,
+            torch.stack(all_logits),
+            prefilled - started,
+            ended - prefilled,
+            waits.exposed_ns,
         )
 
     @contextmanager
@@ -184,10 +197,7 @@ class ContextParallelRunner:
             positions = [base + index for span in mine for index in range(span.start, span.stop)]
             query_spans = tuple(Span(base + span.start, base + span.stop) for span in mine)
             attention = _RingAttention(communicator, [*before, into], row, query_spans, waits, self._kernel)
-            yield into, self.model.hidden(self._ids(local), self._ids(positions), attention)
-
-    def _ids(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64, device=self.model.device)
+            yield into, self.model.hidden(_ids(self.model, local), _ids(self.model, positions), attention)
 
     def _last_logits(self, tail: KVShard, hidden: Tensor) -> Tensor:
         """Logits [V] of the last prefilled token, from the rank that has it."""
@@ -201,10 +211,15 @@ class ContextParallelRunner:
         return logits
 
 
+def _ids(model: Decoder, numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device=model.device)
+
+
 class _LayerWaits:
     """Waits for each layer once, and counts the nanoseconds that took."""
 
-    def __init__(self, wait_layer: Callable[[int], None]) -> None:
+    def __init__(self, wait_layer: Callable[[int], None], clock: Clock) -> None:
+        self._clock = clock
         self._wait_layer = wait_layer
         self._ready: set[int] = set()
         self.exposed_ns = 0
@@ -212,9 +227,9 @@ class _LayerWaits:
     def __call__(self, layer: int) -> None:
         if layer in self._ready:
             return
-        started = time.monotonic_ns()
+        started = self._clock.monotonic_ns()
         self._wait_layer(layer)
-        self.exposed_ns += time.monotonic_ns() - started
+        self.exposed_ns += self._clock.monotonic_ns() - started
         self._ready.add(layer)
 
 
@@ -249,9 +264,17 @@ class _RingAttention:
 class _Answering:
     """Greedy decode: every rank computes every token, one of them keeps its KV, in turn."""
 
-    def __init__(self, runner: ContextParallelRunner, shard: KVShard, tail: KVShard) -> None:
-        self._runner = runner
-        self._communicator = runner.communicator
+    def __init__(
+        self,
+        model: Decoder,
+        communicator: Communicator,
+        shard: KVShard,
+        tail: KVShard,
+        kernel: str | None,
+    ) -> None:
+        self._model = model
+        self._communicator = communicator
+        self._kernel = kernel
         self._shard = shard
         self._tail = tail
         self._shard_spans = shard.spans(self._communicator.rank)
@@ -269,19 +292,20 @@ class _Answering:
 
     def step(self, token: int) -> Tensor:
         """Logits [V] after `token`, whose KV goes to the next rank, offset by one each step."""
-        runner = self._runner
         keeps = self._step % self._communicator.size == self._communicator.rank
         if keeps:
             self._tail_spans = _extended(self._tail_spans, self._position)
-        hidden = runner.model.hidden(
-            runner._ids([token]), runner._ids([self._position]), self._kept if keeps else self._read
+        hidden = self._model.hidden(
+            _ids(self._model, [token]),
+            _ids(self._model, [self._position]),
+            self._keep_and_read if keeps else self._read,
         )
         self._row += keeps
         self._position += 1
         self._step += 1
-        return runner.model.logits(hidden)[0]
+        return self._model.logits(hidden)[0]
 
-    def _kept(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def _keep_and_read(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self._tail.arena.write(layer, self._row, key, value)
         return self._read(layer, query, key, value)
 
@@ -290,7 +314,7 @@ class _Answering:
             self._shard.segment(layer, self._shard_spans),
             self._tail.segment(layer, self._tail_spans),
         ]
-        return decode(self._communicator, query, segments, self._runner._kernel)
+        return decode(self._communicator, query, segments, self._kernel)
 
 
 def _extended(spans: tuple[Span, ...], position: int) -> tuple[Span, ...]:

@@ -25,9 +25,10 @@ def shifted(spans: Sequence[Span], base: int) -> tuple[Span, ...]:
 
 @dataclass(frozen=True, slots=True)
 class KVSegment:
-    """`key` [Hkv, S, D] and `value` [Hkv, S, Dv] of the tokens in `spans`, packed ascending by position.
+    """`key` [Hkv, S, D] and `value` [Hkv, S, Dv] of the tokens in `spans`, packed ascending.
 
-    Row i of the segment is the i-th token of `spans`; `Span.row` belongs to the buffer behind and is not read.
+    Row i of the segment is the i-th token of `spans`; `Span.row` belongs to the buffer behind and
+    is not read.
     """
 
     key: Tensor

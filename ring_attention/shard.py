@@ -18,9 +18,9 @@ def already_loaded(layer: int) -> None:
 class KVShard:
     """This rank's rows of the tokens in `layout`, from `row_start` of `arena`.
 
-    `layout` names the tokens of all ranks. `wait_layer(layer)` is called before a layer is first read; it blocks while
-    that layer is still being loaded, and raises when loading failed. `first_token` is the global position of the
-    layout's token 0.
+    `layout` names the tokens of all ranks. `wait_layer(layer)` is called before a layer is first
+    read; it blocks while that layer is still being loaded, and raises when loading failed.
+    `first_token` is the global position of the layout's token 0.
     """
 
     arena: HBMArena

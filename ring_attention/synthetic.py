@@ -1,7 +1,8 @@
 """Synthetic checkpoints: a random Llama whose answers depend on every part of its cache.
 
-At the usual init (std 0.02) noise in an eighth of the cache changed no token, so equality of tokens proved nothing.
-Here the attention path is as strong as the residual, and scores are spread without being peaked.
+At the usual init (std 0.02) noise in an eighth of the cache changed no token, so equality of tokens
+proved nothing. Here the attention path is as strong as the residual, and scores are spread without
+being peaked.
 """
 
 from __future__ import annotations
@@ -41,16 +42,15 @@ class Scales:
     logits: float = 3.0
 
 
-def write_checkpoint(
-    directory: Path, config: ModelConfig = DEMO, seed: int = 0, scales: Scales | None = None
-) -> None:
-    """Write config.json and model.safetensors of a random Llama of this shape; equal seeds give equal bytes."""
+def write_checkpoint(directory: Path, config: ModelConfig = DEMO, seed: int = 0, scales: Scales | None = None) -> None:
+    """Write a random Llama of this shape to a directory; equal seeds give equal bytes."""
     save_model(directory, llama_config(config), random_tensors(config, seed, scales or Scales()))
 
 
 def llama_config(config: ModelConfig) -> dict[str, Any]:
     """The Hugging Face config.json of a Llama of this shape (default rotary embedding only)."""
-    assert config.rope.kind == "default" and not config.tied_embeddings
+    assert config.rope.kind == "default"
+    assert not config.tied_embeddings
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -80,7 +80,8 @@ def random_tensors(config: ModelConfig, seed: int, scales: Scales) -> dict[str, 
         return (normal * (scale / sqrt(columns))).to(dtype)
 
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    # A score is a sum over head_dim products, divided by sqrt(head_dim): its std is that of q times that of k.
+    # A score is a sum over head_dim products, divided by sqrt(head_dim): its std is that of q times
+    # that of k.
     spread = sqrt(scales.scores)
     tensors = {
         "model.embed_tokens.weight": torch.randn(config.vocabulary_size, hidden, generator=generator)

@@ -59,10 +59,10 @@ class JsonTokenizer:
 
 
 def load_tokenizer(directory: Path, vocabulary_size: int) -> Tokenizer:
-    """The tokenizer of a checkpoint: its tokenizer.json, else bytes. Raises InvalidSpec when neither fits."""
+    """The tokenizer of a checkpoint: its tokenizer.json, else bytes. Raises InvalidSpec."""
     path = directory / "tokenizer.json"
     if path.exists():
         return JsonTokenizer(path)
     if vocabulary_size != BYTE_VOCABULARY:
-        raise InvalidSpec(f"{directory} has no tokenizer.json and a vocabulary of {vocabulary_size}, not 256 bytes")
+        raise InvalidSpec(f"{directory} has no tokenizer.json, and its vocabulary is {vocabulary_size}, not 256")
     return ByteTokenizer()
