@@ -8,19 +8,28 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from ..eviction.candidate import Candidate
 from ..eviction.history import History
 from ..eviction.policy import Policy
 from ..eviction.victims import choose_victims
 from .clock import Clock
-from .costs import LinkSpeed, PrefillCurve
+from .costs import DEFAULT_LINKS, PrefillCurve
 from .document import Document, DocumentId
 from .ledger import Hop
 from .residency import Placement, State, Tier
 from .slots import RowPool, SlotClass
-from .state import ExtentRecord, Group, Shard, State as Store
+from .state import ExtentRecord, Group, Shard
+from .state import State as Store
+
+HOPS: Final = (
+    Hop(Tier.NVME, Tier.DDR),
+    Hop(Tier.DDR, Tier.NVME),
+    Hop(Tier.DDR, Tier.HBM),
+    Hop(Tier.HBM, Tier.DDR),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,12 +67,7 @@ class Planner:
         self.history = history
         self.clock = clock
         self.curves: dict[bytes, PrefillCurve] = {}
-        self.links = {
-            Hop(Tier.NVME, Tier.DDR): LinkSpeed.default("nvme->ddr"),
-            Hop(Tier.DDR, Tier.NVME): LinkSpeed.default("ddr->nvme"),
-            Hop(Tier.DDR, Tier.HBM): LinkSpeed.default("ddr->hbm"),
-            Hop(Tier.HBM, Tier.DDR): LinkSpeed.default("hbm->ddr"),
-        }
+        self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
 
     # Prices ------------------------------------------------------------------------------------
 
@@ -97,6 +101,10 @@ class Planner:
         if placement.tier is Tier.DDR and self._goes_to_nvme(record):
             return self.reload_ns(record, Tier.NVME, Tier.DDR)
         return self.recompute_ns(record)
+
+    def learn(self, hop: Hop, size_bytes: int, busy_ns: int) -> None:
+        """A measured move corrects the hop's predicted speed."""
+        self.links[hop] = self.links[hop].observed(size_bytes, busy_ns)
 
     # Room --------------------------------------------------------------------------------------
 
@@ -179,13 +187,23 @@ class Planner:
     def evict_document(self, document: Document, target: Tier | None) -> tuple[Victim, ...]:
         """Every copy that leaves when a document goes down to `target` (None: dropped), nearest tier first."""
         found = []
+        for shard in self.state.shards():
+            if shard.document == document.id:
+                for extent, copy in reversed(shard.copies.items()):
+                    found.append(self._as_victim(self.state.extents[extent], copy))
         for extent in reversed(document.extents):
             record = self.state.extents[extent]
             for placement in record.placements():
                 if target is None or placement.tier < target:
-                    candidate = self._candidate(record, placement, record.extent.previous)
-                    found.append(self._victim(record, placement, candidate))
+                    found.append(self._as_victim(record, placement))
         return tuple(sorted(found, key=lambda victim: victim.tier))
+
+    def last_copy(self, record: ExtentRecord, placement: Placement) -> Victim:
+        """The verdict on a copy that leaves although nothing of it stays."""
+        return replace(self._as_victim(record, placement), action="drop")
+
+    def _as_victim(self, record: ExtentRecord, placement: Placement) -> Victim:
+        return self._victim(record, placement, self._candidate(record, placement, None))
 
     def explain(self, record: ExtentRecord, placement: Placement) -> dict[str, float]:
         """The policy's score parts for one copy, now."""
@@ -214,7 +232,7 @@ class Planner:
             if all(grown):
                 rows = [(start, demand.rows[rank]) for rank, (start, _) in enumerate(own.rows)]
                 return rows, False
-            pools = self._pools_after(group, {**(gone or {}), own.id: set(own.extents)})
+            pools = self._pools_after(group, {**(gone or {}), own.id: set(own.copies)})
         starts = [pools[rank].allocate(count) for rank, count in enumerate(demand.rows)]
         if None in starts:
             return None
@@ -224,19 +242,14 @@ class Planner:
     def _pools_after(self, group: Group, gone: dict[int, set[str]]) -> dict[int, RowPool]:
         pools = {rank: pool.copy() for rank, pool in group.pools.items()}
         for shard in group.shards.values():
-            kept = [extent for extent in shard.extents if extent not in gone.get(shard.id, ())]
-            if len(kept) == len(shard.extents):
+            leaving = gone.get(shard.id, set())
+            kept = [extent for extent in shard.copies if extent not in leaving]
+            if len(kept) == len(shard.copies):
                 continue
-            lengths = self.shard_rows(group, shard, len(kept))
+            lengths = shard.lengths(shard.spans[kept[-1]][1] if kept else 0)
             for rank, (start, count) in enumerate(shard.rows):
                 pools[rank].free(start + lengths[rank], count - lengths[rank])
         return pools
-
-    def shard_rows(self, group: Group, shard: Shard, extent_count: int) -> list[int]:
-        """Rows per rank that the first `extent_count` extents of a shard take."""
-        stop = self.state.extents[shard.extents[extent_count - 1]].extent.stop if extent_count else 0
-        kept = shard.layout.truncated(stop)
-        return [kept.length(rank // group.tp) for rank in range(group.cp * group.tp)]
 
     def _rows_fit(self, demand: Demand, gone: dict[int, set[str]]) -> bool:
         return demand.group is None or self.place_rows(demand, gone) is not None
@@ -245,9 +258,8 @@ class Planner:
         gone: dict[int, set[str]] = {}
         if demand.group is not None:
             for shard in self.state.groups[demand.group].shards.values():
-                for extent in shard.extents:
-                    copy = self._hbm_copy(shard, extent)
-                    if copy is not None and copy.state is State.DRAINING:
+                for extent, copy in shard.copies.items():
+                    if copy.state is State.DRAINING:
                         gone.setdefault(shard.id, set()).add(extent)
         return gone
 
@@ -260,14 +272,13 @@ class Planner:
         owners: dict[str, tuple[Shard, str]] = {}
         for shard in group.shards.values():
             previous = None
-            for extent in shard.extents:
+            stays = shard.document == demand.document or not self.state.may_leave_hbm(shard)
+            for extent, copy in shard.copies.items():
                 record = self.state.extents.get(extent)
-                copy = self._hbm_copy(shard, extent)
-                if record is None or copy is None or copy.state is State.DRAINING:
-                    continue
-                ours = shard.document == demand.document
+                if record is None or copy.state is State.DRAINING:
+                    continue  # an open ingest's, or on its way out
                 name = f"{extent}@{shard.id}"
-                candidate = self._candidate(record, copy, previous, name=name, ours=ours)
+                candidate = self._candidate(record, copy, previous, name=name, stays=stays)
                 owners[name] = (shard, extent)
                 candidates.append(candidate)
                 previous = name
@@ -286,12 +297,8 @@ class Planner:
         for victim in victims:
             shard, extent = owners[victim.id]
             record = self.state.extents[extent]
-            found.append(self._victim(record, record.hbm[shard.id], victim))
+            found.append(self._victim(record, shard.copies[extent], victim))
         return found
-
-    def _hbm_copy(self, shard: Shard, extent: str) -> Placement | None:
-        record = self.state.extents.get(extent)
-        return record.hbm.get(shard.id) if record is not None else None
 
     # Candidates --------------------------------------------------------------------------------
 
@@ -314,7 +321,7 @@ class Planner:
                 continue
             found.append(
                 self._candidate(
-                    record, placement, record.extent.previous, ours=placement.tier is not Tier.NVME
+                    record, placement, record.extent.previous, stays=placement.tier is not Tier.NVME
                 )
             )
         return found
@@ -326,7 +333,7 @@ class Planner:
         previous: str | None,
         *,
         name: str | None = None,
-        ours: bool = False,
+        stays: bool = False,
     ) -> Candidate:
         now_ns = self.clock.monotonic_ns()
         extent = record.extent.id
@@ -335,11 +342,14 @@ class Planner:
             id=name or extent,
             previous=previous,
             size_bytes=placement.size_bytes,
-            movable=placement.movable and not ours and self.state.may_leave(record, placement),
+            movable=placement.movable and not stays and self._unpinned(record, placement),
             last_access_ns=last if last is not None else 0,
             frequency=self.history.frequency(extent, now_ns),
             restore_ns=self.restore_ns(record, placement),
         )
+
+    def _unpinned(self, record: ExtentRecord, placement: Placement) -> bool:
+        return placement.tier is Tier.HBM or self.state.may_leave(record, placement)
 
     def _choose(
         self, candidates: list[Candidate], satisfied: Callable[[Sequence[Candidate]], bool]

@@ -15,6 +15,7 @@ from .extent import Extent, ExtentId
 from .layout import Layout
 from .ledger import Ledger
 from .residency import Placement, Tier
+from .residency import State as Phase
 from .slots import RowPool, SlabPool
 from .spec import KVSpec
 
@@ -24,50 +25,66 @@ NVME = "nvme"
 
 @dataclass(slots=True, kw_only=True)
 class ExtentRecord:
-    """An extent, its seal, its copies, and the committed documents that need it."""
+    """An extent, its copies in DDR and on NVMe, and the committed documents that need it.
+
+    Copies in HBM belong to shards.
+    """
 
     extent: Extent
-    checksums: tuple[int, ...] = ()
     ddr: Placement | None = None
     nvme: Placement | None = None
-    hbm: dict[int, Placement] = field(default_factory=dict)  # by shard
     documents: set[DocumentId] = field(default_factory=set)
     cataloged: bool = False  # the catalog has, or is about to have, a row for the NVMe copy
 
     def placements(self) -> list[Placement]:
-        """Every copy."""
-        found = [copy for copy in (self.ddr, self.nvme) if copy is not None]
-        return found + list(self.hbm.values())
+        """The copies outside HBM, nearest first."""
+        return [copy for copy in (self.ddr, self.nvme) if copy is not None]
 
     def source(self) -> Placement | None:
         """The copy an attach reads from, outside HBM: DDR if it is there or on its way, else NVMe."""
         for copy in (self.ddr, self.nvme):
-            if copy is not None and (copy.readable or (copy is self.ddr and copy.state == "filling")):
+            if copy is not None and (copy.readable or (copy is self.ddr and copy.state is Phase.FILLING)):
                 return copy
         return None
 
 
 @dataclass(slots=True, kw_only=True)
 class DocumentRecord:
-    """A committed document; `durable` when the catalog has it and all of its extents."""
+    """A committed document; `durable` when the catalog has it and all of its extents.
+
+    `volatile` are the extents that were not yet in the catalog when the document was committed.
+    """
 
     document: Document
     durable: bool = False
+    volatile: set[ExtentId] = field(default_factory=set)
 
 
 @dataclass(slots=True, kw_only=True)
 class Shard:
     """The rows that a document takes in a group's arenas: `rows[rank]` is (first row, count).
 
-    `extents` are those that have rows, from the document's front without gaps; `layout` covers at least them.
+    `spans` gives every extent's tokens [start, stop), in document order; `copies` are those that have rows: a front
+    of the document. `layout` covers all spans.
     """
 
     id: int
     group: str
     document: DocumentId
     layout: Layout
+    spans: dict[ExtentId, tuple[int, int]]
     rows: list[tuple[int, int]]
-    extents: list[ExtentId]
+    copies: dict[ExtentId, Placement] = field(default_factory=dict)
+
+    def lengths(self, stop: int) -> list[int]:
+        """Rows per rank that the first `stop` tokens take."""
+        kept = self.layout.truncated(stop)
+        return [kept.length(rank // self.layout.tp) for rank in range(self.layout.ranks)]
+
+    @property
+    def complete(self) -> bool:
+        """Every extent of the document is here and readable."""
+        return len(self.copies) == len(self.spans) and all(c.readable for c in self.copies.values())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,24 +155,30 @@ class State:
         return min(floors, default=None)
 
     def may_leave(self, record: ExtentRecord, placement: Placement) -> bool:
-        """Whether pins allow this copy to go: another good copy stays at or above the floor.
+        """Whether pins allow this copy to leave DDR or NVMe: another good copy stays at or above the floor.
 
         HBM copies go with their process, so they never stand in for a copy in DDR or on NVMe.
         """
         floor = self.floor(record)
         if floor is None or placement.tier > floor:
             return True
-        if placement.tier is Tier.HBM:
-            return False
-        others = [copy for copy in (record.ddr, record.nvme) if copy is not None]
-        return any(
-            copy is not placement and copy.tier <= floor and copy.readable for copy in others
-        )
+        others = [copy for copy in record.placements() if copy is not placement]
+        return any(copy.tier <= floor and copy.readable for copy in others)
+
+    def may_leave_hbm(self, shard: Shard) -> bool:
+        """Whether pins allow the shard's copies to go."""
+        pin = self.pins.get(shard.document)
+        return pin is None or pin.floor is not Tier.HBM
+
+    def shards(self) -> list[Shard]:
+        """Every shard of every group."""
+        return [shard for group in self.groups.values() for shard in group.shards.values()]
 
     def all_placements(self) -> list[Placement]:
         """Every copy of every extent, those of open ingests included."""
-        shared = [copy for record in self.extents.values() for copy in record.placements()]
-        return shared + [copy for copies in self.private.values() for copy in copies]
+        found = [copy for record in self.extents.values() for copy in record.placements()]
+        found += [copy for copies in self.private.values() for copy in copies]
+        return found + [copy for shard in self.shards() for copy in shard.copies.values()]
 
     def used_bytes(self) -> Counter[str]:
         """Bytes of placements per device."""
@@ -192,10 +215,8 @@ class State:
             busy = [item for item in taken if item[1]]
             for (start, count), (following, _) in zip(busy, busy[1:], strict=False):
                 assert start + count <= following, f"shards overlap on {group.name}/{rank}"
-        by_shard: Counter[int] = Counter()
-        for placement in self.all_placements():
-            if placement.shard is not None:
-                by_shard[placement.shard] += placement.size_bytes
         for shard in group.shards.values():
             rows = sum(count for _, count in shard.rows)
-            assert rows * group.row_bytes == by_shard[shard.id], f"rows of shard {shard.id}"
+            size = sum(copy.size_bytes for copy in shard.copies.values())
+            assert rows * group.row_bytes == size, f"rows of shard {shard.id}"
+            assert list(shard.copies) == list(shard.spans)[: len(shard.copies)], "a shard holds a front"

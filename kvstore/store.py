@@ -26,7 +26,7 @@ from .orders import (
 from .planner import Planner, Victim
 from .residency import Event, Placement, State, Tier
 from .slots import Slot, SlotClass
-from .state import DDR, NVME, DocumentRecord, ExtentRecord, Group, Shard
+from .state import DDR, NVME, DocumentRecord, ExtentRecord, Shard
 from .state import State as Records
 
 Then = Callable[[Outcome], None]
@@ -105,7 +105,7 @@ class Store:
             Placement(extent=extent.id, tier=tier, device=device, size_bytes=extent.slot_bytes, slot=slot)
         )
 
-    def adopt_nvme(self, record: ExtentRecord, slot: Slot) -> None:
+    def adopt_nvme(self, record: ExtentRecord, slot: Slot, checksums: tuple[int, ...]) -> None:
         """Restart: the catalog says that the extent lies in this slot."""
         self.records.nvme.claim(SlotClass("", record.extent.slot_bytes), slot)
         placement = Placement(
@@ -117,19 +117,8 @@ class Store:
         )
         record.nvme = self._opened(placement)
         placement.apply(Event.COMPLETE)
+        placement.checksums = checksums
         record.cataloged = True
-
-    def take_rows(self, group: Group, shard: Shard, extent: Extent) -> Placement:
-        """A copy in a shard, FILLING; the rows themselves are taken by `open_shard`."""
-        size = sum(self._extent_rows(group, shard, extent)) * group.row_bytes
-        placement = Placement(
-            extent=extent.id,
-            tier=Tier.HBM,
-            device=hbm_device(group.name),
-            size_bytes=size,
-            shard=shard.id,
-        )
-        return self._opened(placement)
 
     def _opened(self, placement: Placement) -> Placement:
         self.records.ledger.came(placement.device, placement.size_bytes)
@@ -155,7 +144,7 @@ class Store:
         """Free the slot of a copy that is lost, or unwanted and idle, once nobody holds it."""
         if placement.holds:
             return
-        if placement.state is State.LOST:
+        if placement.state is State.LOST or (placement.state is State.DRAINING and placement.tier is Tier.DDR):
             self._gone(placement)
             return
         record = self.records.extents.get(placement.extent)
@@ -166,8 +155,8 @@ class Store:
                 self.drop(placement)
 
     def drop(self, placement: Placement) -> None:
-        """A complete copy leaves at once; nobody may hold it. NVMe copies leave by `drop_nvme`."""
-        assert placement.tier is not Tier.NVME
+        """A complete DDR copy leaves at once; nobody may hold it. NVMe copies leave by `drop_nvme`."""
+        assert placement.tier is Tier.DDR
         if placement.state is State.RESIDENT:
             placement.apply(Event.DRAIN)
         self._gone(placement)
@@ -225,19 +214,12 @@ class Store:
             if placement in copies:
                 copies.remove(placement)
         record = self.records.extents.get(placement.extent)
-        if record is not None:
-            self._forget(record, placement)
-        if placement.shard is not None:
-            self._shrink(placement.shard)
-
-    def _forget(self, record: ExtentRecord, placement: Placement) -> None:
-        if record.ddr is placement:
-            record.ddr = None
-        if record.nvme is placement:
-            record.nvme = None
-        if placement.shard is not None and record.hbm.get(placement.shard) is placement:
-            del record.hbm[placement.shard]
-        self.reap(record)
+        if record is not None and placement.tier is not Tier.HBM:
+            if record.ddr is placement:
+                record.ddr = None
+            if record.nvme is placement:
+                record.nvme = None
+            self.reap(record)
 
     def reap(self, record: ExtentRecord) -> None:
         """Drop what no document needs any more; forget the record when its last copy is gone."""
@@ -250,79 +232,86 @@ class Store:
 
     # Shards ------------------------------------------------------------------------------------
 
-    def open_shard(self, group: Group, shard: Shard, rows: list[tuple[int, int]]) -> None:
-        """Give a new or moved shard its rows."""
+    def open_shard(self, shard: Shard, rows: list[tuple[int, int]]) -> None:
+        """Give a shard its planned rows, and a FILLING copy to each extent that has none."""
+        group = self.records.groups[shard.group]
         for rank, (start, count) in enumerate(rows):
             old_start, old_count = shard.rows[rank]
+            pool = group.pools[rank]
             if old_count and old_start == start:
-                taken = group.pools[rank].claim(start + old_count, count - old_count)
+                taken = pool.claim(start + old_count, count - old_count)
             else:
-                group.pools[rank].free(old_start, old_count)
-                taken = group.pools[rank].claim(start, count)
+                assert not old_count, "a shard that moves is closed first"
+                taken = pool.claim(start, count)
             assert taken, "rows were planned on this very state"
         shard.rows = rows
         group.shards[shard.document] = shard
+        for extent, (start, stop) in shard.spans.items():
+            if extent in shard.copies:
+                continue
+            before, upto = sum(shard.lengths(start)), sum(shard.lengths(stop))
+            shard.copies[extent] = self._opened(
+                Placement(
+                    extent=extent,
+                    tier=Tier.HBM,
+                    device=hbm_device(group.name),
+                    size_bytes=(upto - before) * group.row_bytes,
+                    shard=shard.id,
+                )
+            )
 
-    def _shrink(self, shard_id: int) -> None:
-        """A copy left a shard: give back the rows behind the last copy that remains."""
-        for group in self.records.groups.values():
-            for shard in group.shards.values():
-                if shard.id == shard_id:
-                    self._shrink_to_fit(group, shard)
-                    return
-
-    def _shrink_to_fit(self, group: Group, shard: Shard) -> None:
-        copies = [self.shard_copy(shard, extent) for extent in shard.extents]
-        while copies and copies[-1] is None:
-            copies.pop()
-        stop = 0
-        if copies:
-            last = copies[-1]
-            assert last is not None
-            stop = self.extent_of(shard, last.extent).stop
-        if None in copies:
-            return  # a failing shard loses copies in any order; rows go when the tail does
-        kept = shard.layout.truncated(stop)
-        for rank, (start, count) in enumerate(shard.rows):
-            length = kept.length(rank // group.tp)
+    def shrink_shard(self, shard: Shard, extent: str) -> None:
+        """The shard's last copy leaves; nobody may hold it."""
+        assert next(reversed(shard.copies)) == extent, "shards shrink from the tail"
+        placement = shard.copies.pop(extent)
+        self._left_shard(shard, placement)
+        group = self.records.groups[shard.group]
+        stop = shard.spans[extent][0]
+        for rank, length in enumerate(shard.lengths(stop)):
+            start, count = shard.rows[rank]
             group.pools[rank].free(start + length, count - length)
             shard.rows[rank] = (start, length)
-        del shard.extents[len(copies) :]
-        if not shard.extents:
+        if not shard.copies:
             del group.shards[shard.document]
             self.submit(CloseShard(group=group.name, shard=shard.id))
 
-    def shard_copy(self, shard: Shard, extent: str) -> Placement | None:
-        """The shard's copy of an extent, also while an ingest keeps it private."""
-        record = self.records.extents.get(extent)
-        if record is not None and shard.id in record.hbm:
-            return record.hbm[shard.id]
-        for copies in self.records.private.values():
-            for copy in copies:
-                if copy.shard == shard.id and copy.extent == extent:
-                    return copy
-        return None
+    def close_shard(self, shard: Shard, reason: str = "") -> None:
+        """All of the shard's copies leave; nobody may hold any."""
+        group = self.records.groups[shard.group]
+        for placement in shard.copies.values():
+            self._left_shard(shard, placement)
+        shard.copies.clear()
+        for rank, (start, count) in enumerate(shard.rows):
+            group.pools[rank].free(start, count)
+            shard.rows[rank] = (0, 0)
+        group.shards.pop(shard.document, None)
+        self.submit(CloseShard(group=group.name, shard=shard.id, reason=reason))
 
-    def extent_of(self, shard: Shard, extent: str) -> Extent:
-        """The extent, by id."""
-        return self.records.extents[extent].extent
-
-    def _extent_rows(self, group: Group, shard: Shard, extent: Extent) -> list[int]:
-        before = shard.layout.truncated(extent.start)
-        upto = shard.layout.truncated(extent.stop)
-        return [upto.length(r // group.tp) - before.length(r // group.tp) for r in range(group.cp * group.tp)]
+    def _left_shard(self, shard: Shard, placement: Placement) -> None:
+        assert placement.holds == 0, f"shard {shard.id} is in use"
+        if placement.state is State.RESIDENT:
+            placement.apply(Event.DRAIN)
+        elif placement.state is State.FILLING:
+            placement.apply(Event.FAIL)
+        placement.apply(Event.RELEASE)
+        self.records.ledger.left(placement.device, placement.size_bytes)
 
     def fail_group(self, name: str, reason: str) -> None:
         """A rank died: the group's HBM is gone, and whoever waited for it hears so."""
-        group = self.records.groups.pop(name)
+        group = self.records.groups[name]
         error: HoldfastError = GroupFailed(f"group {name!r}: {reason}")
         for order_id in sorted(self._by_group.pop(name, set())):
             self.finished(order_id, Outcome(error=error))
-        for placement in self.records.all_placements():
-            if placement.device == hbm_device(name) and placement.state is not State.GONE:
-                placement.holds = 0
-                self.fail(placement)
+        for shard in group.shards.values():
+            for placement in shard.copies.values():
+                placement.holds = 0  # the process that used the bytes is gone with them
+                if placement.state is not State.LOST:
+                    placement.apply(Event.FAIL)
+                placement.apply(Event.RELEASE)
+                self.records.ledger.left(placement.device, placement.size_bytes)
+            shard.copies.clear()
         group.shards.clear()
+        del self.records.groups[name]
 
     # Verdicts ----------------------------------------------------------------------------------
 

@@ -1,0 +1,316 @@
+"""Room: who waits for space, who leaves for them, and what is written out on the way.
+
+Reservations are granted in order, all of a demand at once or not at all. A demand that no set of victims can meet is
+refused at once, with the holders named; nothing waits without a deadline, and the queue has a limit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from .document import DocumentId
+from .errors import DeadlineExceeded, HoldfastError, NoCapacity
+from .ledger import Hop
+from .orders import Outcome, Part, PutDocument, PutExtent, SaveShard, Seal, Urgency, Write, WriteOut
+from .geometry import extent_geometry
+from .planner import Demand, Victim
+from .residency import Event, Placement, State, Tier
+from .slots import SlotClass
+from .state import ExtentRecord, Shard
+from .store import Store
+
+WRITES_IN_FLIGHT: Final = 8  # enough to keep a drive busy; a demotion never waits behind more
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Reservation:
+    """Somebody waits for `demand()`, asked afresh at each try because the state moves on meanwhile."""
+
+    demand: Callable[[], Demand]
+    granted: Callable[[], None]
+    refused: Callable[[HoldfastError], None]
+    deadline_ns: int
+
+
+class Room:
+    """Grants reservations and carries out verdicts through the store."""
+
+    def __init__(self, store: Store, limit: int) -> None:
+        self.store = store
+        self.limit = limit
+        self._waiting: deque[Reservation] = deque()
+        self._writes: deque[tuple[ExtentRecord, Placement, Urgency]] = deque()
+        self._writing = 0
+
+    @property
+    def waiting(self) -> int:
+        """Reservations in the queue."""
+        return len(self._waiting)
+
+    @property
+    def writes_queued(self) -> int:
+        """Extents that wait for, or are on, their way to NVMe."""
+        return len(self._writes) + self._writing
+
+    # Reservations ------------------------------------------------------------------------------
+
+    def request(self, reservation: Reservation) -> None:
+        """Queue up; `pump` grants or refuses. Raises NoCapacity when the queue is full."""
+        if len(self._waiting) >= self.limit:
+            raise NoCapacity(f"{self.limit} requests wait for room already; try again later")
+        self._waiting.append(reservation)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Forget a reservation that may still be queued."""
+        if reservation in self._waiting:
+            self._waiting.remove(reservation)
+
+    def pump(self) -> None:
+        """Grant what fits, start evictions for the first that does not, write out what is queued."""
+        self._pump_writes()
+        planner = self.store.planner
+        while self._waiting:
+            head = self._waiting[0]
+            try:
+                demand = head.demand()
+            except HoldfastError as error:
+                self._waiting.popleft()
+                head.refused(error)
+                continue
+            if planner.fits(demand):
+                self._waiting.popleft()
+                head.granted()
+                continue
+            if planner.draining(demand):
+                break
+            victims = planner.make_room(demand)
+            if victims is None:
+                self._waiting.popleft()
+                head.refused(NoCapacity(self._holders(demand)))
+                continue
+            self.execute(victims, "pressure")
+            if not planner.fits(demand):
+                break
+        self._pump_writes()
+
+    def expire(self, now_ns: int) -> None:
+        """Refuse who has waited past the deadline."""
+        for reservation in [r for r in self._waiting if r.deadline_ns <= now_ns]:
+            self._waiting.remove(reservation)
+            reservation.refused(DeadlineExceeded("no room was freed before the deadline"))
+
+    def _holders(self, demand: Demand) -> str:
+        records = self.store.records
+        leases = sorted({str(lease.document) for lease in records.leases.values()})
+        pins = [str(pin.document) for pin in records.pins.all()]
+        wanted = sum(kind.slot_bytes * count for kind, count in demand.slots.items())
+        rows = f" and {max(demand.rows)} rows per rank in group {demand.group}" if demand.rows else ""
+        return (
+            f"{wanted} B of DDR{rows} are needed and cannot be freed "
+            f"(DDR {records.ddr.used_bytes} of {records.ddr.capacity_bytes} B used); "
+            f"leased: {', '.join(leases[:5]) or 'none'}; pinned: {', '.join(pins[:5]) or 'none'}"
+        )
+
+    # Verdicts ----------------------------------------------------------------------------------
+
+    def execute(self, victims: Sequence[Victim], reason: str) -> None:
+        """Let these copies go: at once where another copy stays, after a write where none does."""
+        touched: dict[int, Shard] = {}
+        for victim in victims:
+            record = self.store.records.extents[victim.extent]
+            self.store.verdict(victim, reason)
+            if victim.tier is Tier.NVME:
+                self.store.drop_nvme(record)
+            elif victim.tier is Tier.DDR:
+                self._leave_ddr(record, victim)
+            else:
+                shard = next(s for s in self.store.records.shards() if s.id == victim.shard)
+                self._leave_hbm(shard, record)
+                touched[shard.id] = shard
+        for shard in touched.values():
+            self._trim(shard)
+
+    def _leave_ddr(self, record: ExtentRecord, victim: Victim) -> None:
+        assert record.ddr is not None
+        below = record.nvme is not None and record.nvme.readable
+        if below or victim.action == "drop":
+            self.store.drop(record.ddr)
+            return
+        record.ddr.apply(Event.DRAIN)
+        self._queue_write(record, Urgency.DEMOTE)
+
+    def _leave_hbm(self, shard: Shard, record: ExtentRecord) -> None:
+        """Out of HBM; into DDR first when DDR has no copy and a free slot, so that a return is cheap."""
+        placement = shard.copies[record.extent.id]
+        placement.apply(Event.DRAIN)
+        if record.ddr is None:
+            target = self.store.take(record.extent, Tier.DDR)
+            if target is not None:
+                self._save(shard, record, placement, target)
+
+    def _save(self, shard: Shard, record: ExtentRecord, source: Placement, target: Placement) -> None:
+        record.ddr = target
+        source.holds += 1  # not `hold`: saving does not cancel the drain
+        target.holds += 1
+        assert target.slot is not None
+        part = Part(target.slot, record.extent.start, record.extent.valid_tokens)
+        started_ns = self.store.clock.monotonic_ns()
+        order = SaveShard(id=self.store.new_id(), group=shard.group, shard=shard.id, parts=(part,))
+
+        def saved(outcome: Outcome) -> None:
+            source.holds -= 1
+            if outcome.error is None:
+                self._moved(Hop(Tier.HBM, Tier.DDR), target.size_bytes, outcome, started_ns)
+                self.seal(record, target)
+            else:
+                target.holds -= 1
+                self.store.fail(target)
+            self._trim(shard)
+
+        self.store.submit(order, saved)
+
+    def seal(self, record: ExtentRecord, target: Placement) -> None:
+        """Checksum a filled DDR copy that the caller holds, then let it be read."""
+        assert target.slot is not None
+        geometry = extent_geometry(
+            self.store.records.specs[record.extent.fingerprint], record.extent.group
+        )
+        order = Seal(id=self.store.new_id(), slot=target.slot, geometry=geometry)
+
+        def sealed(outcome: Outcome) -> None:
+            target.holds -= 1
+            if outcome.error is None:
+                target.checksums = outcome.checksums
+                target.apply(Event.COMPLETE)
+                self.store.settle(target)
+            else:
+                self.store.fail(target)
+
+        self.store.submit(order, sealed)
+
+    def _trim(self, shard: Shard) -> None:
+        """Give back the shard's tail as far as it drains and nobody holds it."""
+        while shard.copies:
+            extent, placement = next(reversed(shard.copies.items()))
+            if placement.state is not State.DRAINING or placement.holds:
+                return
+            self.store.shrink_shard(shard, extent)
+
+    # Writes ------------------------------------------------------------------------------------
+
+    def write_through(self, record: ExtentRecord) -> None:
+        """Write a DDR copy to NVMe soon; it stays in DDR."""
+        if record.ddr is not None and record.nvme is None:
+            self._queue_write(record, Urgency.WRITE_THROUGH)
+
+    def _queue_write(self, record: ExtentRecord, urgency: Urgency) -> None:
+        placement = record.ddr
+        assert placement is not None
+        placement.holds += 1  # not `hold`: a write does not cancel the drain that asks for it
+        item = (record, placement, urgency)
+        if urgency is Urgency.DEMOTE:
+            self._writes.appendleft(item)
+        else:
+            self._writes.append(item)
+
+    def _pump_writes(self) -> None:
+        while self._writes and self._writing < WRITES_IN_FLIGHT:
+            record, source, urgency = self._writes[0]
+            if record.nvme is not None or not record.documents:
+                self._writes.popleft()
+                self._written(record, source)
+                continue
+            target = self.store.take(record.extent, Tier.NVME)
+            if target is None:
+                kind = SlotClass("", record.extent.slot_bytes)
+                victims = self.store.planner.make_nvme_room(kind)
+                if victims is None:
+                    self._writes.popleft()
+                    self._write_failed(record, source, "NVMe is full of leased or pinned extents")
+                    continue
+                self.execute(victims, "pressure")
+                return  # slots are free when the catalog says so
+            self._writes.popleft()
+            record.nvme = target
+            self._write(record, source, target, urgency)
+
+    def _write(self, record: ExtentRecord, source: Placement, target: Placement, urgency: Urgency) -> None:
+        assert source.slot is not None
+        assert target.slot is not None
+        self._writing += 1
+        target.holds += 1
+        started_ns = self.store.clock.monotonic_ns()
+        order = WriteOut(
+            id=self.store.new_id(),
+            source=source.slot,
+            target=target.slot,
+            size_bytes=target.size_bytes,
+            urgency=urgency,
+        )
+
+        def written(outcome: Outcome) -> None:
+            if outcome.error is not None:
+                failed(outcome)
+                return
+            self._moved(Hop(Tier.DDR, Tier.NVME), target.size_bytes, outcome, started_ns)
+            target.checksums = source.checksums
+            assert target.slot is not None
+            put = PutExtent(record.extent, source.checksums, target.slot)
+            self.store.submit(Write(id=self.store.new_id(), records=(put,)), committed)
+
+        def committed(outcome: Outcome) -> None:
+            if outcome.error is not None:
+                failed(outcome)
+                return
+            self._writing -= 1
+            target.holds -= 1
+            record.cataloged = True
+            target.apply(Event.COMPLETE)
+            self._note_durable(record)
+            self._written(record, source)
+            self.store.settle(target)
+
+        def failed(outcome: Outcome) -> None:
+            self._writing -= 1
+            target.holds -= 1
+            self.store.records.ledger.counts["write_failures"] += 1
+            self.store.fail(target)
+            self._write_failed(record, source, str(outcome.error))
+
+        self.store.submit(order, written)
+
+    def _written(self, record: ExtentRecord, source: Placement) -> None:
+        self.store.unhold(source)
+        self.store.reap(record)
+
+    def _write_failed(self, record: ExtentRecord, source: Placement, reason: str) -> None:
+        """The extent stays memory-only; one that had to leave DDR leaves all the same, as a verdict."""
+        if source.state is State.DRAINING and record.documents:
+            victim = self.store.planner.last_copy(record, source)
+            self.store.verdict(victim, f"not written out: {reason}")
+        self._written(record, source)
+
+    def _note_durable(self, record: ExtentRecord) -> None:
+        for owner in self.store.document_of(record):
+            owner.volatile.discard(record.extent.id)
+            self.make_durable(owner.document.id)
+
+    def make_durable(self, document: DocumentId) -> None:
+        """Put the document into the catalog once all of its extents are there."""
+        owner = self.store.records.documents.get(document)
+        if owner is None or owner.volatile or owner.durable:
+            return
+        write = Write(id=self.store.new_id(), records=(PutDocument(owner.document),))
+
+        def committed(outcome: Outcome) -> None:
+            owner.durable = outcome.error is None
+
+        self.store.submit(write, committed)
+
+    def _moved(self, hop: Hop, size_bytes: int, outcome: Outcome, started_ns: int) -> None:
+        now_ns = self.store.clock.monotonic_ns()
+        self.store.records.ledger.moved(hop, size_bytes, outcome.busy_ns, started_ns, now_ns)
+        self.store.planner.learn(hop, size_bytes, outcome.busy_ns)
