@@ -70,9 +70,7 @@ def _leaf_first(residents: Iterable[Candidate], policy: Policy, now_ns: int) -> 
             heapq.heappush(leaves, (policy.score(parent, now_ns), parent.id))
 
 
-def _spare(
-    chosen: Sequence[Candidate], satisfied: Callable[[Sequence[Candidate]], bool]
-) -> tuple[Candidate, ...]:
+def _spare(chosen: Sequence[Candidate], satisfied: Callable[[Sequence[Candidate]], bool]) -> tuple[Candidate, ...]:
     """Let go of victims that are not needed, in reverse order of choice.
 
     A spared extent must not lose what is in front of it, so its predecessor must not be a victim.
