@@ -147,7 +147,8 @@ class Decoder:
     ) -> Tensor:
         config = self.config
         tokens = states.shape[0]
-        joined = functional.linear(states, *layer.query_key_value).view(tokens, -1, config.head_dim)
+        total = config.heads + 2 * config.kv_heads
+        joined = functional.linear(states, *layer.query_key_value).view(tokens, total, config.head_dim)
         heads = joined.transpose(0, 1)
         query, rest = heads[: config.heads], heads[config.heads :]
         key, value = rest[: config.kv_heads], rest[config.kv_heads :]

@@ -1,0 +1,66 @@
+from math import inf
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from holdfast.ring_attention.merge import Partial, identity, merge, merge_into
+
+
+def partial(seed, tokens=5):
+    """A random partial in which some rows saw no key."""
+    generator = torch.Generator().manual_seed(seed)
+    lse = torch.randn(2, tokens, generator=generator) * 20
+    out = torch.randn(2, tokens, 3, generator=generator)
+    unseen = torch.rand(2, tokens, generator=generator) < 0.3
+    return Partial(out.masked_fill(unseen[..., None], 0.0), lse.masked_fill(unseen, -inf))
+
+
+def check_same(one, other):
+    torch.testing.assert_close(one.out, other.out, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.lse, other.lse, atol=1e-5, rtol=1e-6)
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=6), st.randoms())
+@settings(deadline=None, max_examples=50)
+def test_any_order_and_any_grouping_give_the_same_result(seeds, random):
+    """Merging is associative and commutative."""
+    parts = [partial(seed) for seed in seeds]
+    whole = merge(parts)
+    shuffled = parts.copy()
+    random.shuffle(shuffled)
+    cut = random.randrange(len(parts)) + 1
+    grouped = [merge(shuffled[:cut]), *([merge(shuffled[cut:])] if shuffled[cut:] else [])]
+    check_same(merge(grouped), whole)
+    assert whole.out.isfinite().all()
+
+
+def test_identity_changes_no_bit():
+    """(0, -inf) is the identity, also against itself."""
+    nothing = identity(2, 5, 3, torch.device("cpu"))
+    part = partial(3)
+    for merged in (merge([part, nothing]), merge([nothing, part])):
+        assert torch.equal(merged.out, part.out)
+        assert torch.equal(merged.lse, part.lse)
+    empty = merge([nothing, nothing])
+    assert torch.equal(empty.out, nothing.out)
+    assert torch.equal(empty.lse, nothing.lse)
+
+
+def test_far_apart_sums_do_not_overflow():
+    """A part with an lse hundreds above the other wins without inf or NaN."""
+    low = Partial(torch.ones(1, 1, 1), torch.full((1, 1), -800.0))
+    high = Partial(torch.full((1, 1, 1), 2.0), torch.full((1, 1), 800.0))
+    merged = merge([low, high])
+    assert merged.out.item() == 2.0
+    assert merged.lse.item() == 800.0
+
+
+def test_merging_in_place_touches_only_its_queries():
+    """merge_into leaves the other rows as they were."""
+    total, part = partial(1, 5), partial(2, 2)
+    expected = merge([Partial(total.out[:, 2:4], total.lse[:, 2:4]), part])
+    before = total.out.clone()
+    merge_into(total, part, 2)
+    check_same(Partial(total.out[:, 2:4], total.lse[:, 2:4]), expected)
+    assert torch.equal(total.out[:, [0, 1, 4]], before[:, [0, 1, 4]])
