@@ -62,25 +62,31 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
         raise InvalidSpec(f"unsupported dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    try:
-        heads = int(raw["num_attention_heads"])
-        hidden_size = int(raw["hidden_size"])
-        return ModelConfig(
-            architecture=architecture,
-            vocabulary_size=int(raw["vocab_size"]),
-            hidden_size=hidden_size,
-            intermediate_size=int(raw["intermediate_size"]),
-            layers=int(raw["num_hidden_layers"]),
-            heads=heads,
-            kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden_size // heads),
-            norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=_parse_rope(raw),
-            tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            dtype=dtype,
-        )
-    except KeyError as error:
-        raise InvalidSpec(f"config.json lacks {error.args[0]!r}") from error
+    heads, hidden_size = _integer(raw, "num_attention_heads"), _integer(raw, "hidden_size")
+    config = ModelConfig(
+        architecture=architecture,
+        vocabulary_size=_integer(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_integer(raw, "intermediate_size"),
+        layers=_integer(raw, "num_hidden_layers"),
+        heads=heads,
+        kv_heads=int(raw.get("num_key_value_heads") or heads),
+        head_dim=int(raw.get("head_dim") or hidden_size // heads),
+        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope=_parse_rope(raw),
+        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        dtype=dtype,
+    )
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise InvalidSpec(f"{heads} heads do not group over {config.kv_heads} kv heads of an even head_dim")
+    return config
+
+
+def _integer(raw: Mapping[str, Any], name: str) -> int:
+    value = raw.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise InvalidSpec(f"config.json needs a positive integer {name!r}, not {value!r}")
+    return value
 
 
 def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
@@ -113,6 +119,12 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
     if kind == "default":
         return RopeConfig(theta=theta)
+    needed = ["factor"]
+    if kind == "llama3":
+        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
+    missing = [name for name in needed if not isinstance(fields.get(name), int | float)]
+    if missing:
+        raise InvalidSpec(f"rope type {kind!r} needs {', '.join(missing)}")
     if kind == "linear":
         return RopeConfig(theta=theta, kind=kind, factor=float(fields["factor"]))
     return RopeConfig(

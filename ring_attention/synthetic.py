@@ -35,11 +35,11 @@ DEMO: Final = ModelConfig(
 class Scales:
     """Standard deviation of what a matrix adds, for unit-variance input."""
 
-    scores: float = 1.0
-    attention: float = 4.0
-    mlp: float = 0.5
+    scores: float = 3.0
+    attention: float = 0.7
+    mlp: float = 1.0
     embedding: float = 1.0
-    logits: float = 3.0
+    logits: float = 1.0
 
 
 def write_checkpoint(directory: Path, config: ModelConfig = DEMO, seed: int = 0, scales: Scales | None = None) -> None:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.layout import Layout, Span, copies, extent_holding, shard_holding
 from holdfast.kvstore.spec import sized
@@ -18,9 +17,7 @@ from holdfast.ring_attention.segment import KVSegment
 from holdfast.ring_attention.shard import KVShard
 from holdfast.ring_attention.synthetic import Scales, random_tensors
 
-TINY = ModelConfig(
-    vocabulary_size=64, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16
-)
+TINY = ModelConfig(vocabulary_size=64, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16)
 
 
 def tiny_model(seed=0, config=TINY):

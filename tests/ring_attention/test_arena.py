@@ -3,15 +3,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from ring_helpers import extents_for, loaded, saved, tiny_model
-
 from holdfast.kvstore.errors import InvalidSpec
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.layout import Span, copies, scheme, shard_holding
 from holdfast.kvstore.spec import GroupKind
 from holdfast.ring_attention.arena import HBMArena
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ring_helpers import extents_for, loaded, saved, tiny_model
 
 MODEL = tiny_model()
 

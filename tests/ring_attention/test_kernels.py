@@ -2,7 +2,6 @@ from math import inf
 
 import pytest
 import torch
-
 from holdfast.kvstore.errors import ConfigError
 from holdfast.ring_attention.kernels import Mask, attend
 

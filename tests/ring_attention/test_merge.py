@@ -1,10 +1,9 @@
 from math import inf
 
 import torch
+from holdfast.ring_attention.merge import Partial, identity, merge, merge_into
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from holdfast.ring_attention.merge import Partial, identity, merge, merge_into
 
 
 def partial(seed, tokens=5):

@@ -1,12 +1,11 @@
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from ring_helpers import dense, segments_of, spans_in, take
-
 from holdfast.kvstore.layout import Layout, Run, contiguous, striped, zigzag
 from holdfast.ring_attention.decode import decode
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.pass_kv import pass_kv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ring_helpers import dense, segments_of, spans_in, take
 
 
 @st.composite

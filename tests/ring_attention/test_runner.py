@@ -1,7 +1,6 @@
 import pytest
 import torch
-from ring_helpers import answers, loaded, prefilled, saved, tiny_model, tokens_of
-
+from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.errors import (
     GroupFailed,
     InvalidRequest,
@@ -14,6 +13,7 @@ from holdfast.ring_attention.arena import HBMArena
 from holdfast.ring_attention.local import local_group, run_ranks
 from holdfast.ring_attention.runner import ContextParallelRunner, prefill_layout
 from holdfast.ring_attention.shard import KVShard
+from ring_helpers import answers, loaded, prefilled, saved, tiny_model, tokens_of
 
 MODEL = tiny_model()
 DOCUMENT = tokens_of(301)
@@ -119,8 +119,6 @@ def test_prefill_layout_gives_each_rank_an_even_share():
 
 def test_layers_are_waited_for_once_and_the_wait_is_counted():
     """wait_layer is called per layer, in order, before the layer is read; a manual clock sees the time."""
-    from holdfast.kvstore.clock import ManualClock
-
     arenas, layout = prefilled(MODEL, DOCUMENT, 1)
     late = arenas[0].key.clone()
     arenas[0].key.zero_()

@@ -1,0 +1,183 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from holdfast.kvstore.errors import InvalidSpec
+from holdfast.ring_attention.checkpoint import digest_of, load_model, read_config, spec_of
+from holdfast.ring_attention.config import parse_config
+from holdfast.ring_attention.rope import frequencies
+from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
+from ring_helpers import answers, prefilled, tokens_of
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+MODELS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
+    "llama-bias": (LlamaForCausalLM, LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
+    "llama-tied": (LlamaForCausalLM, LlamaConfig(**SHAPE, tie_word_embeddings=True)),
+    "llama-rope3": (LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters=LLAMA3, max_position_embeddings=256)),
+    "llama-linear": (LlamaForCausalLM, LlamaConfig(**SHAPE, rope_parameters=LINEAR, head_dim=24)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SHAPE)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SHAPE, head_dim=32)),
+}
+TOKENS = tokens_of(150, vocabulary=96)
+
+
+def randomised(kind):
+    """A model whose biases and norms are not the zeros and ones they start as."""
+    make, config = MODELS[kind]
+    torch.manual_seed(0)
+    model = make(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_logits_equal_transformers(kind, tmp_path):
+    """Dense logits, and an answer over two shards, within 1e-4 of the library's own forward pass."""
+    theirs = randomised(kind)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([TOKENS])).logits[0]
+    assert (ours.dense_logits(TOKENS, len(TOKENS)) - expected).abs().max() < 1e-4
+
+    arenas, layout = prefilled(ours, TOKENS, 2)
+    question = TOKENS[:5]
+    answer = answers(ours, arenas, layout, question, 4)[0]
+    with torch.inference_mode():
+        after = theirs(torch.tensor([[*TOKENS, *question, *answer.tokens[:-1]]])).logits[0, -4:]
+    assert (answer.logits - after).abs().max() < 1e-4
+
+
+def test_a_sharded_checkpoint_is_the_same_model(tmp_path):
+    """Several weight files behind an index read as one; the digest covers each of them."""
+    theirs = randomised("llama")
+    theirs.save_pretrained(tmp_path / "whole")
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="60KB")
+    parts = sorted((tmp_path / "parts").glob("model-*.safetensors"))
+    assert len(parts) > 1
+    whole, sharded = load_model(tmp_path / "whole"), load_model(tmp_path / "parts")
+    assert torch.equal(whole.dense_logits(TOKENS, 3), sharded.dense_logits(TOKENS, 3))
+
+    before = digest_of(tmp_path / "parts")
+    content = bytearray(parts[-1].read_bytes())
+    content[-1] ^= 1
+    parts[-1].write_bytes(content)
+    assert digest_of(tmp_path / "parts") != before
+    parts[-1].unlink()
+    with pytest.raises(InvalidSpec, match=parts[-1].name):
+        load_model(tmp_path / "parts")
+
+
+def test_the_spec_names_the_model(tmp_path):
+    """Shape, dtype and digest of the checkpoint; other weights or another adapter are another spec."""
+    randomised("qwen3").save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    group = model.spec.groups[0]
+    assert (group.layers, group.kv_heads, group.key_dim, group.value_dim) == ((0, 1), 2, 32, 32)
+    assert model.spec.model == digest_of(tmp_path)
+    assert model.spec.dtype == "float32"
+    config = read_config(tmp_path)
+    prints = {spec_of(config, *names).fingerprint() for names in [("a",), ("b",), ("a", "lora")]}
+    assert len(prints) == 3
+
+
+def test_configs_of_older_transformers_are_read():
+    """rope_theta and rope_scaling at the top, torch_dtype, `type` for `rope_type`."""
+    raw = json.loads(MODELS["llama"][1].to_json_string(use_diff=False))
+    del raw["rope_parameters"]
+    raw |= {"architectures": ["LlamaForCausalLM"], "dtype": None, "torch_dtype": "bfloat16", "rope_theta": 5000.0}
+    raw["rope_scaling"] = {"type": "linear", "factor": 4.0}
+    config = parse_config(raw)
+    assert config.dtype == "bfloat16"
+    assert (config.rope.theta, config.rope.kind, config.rope.factor) == (5000.0, "linear", 4.0)
+    assert frequencies(config.rope, 16)[0] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": None}, "none"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "sliding_window 4096"),
+        ({"use_sliding_window": True, "sliding_window": 128}, "sliding_window 128"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"dtype": "float64"}, "float64"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "3 kv heads"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_supported_is_named(change, named):
+    """An InvalidSpec says which part of config.json is the trouble."""
+    raw = json.loads(MODELS["llama"][1].to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]}
+    with pytest.raises(InvalidSpec, match=named):
+        parse_config(raw | change)
+
+
+def test_missing_files_and_unknown_tensors_are_named(tmp_path):
+    """No config, no weights, not JSON, a tensor too many."""
+    with pytest.raises(InvalidSpec, match="does not exist"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InvalidSpec, match="not JSON"):
+        load_model(tmp_path)
+    model = randomised("qwen3")
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(InvalidSpec, match="k_norm"):
+        load_model(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(InvalidSpec, match=r"model\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_a_synthetic_checkpoint_is_a_hugging_face_checkpoint(tmp_path):
+    """What we write, transformers reads to the same logits; equal seeds give equal bytes."""
+    small = replace(DEMO, hidden_size=64, intermediate_size=96, layers=2)
+    write_checkpoint(tmp_path / "a", small, seed=3)
+    write_checkpoint(tmp_path / "b", small, seed=3)
+    write_checkpoint(tmp_path / "c", small, seed=4)
+    assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b") != digest_of(tmp_path / "c")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([TOKENS])).logits[0]
+    assert (load_model(tmp_path / "a").dense_logits(TOKENS, 150) - expected).abs().max() < 1e-4
