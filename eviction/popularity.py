@@ -38,7 +38,7 @@ class Popularity:
     """
 
     name: str = "popularity"
-    horizon_ns: int = 60 * NS_PER_SECOND
+    horizon_ns: int = 5 * NS_PER_SECOND
     prior_uses: float = 0.1
     prior_ns: int = 60 * NS_PER_SECOND
 

@@ -221,7 +221,7 @@ class EvictionConfig:
     """Who leaves. The daemon knows which policies there are; ghosts are remembered accesses."""
 
     policy: Annotated[str, Text()] = "popularity"
-    half_life_seconds: Annotated[float, Seconds(1, 31_536_000)] = 600.0
+    half_life_seconds: Annotated[float, Seconds(1, 31_536_000)] = 90.0
     ghost_entries: Annotated[int, Whole(1, 100_000_000)] = 65_536
 
 
