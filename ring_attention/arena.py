@@ -5,8 +5,9 @@ Shapes: L layers, Hkv kv heads of this rank, R rows, D key dim, Dv value dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Final, TypeVar
 
 import numpy as np
 import torch
@@ -60,50 +61,49 @@ class HBMArena:
         self.value[layer, :, row_start:stop] = value
 
     def load(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
-        """Fill arena rows (the copies' target) from extents (their source), layers [start, stop)."""
+        """Fill arena rows (the copies' target) from extents (their source), for layers [start, stop)."""
+        sources = {copy.source for copy in copies}
         for layer in range(layer_start, layer_stop):
-            moves = [
-                (self._rows(part, layer, copy.target_head, copy.target_row, copy), source)
-                for part, copy, source in self._extent_rows(copies, buffers, layer, "source")
-            ]
+            moves = []
+            for part in range(self._extent.parts):
+                planes = {buffer: self._plane(buffers[buffer], layer, part) for buffer in sources}
+                for copy in copies:
+                    rows = _block(self._parts[part][layer], copy.target_head, copy.target_row, copy)
+                    source = _block(planes[copy.source], copy.source_head, copy.source_row, copy)
+                    moves.append((rows, source))
             if self.device.type == "cuda":
                 _load_staged(moves)
             else:
-                for target, source in moves:
-                    np.copyto(target.numpy(), source)
+                for rows, source in moves:
+                    np.copyto(rows.numpy(), source)
 
     def save(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
-        """Fill writable extents (the copies' target) from arena rows, layers [start, stop)."""
+        """Fill extents (the copies' target, writable) from arena rows (their source), for layers [start, stop)."""
+        targets = {copy.target for copy in copies}
         for layer in range(layer_start, layer_stop):
-            for part, copy, target in self._extent_rows(copies, buffers, layer, "target"):
-                rows = self._rows(part, layer, copy.source_head, copy.source_row, copy)
-                np.copyto(target, rows.cpu().numpy())
+            for part in range(self._extent.parts):
+                # On CUDA the plane comes over in one copy, then rows are picked on the host.
+                plane = self._parts[part][layer].cpu()
+                planes = {buffer: self._plane(buffers[buffer], layer, part) for buffer in targets}
+                for copy in copies:
+                    rows = _block(plane, copy.source_head, copy.source_row, copy)
+                    target = _block(planes[copy.target], copy.target_head, copy.target_row, copy)
+                    np.copyto(target, rows.numpy())
 
-    def _rows(self, part: int, layer: int, head: int, row: int, copy: Copy) -> Tensor:
-        """Byte view [heads, rows, row bytes] of the arena's side of a copy."""
-        return self._parts[part][layer, head : head + copy.head_count, row : row + copy.row_count]
-
-    def _extent_rows(
-        self, copies: Sequence[Copy], buffers: Buffers, layer: int, side: str
-    ) -> Iterator[tuple[int, Copy, Bytes]]:
-        """(part, copy, byte view [heads, rows, row bytes]) of the extents' side of the copies."""
+    def _plane(self, buffer: memoryview | Bytes, layer: int, part: int) -> Bytes:
+        """Byte view [heads, rows, row bytes] of a plane of an extent."""
         extent = self._extent
-        for part in range(extent.parts):
-            size = extent.row_bytes(part)
-            for copy in copies:
-                source = side == "source"
-                buffer, head, row = (
-                    (copy.source, copy.source_head, copy.source_row)
-                    if source
-                    else (copy.target, copy.target_head, copy.target_row)
-                )
-                plane = np.frombuffer(
-                    buffers[buffer],
-                    np.uint8,
-                    count=extent.heads * extent.rows * size,
-                    offset=extent.plane_offset(layer, part),
-                ).reshape(extent.heads, extent.rows, size)
-                yield part, copy, plane[head : head + copy.head_count, row : row + copy.row_count]
+        shape = (extent.heads, extent.rows, extent.row_bytes(part))
+        offset = extent.plane_offset(layer, part)
+        return np.frombuffer(buffer, np.uint8, count=prod(shape), offset=offset).reshape(shape)
+
+
+Plane = TypeVar("Plane", Tensor, Bytes)
+
+
+def _block(plane: Plane, head: int, row: int, copy: Copy) -> Plane:
+    """The heads and rows of one side of a copy, as a view."""
+    return plane[head : head + copy.head_count, row : row + copy.row_count]
 
 
 def _load_staged(moves: Sequence[tuple[Tensor, Bytes]]) -> None:

@@ -49,6 +49,7 @@ def prefill_layout(token_count: int, cp: int, chunk_tokens: int = CHUNK_TOKENS, 
     The first tokens keep the layout `cached`. Raises LayoutError when that is longer than the
     document.
     """
+    assert chunk_tokens >= 1, chunk_tokens
     layout = cached or Layout((), cp)
     if layout.token_count > token_count or layout.cp != cp:
         raise LayoutError(
@@ -127,10 +128,8 @@ class ContextParallelRunner:
         if not question or max_new_tokens < 1:
             raise InvalidRequest("an answer needs a question of at least one token and room for one new token")
         ranks = self.communicator.size
-        # Zigzag gives a rank at most two more tokens than an even share per chunk, decode at most
-        # one.
-        slack = 2 * (len(question) // chunk_tokens + 1) + 1
-        rows = len(question) // ranks + max_new_tokens // ranks + slack
+        mine = prefill_layout(len(question), ranks, chunk_tokens).length(self.communicator.rank)
+        rows = mine + max_new_tokens // ranks + 1
         tail = KVShard(arena=self._arena(rows), layout=Layout((), ranks), first_token=shard.end_token)
         with self._in_step():
             started = self._clock.monotonic_ns()
