@@ -42,8 +42,9 @@ class DistributedCommunicator:
     """See Communicator. One per process: it owns torch's default process group until closed."""
 
     def __init__(self, rank: int, size: int, init_method: str, device: torch.device, deadline_s: float = 60.0) -> None:
-        """Join the group; blocks until all ranks have. `init_method` is torch's, as file:///path.
+        """Join the group; blocks until all ranks have.
 
+        `init_method` is torch's: file:///path (a new path for every group; all ranks on this machine) or tcp://h:p.
         Raises GroupFailed when the others do not come before the deadline.
         """
         if not dist.is_available():

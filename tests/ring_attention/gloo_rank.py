@@ -27,6 +27,12 @@ if scenario == "contract":
         check(communicator)
         say(check.__name__)
     communicator.close()
+    again = DistributedCommunicator(
+        int(rank), int(size), f"{init_method}-again", torch.device("cpu"), float(deadline_s)
+    )
+    again.barrier()
+    again.close()
+    say("joined-again")
     sys.exit(0)
 
 communicator.barrier()

@@ -1,9 +1,12 @@
 """What every communicator does: scenarios that each rank runs, over threads and over processes alike."""
 
 import torch
-from holdfast.kvstore.layout import contiguous, zigzag
+from holdfast.kvstore.layout import Layout, contiguous, zigzag
+from holdfast.ring_attention.arena import HBMArena
 from holdfast.ring_attention.pass_kv import pass_kv
-from ring_helpers import dense, segments_of, take
+from holdfast.ring_attention.runner import ContextParallelRunner
+from holdfast.ring_attention.shard import KVShard
+from ring_helpers import dense, segments_of, take, tiny_model, tokens_of
 
 
 def shift_moves_messages_one_rank_on(communicator):
@@ -62,6 +65,18 @@ def ring_attention_is_exact(communicator):
     assert (out - dense(mine, take(spans), key, value)).abs().max() < 5e-6
 
 
+def an_answer_equals_the_dense_model(communicator):
+    """Prefill, question and decode over this communicator, against one dense forward pass."""
+    model, document, question = tiny_model(), tokens_of(131), tokens_of(9, seed=1)
+    arena = HBMArena(model.spec, 131)
+    runner = ContextParallelRunner(model, communicator)
+    layout = runner.prefill(KVShard(arena=arena, layout=Layout((), communicator.size)), document, 50)
+    answer = runner.answer(KVShard(arena=arena, layout=layout), question, 6)
+    expected = model.dense_logits([*document, *question, *answer.tokens[:-1]], 6)
+    assert (answer.logits - expected).abs().max() < 1e-4
+    assert expected.argmax(-1).tolist() == answer.tokens
+
+
 SCENARIOS = (
     shift_moves_messages_one_rank_on,
     messages_have_their_own_lengths,
@@ -69,4 +84,5 @@ SCENARIOS = (
     broadcast_overwrites,
     barrier_lets_everyone_through,
     ring_attention_is_exact,
+    an_answer_equals_the_dense_model,
 )

@@ -56,9 +56,10 @@ class Ranks:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_gloo_processes_keep_the_contract(size, tmp_path):
-    """The shared contract, over real processes."""
+    """The shared contract, over real processes, which can then leave and form a new group."""
+    names = [check.__name__ for check in SCENARIOS]
     with Ranks("contract", size, tmp_path) as ranks:
-        assert ranks.outputs(range(size)) == [[check.__name__ for check in SCENARIOS]] * size
+        assert ranks.outputs(range(size)) == [[*names, "joined-again"]] * size
 
 
 @pytest.mark.parametrize("scenario", ["dies", "raises"])

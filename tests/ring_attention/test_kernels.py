@@ -48,6 +48,17 @@ def test_empty_operands_see_nothing(name, tokens, rows):
     assert (part.lse == -inf).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("mask", Mask)
+def test_the_cuda_operators_take_what_we_give_them(dtype, mask):
+    """Without a GPU only shapes can be checked: the operators' signatures, on the meta device."""
+    query, key, value = (part.to("meta") for part in inputs(8, 2, 64, 64, 45, 45, dtype))
+    part = attend(query, key, value, mask, "cuda_aten")
+    assert part.out.shape == (8, 45, 64)
+    assert part.lse.shape == (8, 45)
+    assert part.out.dtype == part.lse.dtype == torch.float32
+
+
 def test_strided_views_are_read_as_they_are():
     """A segment of an arena is a strided view; the kernel reads it without a copy being asked."""
     arena = torch.randn(2, 100, 16)
