@@ -1,0 +1,249 @@
+"""Segments: the NVMe tier, as few preallocated files of aligned slots.
+
+I/O is direct (O_DIRECT) where the file system and the alignment of offset, length and buffer allow, else buffered.
+What a slot holds is the caller's affair; so is verifying it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+
+from .errors import StorageFailed
+from .slots import Slot
+
+DIRECT_ALIGN_BYTES: Final = 4096
+SEGMENT_NAME: Final = re.compile(r"segment-(\d+)")
+PROBE_NAME: Final = "direct-probe"
+REFUSES_DIRECT: Final = (errno.EINVAL, errno.ENOTSUP)
+
+
+class Io(Protocol):
+    """The system calls below the tier: the seam where tests inject faults. All raise OSError."""
+
+    def pread(self, descriptor: int, into: memoryview, offset: int) -> int: ...
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int: ...
+
+    def fdatasync(self, descriptor: int) -> None: ...
+
+    def fallocate(self, descriptor: int, size_bytes: int) -> None: ...
+
+    def fsync(self, descriptor: int) -> None: ...
+
+
+class SystemIo:
+    """The real ones."""
+
+    def pread(self, descriptor: int, into: memoryview, offset: int) -> int:
+        return os.preadv(descriptor, [into], offset)
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        return os.pwrite(descriptor, data, offset)
+
+    def fdatasync(self, descriptor: int) -> None:
+        os.fdatasync(descriptor)
+
+    def fallocate(self, descriptor: int, size_bytes: int) -> None:
+        os.posix_fallocate(descriptor, 0, size_bytes)
+
+    def fsync(self, descriptor: int) -> None:
+        os.fsync(descriptor)
+
+
+class _Segment:
+    """One file, opened twice where direct I/O works: the page cache and direct I/O are coherent on Linux."""
+
+    def __init__(self, path: Path, flags: int, direct_flags: int) -> None:
+        self.buffered = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
+        try:
+            wanted = os.O_RDWR | os.O_CLOEXEC | direct_flags
+            self.direct = os.open(path, wanted) if direct_flags else None
+        except OSError:
+            os.close(self.buffered)
+            raise
+
+    def descriptor(self, buffer: memoryview, offset: int) -> int:
+        """The direct descriptor if everything is aligned."""
+        if self.direct is None or offset % DIRECT_ALIGN_BYTES or len(buffer) % DIRECT_ALIGN_BYTES:
+            return self.buffered
+        return self.buffered if _address(buffer) % DIRECT_ALIGN_BYTES else self.direct
+
+    def close(self) -> None:
+        os.close(self.buffered)
+        if self.direct is not None:
+            os.close(self.direct)
+
+
+class Segments:
+    """Files `segment-<n>` of `segment_bytes` in `directory`, made on demand and kept. Any thread may call."""
+
+    def __init__(self, directory: Path, segment_bytes: int, io: Io | None = None) -> None:
+        """Raises StorageFailed when the directory cannot be used."""
+        self.directory = directory
+        self.segment_bytes = segment_bytes
+        self._io = io or SystemIo()
+        self._lock = threading.Lock()
+        self._making = threading.Lock()  # allocating may take long; reading other segments must not wait for it
+        self._made: set[int] = set()
+        self._segments: dict[int, _Segment] = {}
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._direct_flags = _direct_flags(directory)
+        except OSError as error:
+            raise _failed(directory, "cannot be used", error) from error
+
+    @property
+    def direct(self) -> bool:
+        """Whether the file system takes direct I/O."""
+        return self._direct_flags != 0
+
+    def write(self, slot: Slot, data: memoryview) -> None:
+        """Fill the slot's front with `data` and sync it. Raises StorageFailed; then the slot's content is unknown."""
+        assert len(data) <= slot.size_bytes, "more bytes than the slot has"
+        self._inside(slot)
+        path = self._path(slot.slab)
+        try:
+            segment = self._created(slot.slab)
+            done = 0
+            while done < len(data):
+                rest, offset = data[done:], slot.offset + done
+                done += self._io.pwrite(segment.descriptor(rest, offset), rest, offset)
+            self._io.fdatasync(segment.buffered)
+        except OSError as error:
+            raise _failed(path, f"writing {len(data)} B at {slot.offset}", error) from error
+
+    def read(self, slot: Slot, offset: int, into: memoryview) -> None:
+        """Fill `into` from `offset` bytes into the slot. Raises StorageFailed, also where the file ends too early."""
+        assert 0 <= offset <= offset + len(into) <= slot.size_bytes, "reading past the slot"
+        self._inside(slot)
+        path, first = self._path(slot.slab), slot.offset + offset
+        try:
+            segment = self._opened(slot.slab)
+            done = 0
+            while done < len(into):
+                rest, at = into[done:], first + done
+                count = self._io.pread(segment.descriptor(rest, at), rest, at)
+                if count == 0:
+                    raise StorageFailed(f"{path}: reading {len(into)} B at {first}: short read, the file ends at {at}")
+                done += count
+        except OSError as error:
+            raise _failed(path, f"reading {len(into)} B at {first}", error) from error
+
+    def prune(self, keep: set[int]) -> list[int]:
+        """Remove the files of all segments but these; returns their numbers. Raises StorageFailed."""
+        removed = []
+        try:
+            for path in sorted(self.directory.iterdir()):
+                matched = SEGMENT_NAME.fullmatch(path.name)
+                if matched and int(matched[1]) not in keep:
+                    number = int(matched[1])
+                    with self._lock:
+                        segment = self._segments.pop(number, None)
+                        self._made.discard(number)
+                    if segment is not None:
+                        segment.close()
+                    path.unlink()
+                    removed.append(number)
+        except OSError as error:
+            raise _failed(self.directory, "removing unused segments", error) from error
+        return removed
+
+    def close(self) -> None:
+        """Close the files; the caller sees to it that nobody reads or writes."""
+        with self._lock:
+            for segment in self._segments.values():
+                segment.close()
+            self._segments.clear()
+            self._made.clear()
+
+    def _inside(self, slot: Slot) -> None:
+        assert 0 <= slot.offset <= slot.offset + slot.size_bytes <= self.segment_bytes, slot
+
+    def _path(self, number: int) -> Path:
+        return self.directory / f"segment-{number}"
+
+    def _opened(self, number: int) -> _Segment:
+        """An existing segment: reading must not create one."""
+        with self._lock:
+            found = self._segments.get(number)
+            if found is None:
+                found = self._segments[number] = _Segment(self._path(number), 0, self._direct_flags)
+            return found
+
+    def _created(self, number: int) -> _Segment:
+        """The segment at its full size, its directory entry synced: what is written there may be called durable."""
+        with self._making:
+            if number in self._made:
+                return self._opened(number)
+            path = self._path(number)
+            is_new = not path.exists()
+            try:
+                segment = _Segment(path, os.O_CREAT, self._direct_flags)
+                try:
+                    self._io.fallocate(segment.buffered, self.segment_bytes)  # no cost where it is done already
+                    self._io.fsync(segment.buffered)
+                    self._sync_directory()
+                except OSError:
+                    segment.close()
+                    raise
+            except OSError:
+                if is_new:  # gives back what was allocated before the device was full
+                    path.unlink(missing_ok=True)
+                raise
+            with self._lock:
+                known = self._segments.setdefault(number, segment)
+            if known is not segment:  # it was open for reading
+                segment.close()
+            self._made.add(number)
+            return known
+
+    def _sync_directory(self) -> None:
+        descriptor = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._io.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _direct_flags(directory: Path) -> int:
+    """O_DIRECT if a direct read works in this directory, else 0. Takes no blocks, so it works on a full device."""
+    path = directory / PROBE_NAME
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        path.unlink(missing_ok=True)  # the kernel may create the file before it refuses the flag
+        if error.errno in REFUSES_DIRECT:
+            return 0
+        raise
+    try:
+        os.ftruncate(descriptor, DIRECT_ALIGN_BYTES)
+        with mmap.mmap(-1, DIRECT_ALIGN_BYTES) as buffer:
+            return os.O_DIRECT if os.preadv(descriptor, [buffer], 0) == DIRECT_ALIGN_BYTES else 0
+    except OSError as error:
+        if error.errno in REFUSES_DIRECT:
+            return 0
+        raise
+    finally:
+        os.close(descriptor)
+        path.unlink()
+
+
+def _address(buffer: memoryview) -> int:
+    """Where the buffer begins in memory."""
+    return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
+
+
+def _failed(path: Path, what: str, error: OSError) -> StorageFailed:
+    name = errno.errorcode.get(error.errno or 0, "no errno")
+    return StorageFailed(f"{path}: {what}: {name} ({error.strerror or error})")

@@ -1,0 +1,227 @@
+"""The arena, with real processes on the other end of a real socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+from holdfast.kvstore.arena import Arena, arena_directory
+from holdfast.kvstore.errors import StorageFailed
+from holdfast.kvstore.slots import Slot
+
+SLAB_BYTES = 16 * 4096
+
+# Maps the descriptor it is sent, answers with the first bytes, writes behind them, waits, answers again.
+CLIENT = """
+import mmap, socket, sys
+with socket.socket(socket.AF_UNIX) as peer:
+    peer.connect(sys.argv[1])
+    _, (descriptor,), _, _ = socket.recv_fds(peer, 1, 1)
+    slab = mmap.mmap(descriptor, int(sys.argv[2]))
+    peer.sendall(slab[:5])
+    slab[5:10] = b"there"
+    peer.sendall(b"!")
+    peer.recv(1)
+    peer.sendall(slab[:10])
+"""
+
+
+@pytest.fixture
+def directory():
+    """A directory on the real shared-memory file system where there is one."""
+    base = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=base) as path:
+        yield Path(path) / "slabs"
+
+
+@pytest.fixture
+def arena(directory):
+    arena = Arena(directory, SLAB_BYTES)
+    yield arena
+    arena.close()
+
+
+def open_files():
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+def test_a_client_shares_the_slab_and_never_sees_the_next_owner(arena, tmp_path):
+    slot = Slot(3, 0, SLAB_BYTES)
+    arena.view(slot)[:5] = b"hello"
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket"))
+    listener.listen()
+    arguments = [sys.executable, "-c", CLIENT, tmp_path / "socket", str(SLAB_BYTES)]
+    with listener, subprocess.Popen(arguments) as client, listener.accept()[0] as peer:
+        peer.settimeout(30)
+        socket.send_fds(peer, [b"x"], [arena.descriptor(3)])
+        assert peer.recv(6, socket.MSG_WAITALL) == b"hello!"
+        assert arena.view(slot)[:10] == b"hellothere"
+        arena.retire(3)
+        assert arena.sweep() == 0
+        assert arena.view(slot)[:10] == bytes(10)
+        arena.view(slot)[:10] = b"next owner"
+        peer.sendall(b"x")
+        assert peer.recv(10, socket.MSG_WAITALL) == b"hellothere"
+        assert client.wait(30) == 0
+
+
+def test_slots_are_windows_of_one_slab(arena):
+    arena.view(Slot(0, 4096, 4096))[:] = b"b" * 4096
+    whole = arena.view(Slot(0, 0, SLAB_BYTES))
+    assert whole[4095:4097] == b"\0b"
+    assert whole[8191:8193] == b"b\0"
+    assert not whole.readonly
+
+
+def test_a_slot_beyond_the_slab_is_our_bug(arena):
+    with pytest.raises(AssertionError):
+        arena.view(Slot(0, SLAB_BYTES - 4096, 8192))
+
+
+def test_retire_gives_a_new_inode_and_serial(arena):
+    before = os.fstat(arena.descriptor(0)).st_ino, arena.serial(0)
+    kept = os.dup(arena.descriptor(0))  # keeps the old inode from being reused
+    arena.retire(0)
+    assert os.fstat(arena.descriptor(0)).st_ino != before[0]
+    assert arena.serial(0) > before[1]
+    assert os.fstat(kept).st_nlink == 0
+    os.close(kept)
+
+
+def test_serials_differ_between_slabs_and_stay_while_the_slab_does(arena):
+    serials = [arena.serial(slab) for slab in (0, 1, 2, 0, 1, 2)]
+    assert serials[:3] == serials[3:]
+    assert len(set(serials)) == 3
+
+
+def test_retire_tolerates_views_and_lets_go_when_they_do(arena):
+    view = arena.view(Slot(0, 0, 4096))
+    view[:3] = b"old"
+    arena.retire(0)
+    assert arena.sweep() == 1
+    assert view[:3] == b"old"
+    assert arena.view(Slot(0, 0, 4096))[:3] == bytes(3)
+    view.release()
+    assert arena.sweep() == 0
+
+
+def test_sweep_closes_the_descriptor(arena):
+    before = open_files()
+    arena.serial(0)
+    arena.retire(0)
+    arena.sweep()
+    assert open_files() == before
+
+
+def test_retire_of_an_untouched_slab_or_a_removed_file_is_nothing(arena, directory):
+    arena.retire(7)
+    arena.serial(0)
+    for path in directory.iterdir():
+        path.unlink()
+    arena.retire(0)
+    assert arena.sweep() == 0
+
+
+def test_files_are_private_and_allocated(arena, directory):
+    arena.serial(4)
+    (path,) = directory.iterdir()
+    assert path.name == "slab-4-1"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert path.stat().st_size == SLAB_BYTES
+    assert path.stat().st_blocks * 512 >= SLAB_BYTES, "a sparse slab may end in SIGBUS"
+
+
+def test_a_killed_daemon_leaves_slabs_that_the_next_removes(directory):
+    script = (
+        "import os, sys; from pathlib import Path; from holdfast.kvstore.arena import Arena\n"
+        f"Arena(Path(sys.argv[1]), {SLAB_BYTES}).serial(0); os.kill(os.getpid(), 9)"
+    )
+    assert subprocess.run([sys.executable, "-c", script, directory], check=False).returncode == -9
+    (directory / "mine").write_text("not a slab")
+    assert sorted(path.name for path in directory.iterdir()) == ["mine", "slab-0-1"]
+    arena = Arena(directory, SLAB_BYTES)
+    assert [path.name for path in directory.iterdir()] == ["mine"]
+    arena.close()
+    assert directory.exists(), "what is not ours stays"
+
+
+def test_close_removes_everything_even_while_viewed(directory):
+    arena = Arena(directory, SLAB_BYTES)
+    view = arena.view(Slot(0, 0, 4096))
+    arena.serial(1)
+    arena.close()
+    assert not directory.exists()
+    view[:1] = b"x"  # still mapped
+
+
+def test_threads_that_view_a_new_slab_at_once_get_the_same(arena):
+    start = threading.Barrier(8)
+    serials = []
+
+    def use(index):
+        start.wait()
+        arena.view(Slot(0, index * 4096, 4096))[:] = bytes([index + 1]) * 4096
+        serials.append(arena.serial(0))
+
+    threads = [threading.Thread(target=use, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(serials) == {1}
+    content = arena.view(Slot(0, 0, SLAB_BYTES))
+    assert [content[index * 4096] for index in range(9)] == [*range(1, 9), 0]
+
+
+def test_a_full_device_is_a_typed_error_and_leaves_nothing(arena, directory, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    before = open_files()
+    with pytest.raises(StorageFailed, match=r"No space left.*ddr\.capacity_bytes"):
+        arena.view(Slot(0, 0, 4096))
+    assert not list(directory.iterdir())
+    assert open_files() == before
+    monkeypatch.undo()
+    arena.view(Slot(0, 0, 4096))
+
+
+def test_a_directory_that_is_a_file_or_a_link_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(StorageFailed, match=name):
+            Arena(tmp_path / name, SLAB_BYTES)
+
+
+def test_the_directory_depends_on_the_data_directory_and_falls_back(tmp_path):
+    first, second = (arena_directory(tmp_path, tmp_path / name) for name in ("a", "b"))
+    assert first != second
+    assert first.parent == tmp_path
+    assert first == arena_directory(tmp_path, tmp_path / "x" / ".." / "a")
+    fallback = arena_directory(tmp_path / "missing", tmp_path / "a")
+    assert fallback == Path(tempfile.gettempdir()) / first.name
+
+
+def test_backing_names_the_file_system(arena, directory):
+    kind, at = arena.backing.split(" at ")
+    assert at == str(directory)
+    assert kind == "tmpfs" or not directory.is_relative_to("/dev/shm")
+
+
+def test_a_forked_child_does_not_inherit_the_mapping(arena):
+    arena.view(Slot(0, 0, 4096))[:1] = b"x"
+    pid = os.fork()
+    if not pid:
+        maps = Path("/proc/self/maps").read_text()
+        os._exit(1 if "slab-0-1" in maps else 0)
+    assert os.waitpid(pid, 0)[1] == 0
