@@ -137,6 +137,21 @@ def striped(token_count: int, cp: int, tp: int = 1, stripe: int = 1, first_rank:
     return Layout(_merged(runs), cp, tp)
 
 
+def chunked(token_count: int, cp: int, tp: int, chunk_tokens: int, cached_tokens: int = 0) -> Layout:
+    """The layout that chunked prefill makes: the cached front zigzag as a whole, then each chunk zigzag by itself."""
+    if chunk_tokens < 1:
+        raise LayoutError(f"a chunk has at least one token, not {chunk_tokens}")
+    pieces = [zigzag(cached_tokens, cp, tp)]
+    for start in range(cached_tokens, token_count, chunk_tokens):
+        pieces.append(zigzag(min(chunk_tokens, token_count - start), cp, tp))
+    runs: list[Run] = []
+    base = 0
+    for piece in pieces:
+        runs += [Run(base + run.start, base + run.stop, run.rank) for run in piece.runs]
+        base += piece.token_count
+    return Layout(_merged(runs), cp, tp)
+
+
 SCHEMES = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
 
 

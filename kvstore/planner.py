@@ -50,12 +50,16 @@ class Victim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Room that is needed at once: DDR slots by class, and rows per rank for a document's shard in a group."""
+    """Room that is needed at once: DDR slots by class, and rows per rank for a document's shard in a group.
+
+    `replaces` is a shard that gives up its rows for this.
+    """
 
     slots: dict[SlotClass, int] = field(default_factory=dict)
     group: str | None = None
     document: DocumentId | None = None
     rows: tuple[int, ...] = ()
+    replaces: int | None = None
 
 
 class Planner:
@@ -212,32 +216,36 @@ class Planner:
 
     # HBM rows ----------------------------------------------------------------------------------
 
-    def place_rows(
-        self, demand: Demand, gone: dict[int, set[str]] | None = None
-    ) -> tuple[list[tuple[int, int]], bool] | None:
-        """Rows per rank for the demanded shard, and whether the existing shard must move to get them.
+    def place_rows(self, demand: Demand, gone: dict[int, set[str]] | None = None) -> list[tuple[int, int]] | None:
+        """(first row, count) per rank for a new shard, or None when some rank has no room.
 
-        `gone` names extents per shard whose rows are counted as free already. None: no room.
+        `gone` names extents per shard whose rows are counted as free already.
         """
         assert demand.group is not None
-        assert demand.document is not None
         group = self.state.groups[demand.group]
-        pools = self._pools_after(group, gone or {})
-        own = group.shards.get(demand.document)
-        if own is not None:
-            grown = [
-                pools[rank].claim(start + count, demand.rows[rank] - count)
-                for rank, (start, count) in enumerate(own.rows)
-            ]
-            if all(grown):
-                rows = [(start, demand.rows[rank]) for rank, (start, _) in enumerate(own.rows)]
-                return rows, False
-            pools = self._pools_after(group, {**(gone or {}), own.id: set(own.copies)})
-        starts = [pools[rank].allocate(count) for rank, count in enumerate(demand.rows)]
-        if None in starts:
-            return None
-        rows = [(start or 0, count) for start, count in zip(starts, demand.rows, strict=True)]
-        return rows, own is not None
+        leaving = dict(gone or {})
+        for shard in group.shards.values():
+            if shard.id == demand.replaces:
+                leaving[shard.id] = set(shard.copies)
+        pools = self._pools_after(group, leaving)
+        rows = []
+        for rank, count in enumerate(demand.rows):
+            start = pools[rank].allocate(count)
+            if start is None:
+                return None
+            rows.append((start, count))
+        return rows
+
+    def grow_rows(self, shard: Shard) -> list[tuple[int, int]] | None:
+        """Rows for all of a shard's tokens without moving what it has, or None."""
+        group = self.state.groups[shard.group]
+        rows = []
+        for rank, (start, count) in enumerate(shard.rows):
+            wanted = shard.layout.length(rank // group.tp)
+            if not group.pools[rank].copy().claim(start + count, wanted - count):
+                return None
+            rows.append((start, wanted))
+        return rows
 
     def _pools_after(self, group: Group, gone: dict[int, set[str]]) -> dict[int, RowPool]:
         pools = {rank: pool.copy() for rank, pool in group.pools.items()}
@@ -272,7 +280,7 @@ class Planner:
         owners: dict[str, tuple[Shard, str]] = {}
         for shard in group.shards.values():
             previous = None
-            stays = shard.document == demand.document or not self.state.may_leave_hbm(shard)
+            stays = shard.id == demand.replaces or not self.state.may_leave_hbm(shard)
             for extent, copy in shard.copies.items():
                 record = self.state.extents.get(extent)
                 if record is None or copy.state is State.DRAINING:

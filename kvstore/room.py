@@ -27,9 +27,12 @@ WRITES_IN_FLIGHT: Final = 8  # enough to keep a drive busy; a demotion never wai
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Reservation:
-    """Somebody waits for `demand()`, asked afresh at each try because the state moves on meanwhile."""
+    """Somebody waits for `demand()`, asked afresh at each try because the state moves on meanwhile.
 
-    demand: Callable[[], Demand]
+    None says "not yet, and not for lack of room": others go first.
+    """
+
+    demand: Callable[[], Demand | None]
     granted: Callable[[], None]
     refused: Callable[[HoldfastError], None]
     deadline_ns: int
@@ -71,30 +74,34 @@ class Room:
     def pump(self) -> None:
         """Grant what fits, start evictions for the first that does not, write out what is queued."""
         self._pump_writes()
-        planner = self.store.planner
-        while self._waiting:
-            head = self._waiting[0]
-            try:
-                demand = head.demand()
-            except HoldfastError as error:
-                self._waiting.popleft()
-                head.refused(error)
-                continue
-            if planner.fits(demand):
-                self._waiting.popleft()
-                head.granted()
-                continue
-            if planner.draining(demand):
-                break
-            victims = planner.make_room(demand)
-            if victims is None:
-                self._waiting.popleft()
-                head.refused(NoCapacity(self._holders(demand)))
-                continue
-            self.execute(victims, "pressure")
-            if not planner.fits(demand):
+        for reservation in list(self._waiting):
+            if not self._try(reservation):
                 break
         self._pump_writes()
+
+    def _try(self, reservation: Reservation) -> bool:
+        """Grant, refuse or pass over one reservation; False when those behind it have to wait for it."""
+        planner = self.store.planner
+        try:
+            demand = reservation.demand()
+        except HoldfastError as error:
+            self._waiting.remove(reservation)
+            reservation.refused(error)
+            return True
+        if demand is None:
+            return True
+        if not planner.fits(demand) and not planner.draining(demand):
+            victims = planner.make_room(demand)
+            if victims is None:
+                self._waiting.remove(reservation)
+                reservation.refused(NoCapacity(self._holders(demand)))
+                return True
+            self.execute(victims, "pressure")
+        if not planner.fits(demand):
+            return False
+        self._waiting.remove(reservation)
+        reservation.granted()
+        return True
 
     def expire(self, now_ns: int) -> None:
         """Refuse who has waited past the deadline."""

@@ -1,0 +1,202 @@
+"""Attach: lease a document and bring its copies to DDR or to a group's HBM; detach gives them back.
+
+An attach is granted when its room is taken and its moves have begun; its layers become usable one by one. The swap
+record is its receipt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .claims import Lease
+from .document import Document, DocumentId
+from .errors import ClaimNotFound, HoldfastError, LayoutError, SpecMismatch
+from .layout import Layout, scheme
+from .ledger import SwapRecord
+from .loader import Loader, Loading, Phase
+from .orders import Urgency
+from .residency import Tier
+from .state import State
+
+Waiting = Callable[[int | HoldfastError], None]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Attach:
+    """A lease, its loading, and who waits for its layers. `answered`: its holder knows the lease, or its refusal."""
+
+    lease: Lease
+    loading: Loading
+    waiting: list[tuple[int, Waiting]] = field(default_factory=list)
+    answered: bool = False
+
+
+def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int, layout: Layout | None) -> Layout:
+    """The layout for these tokens in that group, contiguous by default. Raises SpecMismatch or LayoutError."""
+    group = state.group(name)
+    if group.fingerprint != fingerprint:
+        raise SpecMismatch(f"group {name!r} runs another model than the one that made this document")
+    made = layout if layout is not None else scheme("contiguous", token_count, group.cp, group.tp)
+    if (made.cp, made.tp, made.token_count) != (group.cp, group.tp, token_count):
+        raise LayoutError(
+            f"the layout covers {made.token_count} tokens over cp={made.cp} tp={made.tp}; "
+            f"group {name!r} needs {token_count} over cp={group.cp} tp={group.tp}"
+        )
+    return made
+
+
+class Attaches:
+    """Begins and ends attaches. `lease_ns` is how long a lease runs before it is overdue."""
+
+    def __init__(self, loader: Loader, lease_ns: int) -> None:
+        self.loader = loader
+        self.store = loader.store
+        self.state = loader.store.records
+        self.lease_ns = lease_ns
+        self.open: dict[int, Attach] = {}
+
+    def attach(
+        self,
+        client: int,
+        document: DocumentId,
+        fingerprint: bytes | None,
+        group: str | None,
+        layout: Layout | None,
+        deadline_ns: int,
+        granted: Callable[[Attach | HoldfastError], None],
+    ) -> Attach:
+        """Lease a document and bring it to DDR (`group` None) or into a group.
+
+        `granted` hears, once, when moves begin or why they cannot. Raises DocumentNotFound, DocumentIncomplete,
+        GroupNotFound, SpecMismatch, LayoutError or NoCapacity at once, leaving nothing behind.
+        """
+        owner = self.state.document(document).document
+        if fingerprint is not None and owner.fingerprint != fingerprint:
+            raise SpecMismatch(f"{document} holds KV of another model, or of another revision of it")
+        placed = None
+        if group is not None:
+            shard = self.state.group(group).shards.get(owner.id)
+            wanted = layout if shard is None else shard.layout
+            placed = checked_layout(self.state, group, owner.fingerprint, owner.token_count, wanted)
+        now_ns = self.store.clock.monotonic_ns()
+        lease = Lease(
+            id=self.store.new_id(),
+            owner=client,
+            document=document,
+            granted_ns=now_ns,
+            deadline_ns=now_ns + self.lease_ns,
+        )
+        attach = self._attach(lease, owner, group, placed, granted)
+        self.loader.start(attach.loading, deadline_ns)
+        self.open[lease.id] = attach
+        self.state.leases[lease.id] = lease
+        self.state.ledger.swaps.append(attach.loading.swap)
+        return attach
+
+    def _attach(
+        self,
+        lease: Lease,
+        owner: Document,
+        group: str | None,
+        layout: Layout | None,
+        granted: Callable[[Attach | HoldfastError], None],
+    ) -> Attach:
+        def answer(result: Attach | HoldfastError) -> None:
+            if not attach.answered:
+                attach.answered = True
+                granted(result)
+
+        def ended(error: HoldfastError | None) -> None:
+            if error is not None and not attach.answered:
+                self._forget(attach)  # nobody knows this lease, so nobody would end it
+                answer(error)
+            self._wake(attach)
+
+        extents = [self.state.extents[extent] for extent in owner.extents]
+        loading = Loading(
+            document=owner.id,
+            records=extents,
+            spans={record.extent.id: (record.extent.start, record.extent.stop) for record in extents},
+            group=group,
+            layout=layout,
+            urgency=Urgency.ATTACH,
+            swap=self._swap(lease, owner, group),
+            started_ns=lease.granted_ns,
+            granted=lambda: answer(attach),
+            layer_ready=lambda _: self._wake(attach),
+            ended=ended,
+        )
+        attach = Attach(lease=lease, loading=loading)
+        return attach
+
+    def _swap(self, lease: Lease, owner: Document, group: str | None) -> SwapRecord:
+        planner = self.store.planner
+        target = Tier.DDR if group is None else Tier.HBM
+        shard = self.state.groups[group].shards.get(owner.id) if group is not None else None
+        predicted_ns = 0
+        for extent in owner.extents:
+            record = self.state.extents[extent]
+            source = record.source()
+            if source is not None and not (shard is not None and extent in shard.copies):
+                predicted_ns += planner.reload_ns(record, source.tier, target)
+        return SwapRecord(
+            id=lease.id,
+            document=str(owner.id),
+            group=group,
+            client=lease.owner,
+            started_wall_ns=self.store.clock.wall_ns(),
+            token_count=owner.token_count,
+            predicted_ns=predicted_ns,
+            recompute_ns=planner.curve(owner.fingerprint).marginal_prefill_ns(0, owner.token_count),
+        )
+
+    def claim(self, client: int, lease_id: int) -> Attach:
+        """The client's attach. Raises ClaimNotFound."""
+        attach = self.open.get(lease_id)
+        if attach is None or attach.lease.owner != client:
+            raise ClaimNotFound(f"no lease {lease_id} of this client; it ended")
+        return attach
+
+    def wait_layers(self, client: int, lease_id: int, layers: int, done: Waiting) -> None:
+        """`done` hears the count of ready leading layers as soon as it reaches `layers`, or why it never will."""
+        attach = self.claim(client, lease_id)
+        attach.waiting.append((layers, done))
+        self._wake(attach)
+
+    def _wake(self, attach: Attach) -> None:
+        waiting, attach.waiting = attach.waiting, []
+        for layers, done in waiting:
+            if attach.loading.error is not None:
+                done(attach.loading.error)
+            elif attach.loading.layers >= layers or attach.loading.phase is Phase.READY:
+                done(attach.loading.layers)
+            else:
+                attach.waiting.append((layers, done))
+
+    def report(
+        self, client: int, lease_id: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int
+    ) -> SwapRecord:
+        """What the engine saw of an attach, added to its swap record, which is returned."""
+        swap = self.claim(client, lease_id).loading.swap
+        swap.exposed_ns = (swap.exposed_ns or 0) + exposed_ns
+        swap.prefill_ns = (swap.prefill_ns or 0) + prefill_ns
+        swap.decode_ns = (swap.decode_ns or 0) + decode_ns
+        swap.answer_tokens = (swap.answer_tokens or 0) + answer_tokens
+        return swap
+
+    def renew(self, client: int, lease_id: int) -> None:
+        """Push a lease's deadline out again."""
+        self.claim(client, lease_id).lease.deadline_ns = self.store.clock.monotonic_ns() + self.lease_ns
+
+    def end(self, attach: Attach) -> None:
+        """End a lease; its copies stay where they are until eviction wants their room."""
+        self._forget(attach)
+        self.loader.release(attach.loading)
+        for _, done in attach.waiting:
+            done(ClaimNotFound(f"lease {attach.lease.id} ended"))
+        attach.waiting.clear()
+
+    def _forget(self, attach: Attach) -> None:
+        self.open.pop(attach.lease.id, None)
+        self.state.leases.pop(attach.lease.id, None)

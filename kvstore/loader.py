@@ -1,0 +1,420 @@
+"""Loader: bring extents into DDR, or on into the rows of a group's shard, layer by layer.
+
+An attach, the cached front of an ingest, and a prefetch are all loadings. A loading holds every copy it needs from the
+moment it is asked for, so that nothing leaves while it waits for room; several loadings share one read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from .document import DocumentId
+from .errors import CorruptExtent, DocumentIncomplete, HoldfastError, InUse
+from .extent import ExtentId
+from .geometry import Geometry, extent_geometry
+from .layout import Layout
+from .ledger import Hop, HopTime, SwapRecord
+from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, ReadIn, Urgency
+from .planner import Demand
+from .residency import Event, Placement, State, Tier
+from .room import Reservation, Room
+from .slots import SlotClass
+from .state import ExtentRecord, Shard
+from .store import Store
+
+
+class Phase(StrEnum):
+    """Where a loading is."""
+
+    WAITING = "waiting"
+    MOVING = "moving"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Loading:
+    """One document's extents on their way to DDR (`group` None) or to a shard.
+
+    `spans` are all extents that the shard makes rows for; `records` those of them that are loaded. `granted` is
+    called when all room is taken and moves begin, `layer_ready` when another leading layer has arrived everywhere,
+    `ended` once, with the error if any. The copies in `held` stay held until `Loader.release`.
+    """
+
+    document: DocumentId
+    records: Sequence[ExtentRecord]
+    spans: dict[ExtentId, tuple[int, int]]
+    group: str | None
+    layout: Layout | None
+    urgency: Urgency
+    swap: SwapRecord
+    started_ns: int
+    granted: Callable[[], None]
+    layer_ready: Callable[[int], None]
+    ended: Callable[[HoldfastError | None], None]
+    phase: Phase = Phase.WAITING
+    shard: Shard | None = None
+    reservation: Reservation | None = None
+    sources: dict[ExtentId, Placement] = field(default_factory=dict)
+    held: list[Placement] = field(default_factory=list)
+    arrived: dict[ExtentId, int] = field(default_factory=dict)  # leading layers at the target
+    layers: int = 0  # leading layers reported
+    in_flight: int = 0
+    released: bool = False
+    error: HoldfastError | None = None
+
+
+class Loader:
+    """Starts loadings, follows their moves, ends them."""
+
+    def __init__(self, store: Store, room: Room) -> None:
+        self.store = store
+        self.room = room
+        self._reading: dict[ExtentId, list[Loading]] = {}
+
+    def geometry(self, record: ExtentRecord) -> Geometry:
+        """Canonical geometry of an extent."""
+        return extent_geometry(self.store.records.specs[record.extent.fingerprint], record.extent.group)
+
+    # Start -------------------------------------------------------------------------------------
+
+    def start(self, loading: Loading, deadline_ns: int) -> None:
+        """Hold what is there and queue for room. Raises DocumentIncomplete or NoCapacity, holding nothing."""
+        shard = self._shard(loading)
+        here = shard.copies if shard is not None else {}
+        for record in loading.records:
+            if record.source() is None and record.extent.id not in here:
+                raise DocumentIncomplete(
+                    f"{loading.document}: tokens [{record.extent.start}, {record.extent.stop}) are gone; "
+                    "ingest the document again to recompute them"
+                )
+        loading.reservation = Reservation(
+            demand=lambda: self._demand(loading),
+            granted=lambda: self._granted(loading),
+            refused=lambda error: self._refused(loading, error),
+            deadline_ns=deadline_ns,
+        )
+        self.room.request(loading.reservation)
+        for record in loading.records:
+            source = record.source()
+            if source is not None:
+                loading.sources[record.extent.id] = self.store.hold(source)
+
+    def _shard(self, loading: Loading) -> Shard | None:
+        if loading.group is None:
+            return None
+        return self.store.records.group(loading.group).shards.get(loading.document)
+
+    def _demand(self, loading: Loading) -> Demand | None:
+        """What the loading needs now; None while its shard is being filled, saved or trimmed by others."""
+        shard = self._shard(loading)
+        replaces = None
+        if shard is not None and not shard.complete:
+            if any(not copy.readable or copy.holds for copy in shard.copies.values()):
+                return None
+            if self.store.planner.grow_rows(shard) is None:
+                replaces, shard = shard.id, None
+        kinds: dict[SlotClass, int] = {}
+        for record in loading.records:
+            extent = record.extent.id
+            if shard is not None and extent in shard.copies:
+                continue
+            source = loading.sources.get(extent)
+            if source is None:
+                raise DocumentIncomplete(f"{loading.document}: tokens from {record.extent.start} on are gone")
+            if source.tier is Tier.NVME and record.ddr is None:
+                kind = SlotClass(record.extent.tenant, record.extent.slot_bytes)
+                kinds[kind] = kinds.get(kind, 0) + 1
+        if loading.group is None or shard is not None:
+            return Demand(slots=kinds)
+        assert loading.layout is not None
+        tp = loading.layout.tp
+        rows = tuple(loading.layout.length(rank // tp) for rank in range(loading.layout.ranks))
+        return Demand(slots=kinds, group=loading.group, document=loading.document, rows=rows, replaces=replaces)
+
+    def _refused(self, loading: Loading, error: HoldfastError) -> None:
+        loading.reservation = None
+        self.fail(loading, error)
+
+    # Granted -----------------------------------------------------------------------------------
+
+    def _granted(self, loading: Loading) -> None:
+        loading.reservation = None
+        loading.phase = Phase.MOVING
+        loading.swap.wait_ns = self.store.clock.monotonic_ns() - loading.started_ns
+        if loading.group is not None:
+            self._open(loading)
+        here = [record for record in loading.records if self._depart(loading, record)]
+        loading.granted()
+        if loading.shard is not None and here:
+            self._load(loading, here, 0, self.geometry(here[0]).layers)
+        self._advance(loading)
+
+    def _open(self, loading: Loading) -> None:
+        """Give the shard rows for what it lacks, and tell the ranks where they are."""
+        demand = self._demand(loading)
+        assert demand is not None
+        shard = self._shard(loading)
+        if shard is not None and demand.replaces == shard.id:
+            self.store.close_shard(shard)
+            shard = None
+        if shard is None:
+            shard = self._new_shard(loading, demand)
+        elif not shard.complete:
+            rows = self.store.planner.grow_rows(shard)
+            assert rows is not None
+            self.store.open_shard(shard, rows)
+        loading.shard = shard
+        for extent, copy in shard.copies.items():
+            loading.held.append(self.store.hold(copy))
+            if copy.readable and extent in loading.sources:
+                self.store.unhold(loading.sources.pop(extent))
+        starts = tuple(start for start, _ in shard.rows)
+        self.store.submit(OpenShard(group=shard.group, shard=shard.id, layout=shard.layout, rows=starts))
+
+    def _new_shard(self, loading: Loading, demand: Demand) -> Shard:
+        assert loading.layout is not None
+        assert loading.group is not None
+        rows = self.store.planner.place_rows(replace(demand, replaces=None))
+        assert rows is not None, "granted without rows"
+        shard = Shard(
+            id=self.store.new_id(),
+            group=loading.group,
+            document=loading.document,
+            layout=loading.layout,
+            spans=loading.spans,
+            rows=[(0, 0)] * loading.layout.ranks,
+        )
+        self.store.open_shard(shard, rows)
+        return shard
+
+    def _depart(self, loading: Loading, record: ExtentRecord) -> bool:
+        """Set one extent on its way. True when it lies complete in DDR and can be loaded from there at once."""
+        extent = record.extent.id
+        source = loading.sources.get(extent)
+        layers = self.geometry(record).layers
+        if source is None:
+            loading.arrived[extent] = layers
+            self._came_from(loading, Tier.HBM, record)
+            return False
+        loading.arrived[extent] = 0
+        if source.tier is Tier.NVME and (record.ddr is None or not record.ddr.readable):
+            self._came_from(loading, Tier.NVME, record)
+            if record.ddr is None:
+                self._read(record, source, loading.urgency)
+            self._reading.setdefault(extent, []).append(loading)
+            return False
+        assert record.ddr is not None
+        if source is not record.ddr:  # another loading has brought it meanwhile
+            loading.sources[extent] = self.store.hold(record.ddr)
+            self.store.unhold(source)
+        if record.ddr.state is State.FILLING:
+            self._came_from(loading, Tier.NVME, record)
+            self._reading.setdefault(extent, []).append(loading)
+            return False
+        self._came_from(loading, Tier.DDR, record)
+        if loading.shard is None:
+            loading.arrived[extent] = layers
+        return True
+
+    def _came_from(self, loading: Loading, tier: Tier, record: ExtentRecord) -> None:
+        source = loading.swap.source_bytes
+        source[tier.label] = source.get(tier.label, 0) + record.extent.slot_bytes
+
+    # NVMe to DDR -------------------------------------------------------------------------------
+
+    def _read(self, record: ExtentRecord, source: Placement, urgency: Urgency) -> None:
+        target = self.store.take(record.extent, Tier.DDR)
+        assert target is not None, "granted without a slot"
+        assert target.slot is not None
+        assert source.slot is not None
+        record.ddr = target
+        target.holds += 1
+        source.holds += 1
+        started_ns = self.store.clock.monotonic_ns()
+        order = ReadIn(
+            id=self.store.new_id(),
+            source=source.slot,
+            target=target.slot,
+            geometry=self.geometry(record),
+            checksums=source.checksums,
+            urgency=urgency,
+        )
+        self.store.submit(order, lambda outcome: self._read_done(record, source, target, outcome, started_ns))
+        self.store.watch(order.id, lambda layers: self._read_layers(record, target, layers))
+
+    def _read_layers(self, record: ExtentRecord, target: Placement, layers: int) -> None:
+        assert layers >= target.layers_ready
+        target.layers_ready = layers
+        for loading in list(self._reading.get(record.extent.id, ())):
+            self._ddr_has(loading, record, layers)
+
+    def _read_done(
+        self, record: ExtentRecord, source: Placement, target: Placement, outcome: Outcome, started_ns: int
+    ) -> None:
+        waiting = self._reading.pop(record.extent.id, [])
+        self.store.unhold(source)
+        if outcome.error is not None:
+            if isinstance(outcome.error, CorruptExtent):
+                self.store.quarantine(record)
+            for loading in waiting:
+                self.fail(loading, outcome.error)
+            target.holds -= 1
+            self.store.fail(target)
+            return
+        hop = Hop(Tier.NVME, Tier.DDR)
+        now_ns = self.store.clock.monotonic_ns()
+        self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
+        self.store.planner.learn(hop, target.size_bytes, outcome.busy_ns)
+        target.checksums = source.checksums
+        target.layers_ready = self.geometry(record).layers
+        target.apply(Event.COMPLETE)
+        for loading in waiting:
+            loading.swap.hops.setdefault(hop, HopTime()).add(target.size_bytes, outcome.busy_ns, started_ns, now_ns)
+            held = loading.sources[record.extent.id]
+            if held is not target:
+                loading.sources[record.extent.id] = self.store.hold(target)
+                self.store.unhold(held)
+            self._ddr_has(loading, record, target.layers_ready)
+        self.store.unhold(target)
+
+    def _ddr_has(self, loading: Loading, record: ExtentRecord, layers: int) -> None:
+        """Leading layers of an extent are in DDR: pass them on, or count them as arrived."""
+        if loading.phase is not Phase.MOVING:
+            return
+        extent = record.extent.id
+        if loading.shard is None:
+            loading.arrived[extent] = max(loading.arrived[extent], layers)
+            self._advance(loading)
+            return
+        copy = loading.shard.copies[extent]
+        if layers > copy.layers_ready:  # here: the layers ordered into HBM
+            first = copy.layers_ready
+            copy.layers_ready = layers
+            self._load(loading, [record], first, layers)
+
+    # DDR to HBM --------------------------------------------------------------------------------
+
+    def _load(self, loading: Loading, records: Sequence[ExtentRecord], first: int, stop: int) -> None:
+        assert loading.shard is not None
+        holds = []
+        parts = []
+        for record in records:
+            assert record.ddr is not None
+            assert record.ddr.slot is not None
+            copy = loading.shard.copies[record.extent.id]
+            copy.layers_ready = max(copy.layers_ready, stop)
+            for placement in (record.ddr, copy):
+                placement.holds += 1
+                holds.append(placement)
+            parts.append(Part(record.ddr.slot, record.extent.start, record.extent.valid_tokens))
+        order = LoadShard(
+            id=self.store.new_id(),
+            group=loading.shard.group,
+            shard=loading.shard.id,
+            parts=tuple(parts),
+            layer_start=first,
+            layer_stop=stop,
+        )
+        loading.in_flight += 1
+        started_ns = self.store.clock.monotonic_ns()
+
+        def loaded(outcome: Outcome) -> None:
+            loading.in_flight -= 1
+            for placement in holds:
+                self.store.unhold(placement)
+            if outcome.error is not None:
+                self.fail(loading, outcome.error)
+            elif loading.phase is Phase.MOVING:
+                self._hbm_has(loading, records, stop, outcome, started_ns)
+            self._abandon(loading)
+
+        self.store.submit(order, loaded)
+
+    def _hbm_has(
+        self, loading: Loading, records: Sequence[ExtentRecord], stop: int, outcome: Outcome, started_ns: int
+    ) -> None:
+        hop = Hop(Tier.DDR, Tier.HBM)
+        now_ns = self.store.clock.monotonic_ns()
+        self.store.records.ledger.moved(hop, outcome.size_bytes, outcome.busy_ns, started_ns, now_ns)
+        self.store.planner.learn(hop, outcome.size_bytes, outcome.busy_ns)
+        loading.swap.hops.setdefault(hop, HopTime()).add(
+            outcome.size_bytes, outcome.busy_ns, started_ns, now_ns
+        )
+        assert loading.shard is not None
+        for record in records:
+            extent = record.extent.id
+            loading.arrived[extent] = stop
+            if stop == self.geometry(record).layers:
+                loading.shard.copies[extent].apply(Event.COMPLETE)
+                self.store.unhold(loading.sources.pop(extent))
+        self._advance(loading)
+
+    # Ends --------------------------------------------------------------------------------------
+
+    def _advance(self, loading: Loading) -> None:
+        """Report newly complete leading layers, and the end."""
+        if loading.phase is not Phase.MOVING:
+            return
+        layers = min(loading.arrived.values(), default=0)
+        if layers > loading.layers:
+            loading.layers = layers
+            loading.layer_ready(layers)
+        wanted = max((self.geometry(record).layers for record in loading.records), default=0)
+        if layers >= wanted:
+            loading.phase = Phase.READY
+            loading.swap.reattach_ns = self.store.clock.monotonic_ns() - loading.started_ns
+            loading.swap.outcome = "ready"
+            loading.held += loading.sources.values()
+            loading.sources.clear()
+            loading.ended(None)
+            if loading.released:
+                self._let_go(loading)
+
+    def fail(self, loading: Loading, error: HoldfastError) -> None:
+        """End a loading with an error; what it holds is released once its moves have stopped."""
+        if loading.phase in (Phase.READY, Phase.FAILED):
+            return
+        loading.phase = Phase.FAILED
+        loading.error = error
+        loading.swap.outcome = error.code
+        if loading.reservation is not None:
+            self.room.cancel(loading.reservation)
+            loading.reservation = None
+        for waiting in self._reading.values():
+            if loading in waiting:
+                waiting.remove(loading)
+        shard = loading.shard
+        if shard is not None and shard.group in self.store.records.groups:
+            # At once, because a rank may be waiting for a layer that will never come.
+            self.store.submit(CloseShard(group=shard.group, shard=shard.id, reason=error.message))
+        loading.ended(error)
+        self._abandon(loading)
+
+    def _abandon(self, loading: Loading) -> None:
+        """A failed loading whose last move has ended lets go of everything, its shard included."""
+        if loading.phase is not Phase.FAILED or loading.in_flight:
+            return
+        self._let_go(loading)
+        shard = loading.shard
+        loading.shard = None
+        if shard is not None and shard.copies and shard.group in self.store.records.groups:
+            self.store.close_shard(shard, loading.error.message if loading.error else "")
+
+    def release(self, loading: Loading) -> None:
+        """The holder is done. A loading still under way goes on for the cache's sake and lets go at its end."""
+        if loading.phase is Phase.WAITING:
+            self.fail(loading, InUse("released before it was granted"))
+        elif loading.phase is Phase.READY and not loading.released:
+            loading.released = True
+            self._let_go(loading)
+        loading.released = True
+
+    def _let_go(self, loading: Loading) -> None:
+        for placement in [*loading.held, *loading.sources.values()]:
+            if placement.state is not State.GONE:
+                self.store.unhold(placement)
+        loading.held.clear()
+        loading.sources.clear()

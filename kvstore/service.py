@@ -1,0 +1,313 @@
+"""Service: the commands of the daemon, synchronous and on one thread; the only door to the state.
+
+Edges call commands and deliver what workers report (`finished`, `advanced`); `tick` lets time pass. A command that has
+to wait takes a callback. Nothing here does I/O: orders go to the effects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..eviction.history import History
+from ..eviction.policy import POLICIES
+from .attach import Attach, Attaches, checked_layout
+from .claims import Pin, Pins
+from .clock import Clock
+from .config import Config
+from .costs import PrefillPoint
+from .document import Document, DocumentId, WritePolicy, checked_name
+from .errors import ConfigError, DocumentTooLarge, HoldfastError, InUse, InvalidRequest, NoCapacity, SpecMismatch
+from .extent import Extent, cut
+from .geometry import arena_geometry, extent_geometry
+from .ingest import Ingest, Ingests
+from .keys import Tokens, as_tokens, block_keys
+from .layout import Layout, chunked
+from .ledger import Ledger, SwapRecord
+from .loader import Loader
+from .orders import Effects, Outcome, PutSpec, Write
+from .planner import Planner, Victim
+from .residency import Tier
+from .room import Room
+from .slots import RowPool, SlabPool, SlotClass
+from .spec import KVSpec
+from .state import Group, State
+from .store import Store
+from .upkeep import Upkeep
+
+NS = 1_000_000_000
+
+
+class Service:
+    """All commands. `secret` gives a tenant's key secret; `effects` carries out orders."""
+
+    def __init__(
+        self, config: Config, clock: Clock, effects: Effects, secret: Callable[[str], bytes]
+    ) -> None:
+        policy = POLICIES.get(config.eviction.policy)
+        if policy is None:
+            raise ConfigError(f"eviction.policy {config.eviction.policy!r} is unknown; use one of {sorted(POLICIES)}")
+        self.config = config
+        self.clock = clock
+        self._secret = secret
+        ddr = SlabPool(config.ddr.capacity_bytes, config.ddr.slab_bytes)
+        nvme = SlabPool(config.nvme.capacity_bytes, config.nvme.segment_bytes)
+        budget = config.limits.pin_bytes
+        if budget is None:
+            budget = (ddr.capacity_bytes + nvme.capacity_bytes) // 2
+        self.state = State(ddr, nvme, Pins(budget), Ledger(config.limits.swap_records))
+        self.history = History(config.eviction.ghost_entries, int(config.eviction.half_life_seconds * NS))
+        self.planner = Planner(self.state, policy, self.history, clock)
+        self.store = Store(self.state, self.planner, effects, clock)
+        self.room = Room(self.store, config.limits.pending_reservations)
+        self.loader = Loader(self.store, self.room)
+        self.ingests = Ingests(self.store, self.room, self.loader)
+        self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
+        self.upkeep = Upkeep(self.loader, self.ingests)
+
+    # Reports and time --------------------------------------------------------------------------
+
+    def finished(self, order_id: int, outcome: Outcome) -> None:
+        """An order ended."""
+        self.store.finished(order_id, outcome)
+        self._pump()
+
+    def advanced(self, order_id: int, layers: int) -> None:
+        """A read has brought its first `layers` layers."""
+        self.store.advanced(order_id, layers)
+
+    def tick(self) -> None:
+        """Let time pass: deadlines of those who wait, ends of pins."""
+        self.room.expire(self.clock.monotonic_ns())
+        self.upkeep.expire()
+        self._pump()
+
+    def _pump(self) -> None:
+        self.upkeep.settle()
+        self.room.pump()
+        self.upkeep.settle()
+
+    # Models and groups -------------------------------------------------------------------------
+
+    def register_spec(self, spec: KVSpec) -> bytes:
+        """Make a model known; returns its fingerprint. Raises DocumentTooLarge if an extent fits no slab."""
+        fingerprint = spec.fingerprint()
+        if fingerprint in self.state.specs:
+            return fingerprint
+        for extent_bytes in (extent_geometry(spec, group).size_bytes for group in range(len(spec.groups))):
+            for pool, what in ((self.state.ddr, "ddr.slab_bytes"), (self.state.nvme, "nvme.segment_bytes")):
+                if pool.slab_count and not pool.per_slab(SlotClass("", extent_bytes)):
+                    raise DocumentTooLarge(
+                        f"an extent of {spec.model} takes {extent_bytes} B, more than {what} = {pool.slab_bytes} B"
+                    )
+        self.state.specs[fingerprint] = spec
+        self.store.submit(Write(id=self.store.new_id(), records=(PutSpec(spec),)))
+        return fingerprint
+
+    def register_rank(
+        self, client: int, name: str, rank: int, cp: int, tp: int, fingerprint: bytes, rows: int
+    ) -> None:
+        """Seat a client as one rank of a group, with an arena of `rows` token rows."""
+        spec = self._spec(fingerprint)
+        if cp < 1 or tp < 1 or not 0 <= rank < cp * tp or rows < 1:
+            raise InvalidRequest(f"rank {rank} of cp={cp} tp={tp} with {rows} rows is no seat")
+        if len(spec.groups) != 1:
+            raise InvalidRequest("managed HBM holds models with one layer group; this one has several")
+        checked_name(name, "group")
+        group = self.state.groups.get(name)
+        if group is None:
+            geometry = arena_geometry(spec, 1, tp)
+            group = Group(name=name, fingerprint=fingerprint, cp=cp, tp=tp, row_bytes=geometry.size_bytes)
+            self.state.groups[name] = group
+        if (group.cp, group.tp, group.fingerprint) != (cp, tp, fingerprint):
+            raise SpecMismatch(f"group {name!r} has cp={group.cp} tp={group.tp} and perhaps another model")
+        if rank in group.seats:
+            raise InUse(f"rank {rank} of group {name!r} is taken")
+        group.seats[rank] = client
+        group.pools[rank] = RowPool(rows)
+
+    def _spec(self, fingerprint: bytes) -> KVSpec:
+        spec = self.state.specs.get(fingerprint)
+        if spec is None:
+            raise SpecMismatch("this model is not registered; send its KVSpec first")
+        return spec
+
+    def observe_prefill(self, fingerprint: bytes, points: Sequence[PrefillPoint]) -> None:
+        """Measured prefills of a model: from here on recompute is priced by them."""
+        self.planner.curves[fingerprint] = self.planner.curve(fingerprint).fitted(points)
+
+    def disconnect(self, client: int) -> None:
+        """The client is gone for good: its groups, leases and ingests end, and everything it held is free."""
+        for group in [g for g in self.state.groups.values() if client in g.seats.values()]:
+            rank = next(rank for rank, seat in group.seats.items() if seat == client)
+            self.store.fail_group(group.name, f"rank {rank} is gone")
+        for ingest in [i for i in self.ingests.open.values() if i.client == client]:
+            self.ingests.abort(ingest)
+        for attach in [a for a in self.attaches.open.values() if a.lease.owner == client]:
+            self.attaches.end(attach)
+        self._pump()
+
+    # Ingest ------------------------------------------------------------------------------------
+
+    def begin_ingest(
+        self,
+        client: int,
+        document: DocumentId,
+        fingerprint: bytes,
+        tokens: Tokens,
+        write_policy: WritePolicy,
+        group: str | None,
+        chunk_tokens: int,
+        deadline_ns: int,
+        granted: Callable[[Ingest | HoldfastError], None],
+    ) -> Ingest:
+        """Open an ingest. A group prefills in zigzag chunks of `chunk_tokens` behind what is cached.
+
+        `granted` hears, once, when its room is taken, or why it cannot be. Raises at once for bad input.
+        """
+        checked_name(document.name)
+        spec = self._spec(fingerprint)
+        tokens = as_tokens(tokens, spec)
+        if len(self.state.documents) >= self.config.limits.documents and document not in self.state.documents:
+            raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
+        extents = cut(
+            block_keys(tokens, spec, self._secret(document.tenant)), len(tokens), spec, document.tenant
+        )
+        missing = tuple(extent for extent in extents if not self._present(extent))
+        cached = self._cached_tokens(extents, missing, len(tokens))
+        placed = None
+        if group is not None:
+            seats = self.state.group(group)
+            made = chunked(len(tokens), seats.cp, seats.tp, chunk_tokens, cached)
+            placed = checked_layout(self.state, group, fingerprint, len(tokens), made)
+        ingest = Ingest(
+            id=self.store.new_id(),
+            client=client,
+            document=Document(
+                id=document,
+                fingerprint=fingerprint,
+                token_count=len(tokens),
+                extents=tuple(extent.id for extent in extents),
+                write_policy=write_policy,
+                created_wall_ns=self.clock.wall_ns(),
+            ),
+            extents=extents,
+            missing=missing,
+            cached_tokens=cached,
+            group=group,
+            layout=placed,
+        )
+        self.ingests.begin(ingest, deadline_ns, lambda error: granted(error if error is not None else ingest))
+        self._pump()
+        return ingest
+
+    def _present(self, extent: Extent) -> bool:
+        record = self.state.extents.get(extent.id)
+        return record is not None and record.source() is not None
+
+    def _cached_tokens(self, extents: Sequence[Extent], missing: Sequence[Extent], token_count: int) -> int:
+        """Tokens in front of the first missing extent of any layer group."""
+        return min((extent.start for extent in missing), default=token_count)
+
+    def commit_ingest(
+        self, client: int, ingest_id: int, done: Callable[[Document | HoldfastError], None]
+    ) -> None:
+        """Publish an ingest; `done` hears the document when it is complete and visible."""
+        ingest = self.ingests.get(ingest_id, client)
+
+        def committed(error: HoldfastError | None) -> None:
+            if error is None:
+                self._touch(ingest.document)
+            done(error if error is not None else ingest.document)
+
+        self.ingests.commit(ingest, committed)
+        self._pump()
+
+    def abort_ingest(self, client: int, ingest_id: int) -> None:
+        """Drop an open ingest without a trace."""
+        self.ingests.abort(self.ingests.get(ingest_id, client))
+        self._pump()
+
+    def _touch(self, document: Document) -> None:
+        now_ns = self.clock.monotonic_ns()
+        for extent in document.extents:
+            self.history.touch(extent, now_ns)
+
+    # Attach ------------------------------------------------------------------------------------
+
+    def attach(
+        self,
+        client: int,
+        document: DocumentId,
+        fingerprint: bytes | None,
+        group: str | None,
+        layout: Layout | None,
+        deadline_ns: int,
+        granted: Callable[[Attach | HoldfastError], None],
+    ) -> Attach:
+        """See Attaches.attach; a use that the eviction policy learns from."""
+        attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted)
+        self._touch(self.state.documents[document].document)
+        self._pump()
+        return attach
+
+    def wait_layers(
+        self, client: int, lease_id: int, layers: int, done: Callable[[int | HoldfastError], None]
+    ) -> None:
+        """See Attaches.wait_layers."""
+        self.attaches.wait_layers(client, lease_id, layers, done)
+
+    def report(
+        self, client: int, lease_id: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int
+    ) -> SwapRecord:
+        """See Attaches.report."""
+        return self.attaches.report(
+            client,
+            lease_id,
+            exposed_ns=exposed_ns,
+            prefill_ns=prefill_ns,
+            decode_ns=decode_ns,
+            answer_tokens=answer_tokens,
+        )
+
+    def renew(self, client: int, lease_id: int) -> None:
+        """Push a lease's deadline out again."""
+        self.attaches.renew(client, lease_id)
+
+    def detach(self, client: int, lease_id: int) -> None:
+        """End a lease; its copies stay where they are until eviction wants their room."""
+        self.attaches.end(self.attaches.claim(client, lease_id))
+        self._pump()
+
+    # Upkeep ------------------------------------------------------------------------------------
+
+    def pin(
+        self, document: DocumentId, floor: Tier, ttl_seconds: float | None, owner: str, reason: str
+    ) -> Pin:
+        """See Upkeep.pin."""
+        pin = self.upkeep.pin(document, floor, ttl_seconds, owner, reason)
+        self._pump()
+        return pin
+
+    def unpin(self, document: DocumentId) -> Pin:
+        """See Upkeep.unpin."""
+        pin = self.upkeep.unpin(document)
+        self._pump()
+        return pin
+
+    def evict(
+        self,
+        document: DocumentId | None,
+        tier: Tier,
+        size_bytes: int,
+        deadline_ns: int,
+        done: Callable[[HoldfastError | None], None],
+    ) -> tuple[Victim, ...]:
+        """See Upkeep.evict."""
+        plan = self.upkeep.evict(document, tier, size_bytes, deadline_ns, done)
+        self._pump()
+        return plan
+
+    def delete(self, document: DocumentId) -> None:
+        """See Upkeep.delete."""
+        self.upkeep.delete(document)
+        self._pump()

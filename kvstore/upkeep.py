@@ -1,0 +1,242 @@
+"""Upkeep: what operators ask for (pin, evict, delete) and what a restart brings back.
+
+Evictions and prefetches carry on after the command returns; `settle` looks which have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from .claims import Pin
+from .document import Document, DocumentId
+from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCapacity
+from .extent import Extent
+from .ingest import Ingests
+from .ledger import SwapRecord
+from .loader import Loader, Loading
+from .orders import DropDocument, DropExtent, DropPin, PutPin, Record, Urgency, Write
+from .planner import Victim
+from .residency import Placement, State, Tier
+from .slots import Slot, SlotClass
+from .spec import KVSpec
+from .state import DocumentRecord, ExtentRecord
+
+NS: Final = 1_000_000_000
+PREFETCH_DEADLINE_NS: Final = 300 * NS  # nobody waits for it, but no wait is without end
+NOBODY: Final = 0  # the client number of the daemon itself
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Eviction:
+    """Somebody waits until none of these copies is left; those in the middle of a move leave when it has ended."""
+
+    pending: list[tuple[Victim, Placement]]
+    done: Callable[[HoldfastError | None], None]
+    deadline_ns: int
+
+
+class Upkeep:
+    """Pins, evictions, deletions, prefetches, restart."""
+
+    def __init__(self, loader: Loader, ingests: Ingests) -> None:
+        self.loader = loader
+        self.ingests = ingests
+        self.store = loader.store
+        self.room = loader.room
+        self.state = loader.store.records
+        self._evictions: list[Eviction] = []
+
+    # Time --------------------------------------------------------------------------------------
+
+    def expire(self) -> None:
+        """End the pins whose time is up, and the patience of those who wait for evictions."""
+        for pin in self.state.pins.expired(self.store.clock.wall_ns()):
+            self.unpin(pin.document)
+        now_ns = self.store.clock.monotonic_ns()
+        for eviction in [e for e in self._evictions if e.deadline_ns <= now_ns]:
+            self._evictions.remove(eviction)
+            eviction.done(DeadlineExceeded("the eviction goes on, but took longer than the caller waits"))
+
+    def settle(self) -> None:
+        """Let go what has become movable, and tell those whose evictions are complete."""
+        for eviction in list(self._evictions):
+            ready = [victim for victim, copy in eviction.pending if copy.movable]
+            self.room.execute(ready, "admin")
+            eviction.pending = [item for item in eviction.pending if item[1].state is not State.GONE]
+            if not eviction.pending:
+                self._evictions.remove(eviction)
+                eviction.done(None)
+
+    # Pins --------------------------------------------------------------------------------------
+
+    def pin(self, document: DocumentId, floor: Tier, ttl_seconds: float | None, owner: str, reason: str) -> Pin:
+        """Keep a document at or above a tier, and bring it there. Raises PinsOvercommitted, changing nothing."""
+        record = self.state.document(document)
+        now_ns = self.store.clock.wall_ns()
+        if ttl_seconds is not None and not 0 < ttl_seconds < 10**9:
+            raise InvalidRequest(f"ttl_seconds must be positive, not {ttl_seconds}")
+        pin = Pin(
+            document=document,
+            floor=floor,
+            size_bytes=sum(self.state.extents[e].extent.slot_bytes for e in record.document.extents),
+            owner=owner,
+            reason=reason,
+            created_wall_ns=now_ns,
+            expires_wall_ns=None if ttl_seconds is None else now_ns + int(ttl_seconds * NS),
+        )
+        self.state.pins.add(pin)
+        self._write(PutPin(pin))
+        if floor is not Tier.NVME:
+            self._prefetch(record.document)
+        return pin
+
+    def unpin(self, document: DocumentId) -> Pin:
+        """Let it sink again. Raises ClaimNotFound."""
+        pin = self.state.pins.remove(document)
+        self._write(DropPin(document.tenant, document.name))
+        return pin
+
+    def _prefetch(self, document: Document) -> None:
+        """Bring a document to DDR; best effort, because nobody waits for it."""
+        records = [self.state.extents[extent] for extent in document.extents]
+        loading = Loading(
+            document=document.id,
+            records=records,
+            spans={},
+            group=None,
+            layout=None,
+            urgency=Urgency.PREFETCH,
+            swap=SwapRecord(
+                id=self.store.new_id(),
+                document=str(document.id),
+                group=None,
+                client=NOBODY,
+                started_wall_ns=self.store.clock.wall_ns(),
+                token_count=document.token_count,
+            ),
+            started_ns=self.store.clock.monotonic_ns(),
+            granted=lambda: None,
+            layer_ready=lambda _: None,
+            ended=lambda _: None,
+            released=True,
+        )
+        try:
+            self.loader.start(loading, self.store.clock.monotonic_ns() + PREFETCH_DEADLINE_NS)
+        except HoldfastError:
+            self.state.ledger.counts["prefetches_refused"] += 1
+
+    # Evictions ---------------------------------------------------------------------------------
+
+    def plan_eviction(self, document: DocumentId | None, tier: Tier, size_bytes: int) -> tuple[Victim, ...]:
+        """What `evict` would do, as it stands now: this is the dry run. Raises as `evict` does."""
+        if document is None:
+            if tier is Tier.HBM or size_bytes < 1:
+                raise InvalidRequest("without a document, name a tier (ddr or nvme) and at least one byte")
+            victims = self.store.planner.free_bytes(tier, size_bytes)
+            if victims is None:
+                raise NoCapacity(f"{size_bytes} B cannot leave {tier.label}: the rest is leased, pinned or not there")
+            return victims
+        owner = self.state.document(document).document
+        self._refuse_claimed(owner, tier)
+        target = Tier(tier + 1) if tier is not Tier.NVME else None
+        return self.store.planner.evict_document(owner, target)
+
+    def _refuse_claimed(self, owner: Document, tier: Tier) -> None:
+        leases = self.state.leased(owner.id)
+        if leases:
+            raise InUse(f"{owner.id} is leased by {len(leases)} holder(s); detach first")
+        pin = self.state.pins.get(owner.id)
+        if pin is not None and tier >= pin.floor:
+            raise InUse(f"{owner.id} is pinned at {pin.floor.label} by {pin.owner!r} ({pin.reason!r}); unpin first")
+
+    def evict(
+        self,
+        document: DocumentId | None,
+        tier: Tier,
+        size_bytes: int,
+        deadline_ns: int,
+        done: Callable[[HoldfastError | None], None],
+    ) -> tuple[Victim, ...]:
+        """Take a document out of `tier` and all nearer ones (or free bytes of a tier); `done` when it has happened.
+
+        Out of NVMe means out of the cache: its KV is dropped, its name stays with nothing behind it until it is
+        ingested again or deleted. Raises InUse for what is leased or pinned, NoCapacity when not enough may leave.
+        """
+        plan = self.plan_eviction(document, tier, size_bytes)
+        pending = [(victim, copy) for victim in plan if (copy := self._copy(victim)) is not None]
+        self._evictions.append(Eviction(pending=pending, done=done, deadline_ns=deadline_ns))
+        return plan
+
+    def _copy(self, victim: Victim) -> Placement | None:
+        if victim.shard is not None:
+            shard = next((s for s in self.state.shards() if s.id == victim.shard), None)
+            return shard.copies.get(victim.extent) if shard is not None else None
+        record = self.state.extents[victim.extent]
+        return record.ddr if victim.tier is Tier.DDR else record.nvme
+
+    # Deletion ----------------------------------------------------------------------------------
+
+    def delete(self, document: DocumentId) -> None:
+        """Forget a document; KV that no other document needs goes too. Raises InUse while it is leased or pinned."""
+        owner = self.state.document(document).document
+        leases = self.state.leased(document)
+        if leases:
+            raise InUse(f"{document} is leased by {len(leases)} holder(s); detach first")
+        if self.state.pins.get(document) is not None:
+            raise InUse(f"{document} is pinned; unpin first")
+        for ingest in self.ingests.open.values():
+            if ingest.document.id == document:
+                raise InUse(f"{document} is being ingested")
+        for shard in self.state.shards():
+            if shard.document == document:
+                if any(copy.holds for copy in shard.copies.values()):
+                    raise InUse(f"{document} is being moved; try again")
+        for shard in self.state.shards():
+            if shard.document == document:
+                self.store.close_shard(shard)
+        del self.state.documents[document]
+        self._write(DropDocument(document.tenant, document.name))
+        for extent in owner.extents:
+            record = self.state.extents[extent]
+            record.documents.discard(document)
+            self.store.reap(record)
+
+    def _write(self, *records: Record) -> None:
+        self.store.submit(Write(id=self.store.new_id(), records=records))
+
+    # Restart -----------------------------------------------------------------------------------
+
+    def restore(
+        self,
+        specs: Iterable[KVSpec],
+        extents: Iterable[tuple[Extent, tuple[int, ...], Slot | None]],
+        documents: Iterable[Document],
+        pins: Iterable[Pin],
+    ) -> None:
+        """Take over what the catalog holds: NVMe copies where they lie, documents, pins. Before anything else."""
+        for spec in specs:
+            self.state.specs[spec.fingerprint()] = spec
+        for extent, checksums, slot in extents:
+            record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
+            if slot is None:
+                continue  # the copy was dropped by verdict; the document still names it
+            if not self.state.nvme.fits_in(SlotClass("", extent.slot_bytes), slot):
+                # The budget shrank, or segments have another size now: what does not fit is given up, visibly.
+                self.state.ledger.counts["not_restored"] += 1
+                self._write(DropExtent(extent.id))
+                continue
+            self.store.adopt_nvme(record, slot, checksums)
+        for document in documents:
+            self.state.documents[document.id] = DocumentRecord(document=document, durable=True)
+            for name in document.extents:
+                if name in self.state.extents:
+                    self.state.extents[name].documents.add(document.id)
+        for pin in pins:
+            if pin.document in self.state.documents:
+                self.state.pins.add(pin)
+        for document in [record.document for record in self.state.documents.values()]:
+            pin_of = self.state.pins.get(document.id)
+            if pin_of is not None and pin_of.floor is not Tier.NVME:
+                self._prefetch(document)

@@ -1,0 +1,351 @@
+"""Views: what people and clients are shown, as typed records built from the state. Looking changes nothing.
+
+The socket sends them as msgpack, the admin API as JSON; field names end in their units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from .claims import Lease, Pin
+from .clock import Clock
+from .document import DocumentId
+from .ledger import Ledger, SwapRecord, Verdict
+from .planner import Planner, Victim
+from .residency import Tier
+from .state import DDR, NVME, DocumentRecord, ExtentRecord, State
+from .store import hbm_device
+
+
+class PinView(msgspec.Struct, frozen=True, kw_only=True):
+    """A pin."""
+
+    tenant: str
+    document: str
+    tier: str
+    size_bytes: int
+    owner: str
+    reason: str
+    created_wall_ns: int
+    expires_wall_ns: int | None
+
+
+class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
+    """A document and where its KV is. `resident_bytes` counts by tier; `missing_tokens` are ranges to recompute."""
+
+    tenant: str
+    name: str
+    model: str
+    fingerprint: str
+    token_count: int
+    extent_count: int
+    size_bytes: int
+    write_policy: str
+    durable: bool
+    complete: bool
+    resident_bytes: dict[str, int]
+    missing_tokens: list[tuple[int, int]]
+    leases: int
+    pin: PinView | None
+    created_wall_ns: int
+    last_access_seconds_ago: float | None
+    frequency: float
+    restore_seconds: float
+
+
+class ExtentView(msgspec.Struct, frozen=True, kw_only=True):
+    """One extent of a document, with the state of each copy and the policy's score parts where it is nearest."""
+
+    start: int
+    stop: int
+    size_bytes: int
+    copies: dict[str, str]
+    scores: dict[str, float]
+
+
+class TierView(msgspec.Struct, frozen=True, kw_only=True):
+    """A tier, or one group's HBM: bytes."""
+
+    tier: str
+    device: str
+    capacity_bytes: int
+    used_bytes: int
+    leased_bytes: int
+    pinned_bytes: int
+
+
+class HopView(msgspec.Struct, frozen=True, kw_only=True):
+    """One hop of a swap."""
+
+    hop: str
+    size_bytes: int
+    moves: int
+    elapsed_ns: int
+    busy_ns: int
+
+
+class SwapView(msgspec.Struct, frozen=True, kw_only=True):
+    """The receipt of an attach."""
+
+    id: int
+    document: str
+    group: str | None
+    started_wall_ns: int
+    token_count: int
+    source_tier: str
+    source_bytes: dict[str, int]
+    moved_bytes: int
+    hops: list[HopView]
+    wait_ns: int
+    reattach_ns: int | None
+    predicted_ns: int
+    recompute_ns: int
+    exposed_ns: int | None
+    prefill_ns: int | None
+    decode_ns: int | None
+    answer_tokens: int | None
+    outcome: str
+
+
+class VictimView(msgspec.Struct, frozen=True, kw_only=True):
+    """A copy that leaves, or would."""
+
+    extent: str
+    documents: list[str]
+    start: int
+    stop: int
+    tier: str
+    action: str
+    size_bytes: int
+    restore_ns: int
+    scores: dict[str, float]
+
+
+class VerdictView(VictimView, frozen=True, kw_only=True):
+    """A copy that left, when and why."""
+
+    wall_ns: int
+    reason: str
+    policy: str
+
+
+class LeaseView(msgspec.Struct, frozen=True, kw_only=True):
+    """A lease."""
+
+    id: int
+    client: int
+    tenant: str
+    document: str
+    overdue: bool
+    remaining_seconds: float
+
+
+def pin_view(pin: Pin) -> PinView:
+    """Show a pin."""
+    return PinView(
+        tenant=pin.document.tenant,
+        document=pin.document.name,
+        tier=pin.floor.label,
+        size_bytes=pin.size_bytes,
+        owner=pin.owner,
+        reason=pin.reason,
+        created_wall_ns=pin.created_wall_ns,
+        expires_wall_ns=pin.expires_wall_ns,
+    )
+
+
+def document_view(state: State, planner: Planner, record: DocumentRecord) -> DocumentView:
+    """Show a document."""
+    document = record.document
+    records = [state.extents[extent] for extent in document.extents]
+    resident: dict[str, int] = {}
+    for extent in records:
+        for placement in extent.placements():
+            if placement.readable:
+                resident[placement.tier.label] = resident.get(placement.tier.label, 0) + placement.size_bytes
+    for shard in state.shards():
+        if shard.document == document.id:
+            size = sum(copy.size_bytes for copy in shard.copies.values() if copy.readable)
+            resident[Tier.HBM.label] = resident.get(Tier.HBM.label, 0) + size
+    missing = [(r.extent.start, r.extent.stop) for r in records if r.source() is None]
+    now_ns = planner.clock.monotonic_ns()
+    touched = [t for e in document.extents if (t := planner.history.last_access_ns(e)) is not None]
+    pin = state.pins.get(document.id)
+    return DocumentView(
+        tenant=document.id.tenant,
+        name=document.id.name,
+        model=state.specs[document.fingerprint].model,
+        fingerprint=document.fingerprint.hex(),
+        token_count=document.token_count,
+        extent_count=len(records),
+        size_bytes=sum(r.extent.slot_bytes for r in records),
+        write_policy=document.write_policy.value,
+        durable=record.durable and all(r.nvme is not None and r.nvme.readable for r in records),
+        complete=not missing,
+        resident_bytes=resident,
+        missing_tokens=joined(missing),
+        leases=len(state.leased(document.id)),
+        pin=pin_view(pin) if pin is not None else None,
+        created_wall_ns=document.created_wall_ns,
+        last_access_seconds_ago=(now_ns - max(touched)) / 1e9 if touched else None,
+        frequency=max((planner.history.frequency(e, now_ns) for e in document.extents), default=0.0),
+        restore_seconds=sum(_restore_ns(planner, r) for r in records) / 1e9,
+    )
+
+
+def _restore_ns(planner: Planner, record: ExtentRecord) -> int:
+    """Time to have the extent in DDR again: nothing, a reload, or a recompute."""
+    source = record.source()
+    if source is None:
+        return planner.recompute_ns(record)
+    return planner.reload_ns(record, source.tier, Tier.DDR)
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Token ranges with neighbours joined."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(set(ranges)):
+        if found and found[-1][1] >= start:
+            found[-1] = (found[-1][0], max(found[-1][1], stop))
+        else:
+            found.append((start, stop))
+    return found
+
+
+def extent_views(state: State, planner: Planner, record: DocumentRecord) -> list[ExtentView]:
+    """Show a document's extents."""
+    views = []
+    for name in record.document.extents:
+        extent = state.extents[name]
+        copies = {p.tier.label: p.state.value for p in extent.placements()}
+        for shard in state.shards():
+            if shard.document == record.document.id and name in shard.copies:
+                copies[hbm_device(shard.group)] = shard.copies[name].state.value
+        placements = extent.placements()
+        views.append(
+            ExtentView(
+                start=extent.extent.start,
+                stop=extent.extent.stop,
+                size_bytes=extent.extent.slot_bytes,
+                copies=copies,
+                scores=planner.explain(extent, placements[0]) if placements else {},
+            )
+        )
+    return views
+
+
+def tier_views(state: State) -> list[TierView]:
+    """Show every device: HBM by group, DDR, NVMe."""
+    placements = state.all_placements()
+    used = state.used_bytes()
+    capacity = {hbm_device(group.name): group.capacity_bytes for group in state.groups.values()}
+    capacity |= {DDR: state.ddr.capacity_bytes, NVME: state.nvme.capacity_bytes}
+    pinned = {pin.document: pin.floor for pin in state.pins.all()}
+    views = []
+    for device, size in capacity.items():
+        tier = Tier.DDR if device == DDR else Tier.NVME if device == NVME else Tier.HBM
+        here = [p for p in placements if p.device == device]
+        held = sum(p.size_bytes for p in here if p.holds)
+        views.append(
+            TierView(
+                tier=tier.label,
+                device=device,
+                capacity_bytes=size,
+                used_bytes=used[device],
+                leased_bytes=held,
+                pinned_bytes=sum(p.size_bytes for p in here if _pinned(state, pinned, p.extent, tier)),
+            )
+        )
+    return views
+
+
+def _pinned(state: State, pinned: dict[DocumentId, Tier], extent: str, tier: Tier) -> bool:
+    record = state.extents.get(extent)
+    if record is None:
+        return False
+    return any(document in pinned and pinned[document] >= tier for document in record.documents)
+
+
+def swap_view(swap: SwapRecord) -> SwapView:
+    """Show a swap record."""
+    return SwapView(
+        id=swap.id,
+        document=swap.document,
+        group=swap.group,
+        started_wall_ns=swap.started_wall_ns,
+        token_count=swap.token_count,
+        source_tier=swap.source_tier,
+        source_bytes=swap.source_bytes,
+        moved_bytes=swap.moved_bytes,
+        hops=[
+            HopView(
+                hop=str(hop), size_bytes=t.size_bytes, moves=t.moves, elapsed_ns=t.elapsed_ns, busy_ns=t.busy_ns
+            )
+            for hop, t in sorted(swap.hops.items(), reverse=True)
+        ],
+        wait_ns=swap.wait_ns,
+        reattach_ns=swap.reattach_ns,
+        predicted_ns=swap.predicted_ns,
+        recompute_ns=swap.recompute_ns,
+        exposed_ns=swap.exposed_ns,
+        prefill_ns=swap.prefill_ns,
+        decode_ns=swap.decode_ns,
+        answer_tokens=swap.answer_tokens,
+        outcome=swap.outcome,
+    )
+
+
+def victim_views(victims: Sequence[Victim]) -> list[VictimView]:
+    """Show a plan's victims."""
+    return [
+        VictimView(
+            extent=v.extent,
+            documents=list(v.documents),
+            start=v.start,
+            stop=v.stop,
+            tier=v.tier.label,
+            action=v.action,
+            size_bytes=v.size_bytes,
+            restore_ns=v.restore_ns,
+            scores=v.scores,
+        )
+        for v in victims
+    ]
+
+
+def verdict_view(verdict: Verdict) -> VerdictView:
+    """Show a verdict."""
+    return VerdictView(
+        extent=verdict.extent,
+        documents=list(verdict.documents),
+        start=verdict.start,
+        stop=verdict.stop,
+        tier=verdict.tier,
+        action=verdict.action,
+        size_bytes=verdict.size_bytes,
+        restore_ns=verdict.restore_ns,
+        scores=verdict.scores,
+        wall_ns=verdict.wall_ns,
+        reason=verdict.reason,
+        policy=verdict.policy,
+    )
+
+
+def lease_view(lease: Lease, clock: Clock) -> LeaseView:
+    """Show a lease."""
+    now_ns = clock.monotonic_ns()
+    return LeaseView(
+        id=lease.id,
+        client=lease.owner,
+        tenant=lease.document.tenant,
+        document=lease.document.name,
+        overdue=lease.overdue(now_ns),
+        remaining_seconds=(lease.deadline_ns - now_ns) / 1e9,
+    )
+
+
+def swap_views(ledger: Ledger) -> list[SwapView]:
+    """Show the remembered swaps, oldest first."""
+    return [swap_view(swap) for swap in ledger.swaps]

@@ -1,0 +1,462 @@
+"""Wire: the messages between the daemon and engines, and their framing.
+
+A frame is a 4-byte little-endian length and a msgpack array [id, body]; a request's id comes back with its reply, and
+id 0 marks what needs none. Bodies are tagged arrays, so any msgpack reader decodes them. KV bytes never travel here:
+they lie in shared slabs, whose descriptors are sent beside a SlabMapped reply.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Final
+
+import msgspec
+
+from .document import WritePolicy
+from .errors import FrameTooLarge, HoldfastError, MalformedFrame
+from .layout import Layout, Run
+from .slots import Slot
+from .spec import KVSpec
+from .views import DocumentView, PinView, SwapView, TierView, VictimView
+
+PROTOCOL_VERSION: Final = 1
+LENGTH: Final = struct.Struct("<I")
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of all bodies; the class name is the tag."""
+
+
+class LayoutMessage(msgspec.Struct, frozen=True, array_like=True):
+    """A layout: runs as (start, stop, rank)."""
+
+    runs: list[tuple[int, int, int]]
+    cp: int
+    tp: int
+
+    @staticmethod
+    def of(layout: Layout) -> LayoutMessage:
+        """Encode."""
+        return LayoutMessage([(run.start, run.stop, run.rank) for run in layout.runs], layout.cp, layout.tp)
+
+    def layout(self) -> Layout:
+        """Decode. Raises LayoutError for runs that are no layout."""
+        return Layout(tuple(Run(*run) for run in self.runs), self.cp, self.tp)
+
+
+class PartMessage(msgspec.Struct, frozen=True, array_like=True):
+    """An extent in DDR: slot, first token, tokens."""
+
+    slab: int
+    offset: int
+    size_bytes: int
+    start: int
+    valid_tokens: int
+    group: int = 0
+
+    @property
+    def slot(self) -> Slot:
+        """Where it lies."""
+        return Slot(self.slab, self.offset, self.size_bytes)
+
+
+# Requests ------------------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """First message of a connection. `resume`: earlier client numbers of this process that hold nothing any more."""
+
+    version: int
+    tenant: str
+    resume: list[int] = []
+
+
+class Goodbye(Message, frozen=True):
+    """The client lets go of everything and leaves."""
+
+
+class RegisterSpec(Message, frozen=True):
+    """Make a model known."""
+
+    spec: KVSpec
+
+
+class RegisterRank(Message, frozen=True):
+    """This connection is one rank of a group, with an HBM arena."""
+
+    group: str
+    rank: int
+    cp: int
+    tp: int
+    fingerprint: bytes
+    rows: int
+
+
+class BeginIngest(Message, frozen=True):
+    """Open an ingest. `tokens` are little-endian uint32."""
+
+    name: str
+    fingerprint: bytes
+    tokens: bytes
+    write_policy: WritePolicy
+    group: str | None
+    chunk_tokens: int
+    deadline_seconds: float
+
+
+class CommitIngest(Message, frozen=True):
+    """Publish an ingest."""
+
+    ingest: int
+
+
+class AbortIngest(Message, frozen=True):
+    """Drop an ingest."""
+
+    ingest: int
+
+
+class AttachDocument(Message, frozen=True):
+    """Lease a document, to DDR or to a group."""
+
+    name: str
+    fingerprint: bytes | None
+    group: str | None
+    layout: LayoutMessage | None
+    deadline_seconds: float
+
+
+class WaitLayers(Message, frozen=True):
+    """Wait until that many leading layers are in DDR."""
+
+    lease: int
+    layers: int
+
+
+class Renew(Message, frozen=True):
+    """Push a lease's deadline out."""
+
+    lease: int
+
+
+class Report(Message, frozen=True):
+    """What the engine saw of an attach."""
+
+    lease: int
+    exposed_ns: int
+    prefill_ns: int
+    decode_ns: int
+    answer_tokens: int
+
+
+class Detach(Message, frozen=True):
+    """End a lease."""
+
+    lease: int
+
+
+class ObservePrefill(Message, frozen=True):
+    """Measured prefills: (cached tokens, new tokens, seconds)."""
+
+    fingerprint: bytes
+    points: list[tuple[int, int, float]]
+
+
+class MapSlab(Message, frozen=True):
+    """Send me that slab's descriptor."""
+
+    slab: int
+
+
+class ListDocuments(Message, frozen=True):
+    """The tenant's documents."""
+
+
+class ShowDocument(Message, frozen=True):
+    """One document."""
+
+    name: str
+
+
+class DeleteDocument(Message, frozen=True):
+    """Forget a document."""
+
+    name: str
+
+
+class PinDocument(Message, frozen=True):
+    """Pin a document."""
+
+    name: str
+    tier: str
+    ttl_seconds: float | None
+    owner: str
+    reason: str
+
+
+class UnpinDocument(Message, frozen=True):
+    """Unpin a document."""
+
+    name: str
+
+
+class EvictDocument(Message, frozen=True):
+    """Take a document out of `tier` and all nearer ones, or plan to."""
+
+    name: str
+    tier: str
+    dry_run: bool
+    deadline_seconds: float
+
+
+class ListTiers(Message, frozen=True):
+    """Capacity and use of every device."""
+
+
+class MoveDone(Message, frozen=True):
+    """A rank carried an order out; `code` is empty, or an error's."""
+
+    order: int
+    size_bytes: int
+    busy_ns: int
+    elapsed_ns: int
+    code: str = ""
+    message: str = ""
+
+
+Request = (
+    Hello
+    | Goodbye
+    | RegisterSpec
+    | RegisterRank
+    | BeginIngest
+    | CommitIngest
+    | AbortIngest
+    | AttachDocument
+    | WaitLayers
+    | Renew
+    | Report
+    | Detach
+    | ObservePrefill
+    | MapSlab
+    | ListDocuments
+    | ShowDocument
+    | DeleteDocument
+    | PinDocument
+    | UnpinDocument
+    | EvictDocument
+    | ListTiers
+    | MoveDone
+)
+
+# Replies -------------------------------------------------------------------------------------------
+
+
+class Done(Message, frozen=True):
+    """It is done."""
+
+
+class Refused(Message, frozen=True):
+    """It is not, and why."""
+
+    code: str
+    message: str
+
+
+class Welcome(Message, frozen=True):
+    """The connection's client number and the daemon's version."""
+
+    client: int
+    version: int
+    daemon: str
+
+
+class SpecRegistered(Message, frozen=True):
+    """The model's fingerprint."""
+
+    fingerprint: bytes
+
+
+class IngestOpened(Message, frozen=True):
+    """Slots to fill (`parts`), tokens that are there already, and the shard in the group, if one was named."""
+
+    ingest: int
+    cached_tokens: int
+    parts: list[PartMessage]
+    shard: int | None
+    layout: LayoutMessage | None
+
+
+class Attached(Message, frozen=True):
+    """The lease; where the extents lie in DDR (no group), or the shard (group)."""
+
+    lease: int
+    fingerprint: bytes
+    token_count: int
+    spec: KVSpec
+    parts: list[PartMessage]
+    shard: int | None
+    layout: LayoutMessage | None
+
+
+class LayersReady(Message, frozen=True):
+    """Leading layers that may be read."""
+
+    layers: int
+
+
+class Receipt(Message, frozen=True):
+    """A swap record."""
+
+    swap: SwapView
+
+
+class SlabMapped(Message, frozen=True):
+    """The descriptor beside this frame is the slab's; `serial` changes when its memory does."""
+
+    slab: int
+    serial: int
+    size_bytes: int
+
+
+class Documents(Message, frozen=True):
+    """Documents."""
+
+    documents: list[DocumentView]
+
+
+class Pinned(Message, frozen=True):
+    """A pin."""
+
+    pin: PinView
+
+
+class EvictionPlan(Message, frozen=True):
+    """What left, or would leave."""
+
+    victims: list[VictimView]
+
+
+class Tiers(Message, frozen=True):
+    """Devices."""
+
+    tiers: list[TierView]
+
+
+# Commands to ranks ---------------------------------------------------------------------------------
+
+
+class ShardOpened(Message, frozen=True):
+    """The shard's rows begin at `row` on this rank."""
+
+    shard: int
+    layout: LayoutMessage
+    row: int
+
+
+class LoadCommand(Message, frozen=True):
+    """Copy these layers of these extents from DDR into the shard's rows."""
+
+    order: int
+    shard: int
+    parts: list[PartMessage]
+    layer_start: int
+    layer_stop: int
+
+
+class SaveCommand(Message, frozen=True):
+    """Copy this rank's share of these extents from the shard's rows into DDR."""
+
+    order: int
+    shard: int
+    parts: list[PartMessage]
+
+
+class ShardClosed(Message, frozen=True):
+    """Forget the shard; with a reason: fail whoever waits for its layers."""
+
+    shard: int
+    reason: str
+
+
+Command = ShardOpened | LoadCommand | SaveCommand | ShardClosed
+
+Reply = (
+    Done
+    | Refused
+    | Welcome
+    | SpecRegistered
+    | IngestOpened
+    | Attached
+    | LayersReady
+    | Receipt
+    | SlabMapped
+    | Documents
+    | Pinned
+    | EvictionPlan
+    | Tiers
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, array_like=True):
+    """What a client sends."""
+
+    id: int
+    body: Request
+
+
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What the daemon sends."""
+
+    id: int
+    body: Reply | Command
+
+
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Envelope)
+_answers = msgspec.msgpack.Decoder(Answer)
+
+
+def encode(message: Envelope | Answer) -> bytes:
+    """The whole frame."""
+    data = _encoder.encode(message)
+    return LENGTH.pack(len(data)) + data
+
+
+def decode_request(data: bytes | memoryview) -> Envelope:
+    """Raises MalformedFrame."""
+    try:
+        return _requests.decode(data)
+    except (msgspec.DecodeError, HoldfastError) as error:
+        raise MalformedFrame(f"a frame of {len(data)} bytes does not decode: {error}") from error
+
+
+def decode_answer(data: bytes | memoryview) -> Answer:
+    """Raises MalformedFrame."""
+    try:
+        return _answers.decode(data)
+    except (msgspec.DecodeError, HoldfastError) as error:
+        raise MalformedFrame(f"a frame of {len(data)} bytes does not decode: {error}") from error
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frames of at most `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._data = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[bytes]:
+        """Frames completed by these bytes. Raises FrameTooLarge as soon as a length says so."""
+        self._data += data
+        while len(self._data) >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(self._data)
+            if length > self.limit:
+                raise FrameTooLarge(f"a frame of {length} bytes exceeds the limit of {self.limit}")
+            end = LENGTH.size + length
+            if len(self._data) < end:
+                return
+            frame = bytes(self._data[LENGTH.size : end])
+            del self._data[:end]
+            yield frame
