@@ -7,6 +7,7 @@ from holdfast.kvstore.errors import InvalidSpec
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.layout import Span, copies, scheme, shard_holding
 from holdfast.kvstore.spec import GroupKind
+from holdfast.ring_attention import arena as arena_module
 from holdfast.ring_attention.arena import HBMArena
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,6 +46,25 @@ def test_rows_survive_the_way_through_extents(count, first, second, cp, other_cp
     source, target = scheme(first, count, cp), scheme(second, count, other_cp)
     buffers, holdings = saved(MODEL, filled(source), source)
     for arena, expected in zip(loaded(MODEL, buffers, holdings, target), filled(target), strict=True):
+        assert torch.equal(arena.key, expected.key)
+        assert torch.equal(arena.value, expected.value)
+
+
+@pytest.mark.parametrize("name", ["contiguous", "striped"])
+def test_staged_loading_fills_the_same_rows(name, monkeypatch):
+    """The way a GPU is filled, with its device copy left out."""
+
+    def staged(arena, copies, buffers, layer_start, layer_stop):
+        moves = arena_module._moves([arena_module._Ends.loading(copy) for copy in copies])
+        for layer in range(layer_start, layer_stop):
+            for part in (0, 1):
+                extents = arena._planes(moves, buffers, layer, part)
+                arena_module._load_staged(arena._parts[part][layer], moves, extents)
+
+    layout = scheme(name, 70, 2)
+    buffers, holdings = saved(MODEL, filled(layout), layout)
+    monkeypatch.setattr(HBMArena, "load", staged)
+    for arena, expected in zip(loaded(MODEL, buffers, holdings, layout), filled(layout), strict=True):
         assert torch.equal(arena.key, expected.key)
         assert torch.equal(arena.value, expected.value)
 
