@@ -42,7 +42,7 @@ class Report(Protocol):
         ...
 
     def crashed(self, error: Exception) -> None:
-        """A worker hit a bug of ours. Nothing more is carried out or reported: stop the process."""
+        """A worker hit a bug of ours. No queued order is carried out or reported any more: stop the process."""
         ...
 
 
@@ -120,11 +120,14 @@ class Mover:
                     self._arena.retire(slab)
                     self._push(_Job(order, slab, now_ns, 1), Urgency.DEMOTE)
                 case Seal(slot=slot):
+                    assert order.geometry.size_bytes <= slot.size_bytes, order
                     self._push(_Job(order, slot.slab, now_ns, 1), Urgency.ATTACH)  # a commit waits for it
                 case WriteOut(source=source):
+                    assert order.size_bytes <= min(source.size_bytes, order.target.size_bytes), order
                     self._push(_Job(order, source.slab, now_ns, 1), order.urgency)
                 case ReadIn(target=target, geometry=geometry):
                     assert len(order.checksums) == geometry.plane_count, "one checksum per plane"
+                    assert geometry.size_bytes <= min(order.source.size_bytes, target.size_bytes), order
                     self._push(_Job(order, target.slab, now_ns, 0), order.urgency, geometry)
 
     def close(self, deadline_ns: int) -> list[str]:
