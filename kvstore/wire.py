@@ -46,11 +46,12 @@ class LayoutMessage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PartMessage(msgspec.Struct, frozen=True, array_like=True):
-    """An extent in DDR: slot, first token, tokens."""
+    """An extent in DDR: slot (in the slab's memory number `serial`), first token, tokens, layer group."""
 
     slab: int
     offset: int
     size_bytes: int
+    serial: int
     start: int
     valid_tokens: int
     group: int = 0

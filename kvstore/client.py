@@ -1,0 +1,245 @@
+"""Client: the daemon's commands as methods, and its shared memory as buffers. Knows no engine and no tensors."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .connection import REPLY_SECONDS, Connection
+from .document import WritePolicy
+from .errors import TokenOutOfRange
+from .layout import Layout
+from .spec import KVSpec
+from .views import DocumentView, PinView, SwapView, TierView, VictimView
+from .wire import (
+    AbortIngest,
+    AttachDocument,
+    Attached,
+    BeginIngest,
+    Command,
+    CommitIngest,
+    DeleteDocument,
+    Detach,
+    Documents,
+    EvictDocument,
+    EvictionPlan,
+    IngestOpened,
+    LayersReady,
+    LayoutMessage,
+    ListDocuments,
+    ListTiers,
+    MapSlab,
+    MoveDone,
+    ObservePrefill,
+    PartMessage,
+    PinDocument,
+    Pinned,
+    Receipt,
+    RegisterRank,
+    RegisterSpec,
+    Renew,
+    Reply,
+    Report,
+    Request,
+    ShowDocument,
+    SlabMapped,
+    SpecRegistered,
+    Tiers,
+    UnpinDocument,
+    WaitLayers,
+)
+
+R = TypeVar("R")
+MARGIN_SECONDS = 5.0  # the daemon answers at its deadline; give the answer time to arrive
+
+
+class Client:
+    """One connection to a daemon, for one tenant. Methods may be called from any thread.
+
+    Every method raises the daemon's refusals as they are (see errors), DeadlineExceeded, or DaemonUnavailable.
+    """
+
+    def __init__(
+        self,
+        socket: Path,
+        tenant: str = "default",
+        *,
+        resume: list[int] | None = None,
+        on_command: Callable[[Command], None] | None = None,
+        on_lost: Callable[[], None] | None = None,
+    ) -> None:
+        self._connection = Connection(socket, tenant, resume=resume, on_command=on_command, on_lost=on_lost)
+        self._slabs: dict[int, tuple[int, mmap.mmap]] = {}
+        self._mapping = threading.Lock()
+        self.tenant = tenant
+
+    @property
+    def number(self) -> int:
+        """What the daemon calls this connection."""
+        return self._connection.client
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the daemon is still there, as far as we know."""
+        return self._connection.is_open
+
+    def close(self) -> None:
+        """Let go of every claim and disconnect. Views of shared memory must not be used any more."""
+        self._connection.close()
+        self._slabs.clear()
+
+    def _ask(self, kind: type[R], body: Request, deadline_seconds: float = REPLY_SECONDS) -> R:
+        reply, _ = self._connection.call(body, deadline_seconds)
+        assert isinstance(reply, kind), f"{type(body).__name__} was answered by {type(reply).__name__}"
+        return reply
+
+    def _do(self, body: Request) -> Reply:
+        return self._connection.call(body)[0]
+
+    # Models and documents ----------------------------------------------------------------------
+
+    def register_spec(self, spec: KVSpec) -> bytes:
+        """Make a model known; returns its fingerprint."""
+        return self._ask(SpecRegistered, RegisterSpec(spec)).fingerprint
+
+    def observe_prefill(self, fingerprint: bytes, points: Sequence[tuple[int, int, float]]) -> None:
+        """Tell what prefills took: (cached tokens, new tokens, seconds)."""
+        self._do(ObservePrefill(fingerprint, list(points)))
+
+    def documents(self) -> list[DocumentView]:
+        """The tenant's documents, by name."""
+        return self._ask(Documents, ListDocuments()).documents
+
+    def document(self, name: str) -> DocumentView:
+        """One document."""
+        return self._ask(Documents, ShowDocument(name)).documents[0]
+
+    def delete(self, name: str) -> None:
+        """Forget a document and the KV that only it needs."""
+        self._do(DeleteDocument(name))
+
+    def pin(
+        self, name: str, tier: str = "ddr", *, ttl_seconds: float | None = None, owner: str = "", reason: str = ""
+    ) -> PinView:
+        """Keep a document at or above a tier."""
+        return self._ask(Pinned, PinDocument(name, tier, ttl_seconds, owner, reason)).pin
+
+    def unpin(self, name: str) -> PinView:
+        """Let it sink again."""
+        return self._ask(Pinned, UnpinDocument(name)).pin
+
+    def evict(self, name: str, tier: str = "ddr", *, deadline_seconds: float = 60.0) -> list[VictimView]:
+        """Take a document out of `tier` and all nearer ones; returns when it has happened."""
+        body = EvictDocument(name, tier, False, deadline_seconds)
+        return self._ask(EvictionPlan, body, deadline_seconds + MARGIN_SECONDS).victims
+
+    def plan_eviction(self, name: str, tier: str = "ddr") -> list[VictimView]:
+        """What `evict` would do; nothing changes."""
+        return self._ask(EvictionPlan, EvictDocument(name, tier, True, 1.0)).victims
+
+    def tiers(self) -> list[TierView]:
+        """Capacity and use of every device."""
+        return self._ask(Tiers, ListTiers()).tiers
+
+    # Ingest and attach -------------------------------------------------------------------------
+
+    def begin_ingest(
+        self,
+        name: str,
+        fingerprint: bytes,
+        tokens: Sequence[int] | npt.NDArray[np.integer],
+        *,
+        write_policy: WritePolicy = WritePolicy.THROUGH,
+        group: str | None = None,
+        chunk_tokens: int = 2048,
+        deadline_seconds: float = 60.0,
+    ) -> IngestOpened:
+        """Open an ingest: slots to fill, or a shard to prefill into when a group is named."""
+        data = token_bytes(tokens)
+        body = BeginIngest(name, fingerprint, data, write_policy, group, chunk_tokens, deadline_seconds)
+        return self._ask(IngestOpened, body, deadline_seconds + MARGIN_SECONDS)
+
+    def commit_ingest(self, ingest: int, deadline_seconds: float = 600.0) -> DocumentView:
+        """Publish it: returns when the document is complete and visible."""
+        return self._ask(Documents, CommitIngest(ingest), deadline_seconds).documents[0]
+
+    def abort_ingest(self, ingest: int) -> None:
+        """Drop it without a trace."""
+        self._do(AbortIngest(ingest))
+
+    def attach(
+        self,
+        name: str,
+        *,
+        fingerprint: bytes | None = None,
+        group: str | None = None,
+        layout: Layout | None = None,
+        deadline_seconds: float = 60.0,
+    ) -> Attached:
+        """Lease a document and start bringing it to DDR, or into a group."""
+        wanted = LayoutMessage.of(layout) if layout is not None else None
+        body = AttachDocument(name, fingerprint, group, wanted, deadline_seconds)
+        return self._ask(Attached, body, deadline_seconds + MARGIN_SECONDS)
+
+    def wait_layers(self, lease: int, layers: int, deadline_seconds: float = 600.0) -> int:
+        """Wait until that many leading layers are readable; returns how many are."""
+        return self._ask(LayersReady, WaitLayers(lease, layers), deadline_seconds).layers
+
+    def renew(self, lease: int) -> None:
+        """Push a lease's deadline out."""
+        self._do(Renew(lease))
+
+    def report(
+        self, lease: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int
+    ) -> SwapView:
+        """Tell what an attach was like; returns its receipt."""
+        return self._ask(Receipt, Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens)).swap
+
+    def detach(self, lease: int) -> None:
+        """End a lease. Its views must not be used any more."""
+        self._do(Detach(lease))
+
+    # Ranks -------------------------------------------------------------------------------------
+
+    def register_rank(self, group: str, rank: int, cp: int, tp: int, fingerprint: bytes, rows: int) -> None:
+        """Become one rank of a group, with an arena of `rows` token rows."""
+        self._do(RegisterRank(group, rank, cp, tp, fingerprint, rows))
+
+    def move_done(self, done: MoveDone) -> None:
+        """Answer a command."""
+        self._connection.notify(done)
+
+    # Shared memory -----------------------------------------------------------------------------
+
+    def view(self, part: PartMessage) -> memoryview:
+        """The extent's slot in DDR, writable, without a copy."""
+        with self._mapping:
+            known = self._slabs.get(part.slab)
+            if known is None or known[0] != part.serial:
+                known = self._map(part.slab)
+                self._slabs[part.slab] = known
+        return memoryview(known[1])[part.offset : part.offset + part.size_bytes]
+
+    def _map(self, slab: int) -> tuple[int, mmap.mmap]:
+        reply, descriptors = self._connection.call(MapSlab(slab))
+        assert isinstance(reply, SlabMapped), reply
+        assert len(descriptors) == 1, "one descriptor comes with a slab"
+        try:
+            return reply.serial, mmap.mmap(descriptors[0], reply.size_bytes)
+        finally:
+            os.close(descriptors[0])
+
+
+def token_bytes(tokens: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
+    """Token ids as little-endian uint32. Raises TokenOutOfRange for what does not fit."""
+    array = np.asarray(tokens)
+    if array.size and (array.dtype.kind not in "iu" or int(array.min()) < 0 or int(array.max()) >= 2**32):
+        raise TokenOutOfRange("token ids are integers from 0 to 2^32 - 1, less than the vocabulary size")
+    return array.astype("<u4").tobytes()

@@ -1,0 +1,173 @@
+"""Connection: the client's end of the socket. Requests from any thread, each with a deadline; pushes to a handler."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from .errors import DaemonUnavailable, DeadlineExceeded, HoldfastError, from_code
+from .wire import (
+    PROTOCOL_VERSION,
+    Answer,
+    Command,
+    Envelope,
+    FrameBuffer,
+    Goodbye,
+    Hello,
+    Refused,
+    Reply,
+    Request,
+    Welcome,
+    decode_answer,
+    encode,
+)
+
+READ_BYTES: Final = 256 << 10
+DESCRIPTORS: Final = 8  # at most this many come with one read; the daemon sends one at a time
+FRAME_LIMIT: Final = 256 << 20  # we trust our daemon, but not a broken stream
+REPLY_SECONDS: Final = 30.0
+
+
+class Connection:
+    """An open connection that said hello. `on_command` hears the daemon's pushes, `on_lost` the end, on a thread."""
+
+    def __init__(
+        self,
+        path: Path,
+        tenant: str,
+        *,
+        resume: list[int] | None = None,
+        on_command: Callable[[Command], None] | None = None,
+        on_lost: Callable[[], None] | None = None,
+        deadline_seconds: float = REPLY_SECONDS,
+    ) -> None:
+        """Connect. Raises DaemonUnavailable, or what the daemon answers to Hello."""
+        self._path = path
+        self._on_command = on_command
+        self._on_lost = on_lost
+        self._lock = threading.Lock()
+        self._waiting: dict[int, Future[tuple[Reply, list[int]]]] = {}
+        self._next_id = 1
+        self._open = True
+        self._descriptors: list[int] = []
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._sock.settimeout(deadline_seconds)
+            self._sock.connect(str(path))
+            self._sock.settimeout(None)
+        except OSError as error:
+            self._sock.close()
+            raise DaemonUnavailable(f"no daemon answers at {path} ({error.strerror or error}); holdfast serve") from error
+        self._reader = threading.Thread(target=self._read, name="holdfast-client", daemon=True)
+        self._reader.start()
+        try:
+            reply, _ = self.call(Hello(PROTOCOL_VERSION, tenant, resume or []), deadline_seconds)
+        except HoldfastError:
+            self.close()
+            raise
+        assert isinstance(reply, Welcome), reply
+        self.client = reply.client
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the daemon is still there, as far as we know."""
+        return self._open
+
+    def call(self, body: Request, deadline_seconds: float = REPLY_SECONDS) -> tuple[Reply, list[int]]:
+        """Send a request and wait for its reply and the descriptors that came with it.
+
+        Raises what the daemon refused with, DeadlineExceeded, or DaemonUnavailable when the connection ends.
+        """
+        future: Future[tuple[Reply, list[int]]] = Future()
+        with self._lock:
+            if not self._open:
+                raise DaemonUnavailable(f"the connection to {self._path} has ended; connect again")
+            number = self._next_id
+            self._next_id += 1
+            self._waiting[number] = future
+        self._send(Envelope(number, body))
+        try:
+            reply, descriptors = future.result(deadline_seconds)
+        except TimeoutError as error:
+            with self._lock:
+                self._waiting.pop(number, None)
+            raise DeadlineExceeded(
+                f"{type(body).__name__} was not answered within {deadline_seconds:g} s"
+            ) from error
+        if isinstance(reply, Refused):
+            raise from_code(reply.code, reply.message)
+        return reply, descriptors
+
+    def notify(self, body: Request) -> None:
+        """Send what needs no reply."""
+        self._send(Envelope(0, body))
+
+    def _send(self, envelope: Envelope) -> None:
+        data = encode(envelope)
+        try:
+            with self._lock:
+                self._sock.sendall(data)
+        except OSError as error:
+            raise DaemonUnavailable(f"the connection to {self._path} broke: {error.strerror or error}") from error
+
+    def _read(self) -> None:
+        frames = FrameBuffer(FRAME_LIMIT)
+        try:
+            while True:
+                data, descriptors, _, _ = socket.recv_fds(self._sock, READ_BYTES, DESCRIPTORS)
+                self._descriptors += descriptors
+                if not data:
+                    return
+                for frame in frames.feed(data):
+                    self._deliver(decode_answer(frame))
+        except (OSError, HoldfastError):
+            return
+        finally:
+            self._ended()
+
+    def _deliver(self, answer: Answer) -> None:
+        body = answer.body
+        if isinstance(body, Command):
+            if self._on_command is not None:
+                self._on_command(body)
+            return
+        with self._lock:
+            future = self._waiting.pop(answer.id, None)
+        # Descriptors arrive no later than the frame they belong to, and the daemon sends one such frame at a time
+        # per reply; a reply nobody waits for any more must still not leak them.
+        descriptors, self._descriptors = self._descriptors, []
+        if future is not None:
+            future.set_result((body, descriptors))
+        else:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _ended(self) -> None:
+        with self._lock:
+            self._open = False
+            waiting, self._waiting = list(self._waiting.values()), {}
+        for future in waiting:
+            future.set_exception(DaemonUnavailable(f"the daemon at {self._path} went away"))
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self._descriptors = []
+        if self._on_lost is not None:
+            self._on_lost()
+
+    def close(self) -> None:
+        """Say goodbye, so that claims end at once, and hang up."""
+        self._on_lost = None
+        if self._open:
+            with suppress(HoldfastError):
+                self.call(Goodbye(), 5.0)
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._reader:
+            self._reader.join(5.0)
+        self._sock.close()

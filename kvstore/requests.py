@@ -1,0 +1,246 @@
+"""Requests: what each message of the wire asks of the service, and the reply it gets.
+
+Knows messages and commands, no sockets. Commands that wait become awaitables here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+
+from .attach import Attach
+from .costs import PrefillPoint
+from .document import Document, DocumentId
+from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
+from .extent import Extent
+from .ingest import Ingest
+from .residency import Placement, Tier
+from .service import NS, Service
+from .state import Shard
+from .views import DocumentView, document_view, pin_view, swap_view, tier_views, victim_views
+from .wire import (
+    AbortIngest,
+    AttachDocument,
+    Attached,
+    BeginIngest,
+    CommitIngest,
+    DeleteDocument,
+    Detach,
+    Documents,
+    Done,
+    EvictDocument,
+    EvictionPlan,
+    IngestOpened,
+    LayersReady,
+    LayoutMessage,
+    ListDocuments,
+    ListTiers,
+    ObservePrefill,
+    PartMessage,
+    PinDocument,
+    Pinned,
+    Receipt,
+    RegisterSpec,
+    Renew,
+    Reply,
+    Report,
+    Request,
+    ShowDocument,
+    SpecRegistered,
+    Tiers,
+    UnpinDocument,
+    WaitLayers,
+)
+
+T = TypeVar("T")
+Answered = Callable[[T | HoldfastError], None]
+LONGEST_SECONDS = 3600.0  # no wait is without end
+NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, EvictDocument)
+
+
+def tier_named(name: str) -> Tier:
+    """The tier of that label. Raises InvalidRequest."""
+    found = next((tier for tier in Tier if tier.label == name), None)
+    if found is None:
+        raise InvalidRequest(f"unknown tier {name!r}; use one of {', '.join(t.label for t in Tier)}")
+    return found
+
+
+class Requests:
+    """Handles requests of clients that said hello."""
+
+    def __init__(self, service: Service, serial: Callable[[int], int]) -> None:
+        """`serial(slab)` names the slab's present memory, so that a client knows when to map it anew."""
+        self._service = service
+        self._serial = serial
+
+    def is_new_work(self, body: Request) -> bool:
+        """Whether a draining daemon refuses it."""
+        return isinstance(body, NEW_WORK)
+
+    async def handle(self, client: int, tenant: str, body: Request) -> Reply:
+        """The reply. Raises HoldfastError."""
+        match body:
+            case BeginIngest():
+                return await self._begin(client, tenant, body)
+            case CommitIngest(ingest=ingest):
+                committed = await self._call(lambda done: self._service.commit_ingest(client, ingest, done))
+                return Documents([self._view(committed)])
+            case AttachDocument():
+                return await self._attach(client, tenant, body)
+            case WaitLayers(lease=lease, layers=layers):
+                ready = await self._call(lambda done: self._service.wait_layers(client, lease, layers, done))
+                return LayersReady(ready)
+            case EvictDocument():
+                return await self._evict(tenant, body)
+            case _:
+                return self._simple(client, tenant, body)
+
+    def _simple(self, client: int, tenant: str, body: Request) -> Reply:
+        service = self._service
+        match body:
+            case RegisterSpec(spec=spec):
+                return SpecRegistered(service.register_spec(spec))
+            case AbortIngest(ingest=ingest):
+                service.abort_ingest(client, ingest)
+            case Renew(lease=lease):
+                service.renew(client, lease)
+            case Detach(lease=lease):
+                service.detach(client, lease)
+            case Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens):
+                swap = service.report(
+                    client,
+                    lease,
+                    exposed_ns=exposed_ns,
+                    prefill_ns=prefill_ns,
+                    decode_ns=decode_ns,
+                    answer_tokens=answer_tokens,
+                )
+                return Receipt(swap_view(swap))
+            case ObservePrefill(fingerprint, points):
+                measured = [PrefillPoint(cached_tokens=p, new_tokens=t, seconds=s) for p, t, s in points]
+                service.observe_prefill(fingerprint, measured)
+            case ListDocuments():
+                records = [r for d, r in sorted(service.state.documents.items()) if d.tenant == tenant]
+                return Documents([document_view(service.state, service.planner, record) for record in records])
+            case ShowDocument(name=name):
+                return Documents([self._view(service.state.document(DocumentId(tenant, name)).document)])
+            case DeleteDocument(name=name):
+                service.delete(DocumentId(tenant, name))
+            case PinDocument():
+                floor = tier_named(body.tier)
+                pin = service.pin(DocumentId(tenant, body.name), floor, body.ttl_seconds, body.owner, body.reason)
+                return Pinned(pin_view(pin))
+            case UnpinDocument(name=name):
+                return Pinned(pin_view(service.unpin(DocumentId(tenant, name))))
+            case ListTiers():
+                return Tiers(tier_views(service.state))
+            case _:
+                raise MalformedFrame(f"{type(body).__name__} is not expected here")
+        return Done()
+
+    async def _begin(self, client: int, tenant: str, body: BeginIngest) -> Reply:
+        if len(body.tokens) % 4:
+            raise InvalidRequest("tokens are little-endian uint32, four bytes each")
+        tokens = np.frombuffer(body.tokens, dtype="<u4")
+        document = DocumentId(tenant, body.name)
+        opened: Ingest = await self._call(
+            lambda done: self._service.begin_ingest(
+                client,
+                document,
+                body.fingerprint,
+                tokens,
+                body.write_policy,
+                body.group,
+                body.chunk_tokens,
+                self._deadline_ns(body.deadline_seconds),
+                done,
+            ),
+            late=lambda ingest: self._service.abort_ingest(client, ingest.id),
+        )
+        parts = []
+        for extent in opened.missing:
+            parts.append(self._part(extent, opened.filled[extent.id]))
+        shard, layout = _shard(opened.shard)
+        return IngestOpened(opened.id, opened.cached_tokens, parts, shard, layout)
+
+    async def _attach(self, client: int, tenant: str, body: AttachDocument) -> Reply:
+        wanted = body.layout.layout() if body.layout is not None else None
+        attach: Attach = await self._call(
+            lambda done: self._service.attach(
+                client,
+                DocumentId(tenant, body.name),
+                body.fingerprint,
+                body.group,
+                wanted,
+                self._deadline_ns(body.deadline_seconds),
+                done,
+            ),
+            late=lambda attach: self._service.detach(client, attach.lease.id),
+        )
+        owner = self._service.state.documents[attach.lease.document].document
+        shard, layout = _shard(attach.loading.shard)
+        return Attached(
+            attach.lease.id,
+            owner.fingerprint,
+            owner.token_count,
+            self._service.state.specs[owner.fingerprint],
+            [] if body.group is not None else [self._part(r.extent, r.ddr) for r in attach.loading.records],
+            shard,
+            layout,
+        )
+
+    async def _evict(self, tenant: str, body: EvictDocument) -> Reply:
+        document = DocumentId(tenant, body.name)
+        tier = tier_named(body.tier)
+        if body.dry_run:
+            return EvictionPlan(victim_views(self._service.upkeep.plan_eviction(document, tier, 0)))
+        plan = []
+
+        def start(done: Answered[None]) -> None:
+            plan.extend(self._service.evict(document, tier, 0, self._deadline_ns(body.deadline_seconds), done))
+
+        await self._call(start)
+        return EvictionPlan(victim_views(plan))
+
+    def _part(self, extent: Extent, placement: Placement | None) -> PartMessage:
+        assert placement is not None
+        assert placement.slot is not None
+        return PartMessage(
+            *placement.slot, self._serial(placement.slot.slab), extent.start, extent.valid_tokens, extent.group
+        )
+
+    def _view(self, document: Document) -> DocumentView:
+        return document_view(self._service.state, self._service.planner, self._service.state.document(document.id))
+
+    def _deadline_ns(self, seconds: float) -> int:
+        if not 0 < seconds <= LONGEST_SECONDS:
+            raise InvalidRequest(f"a deadline lies between 0 and {LONGEST_SECONDS:g} seconds, not {seconds}")
+        return self._service.clock.monotonic_ns() + int(seconds * NS)
+
+    async def _call(self, start: Callable[[Answered[T]], object], late: Callable[[T], None] | None = None) -> T:
+        """Await a command's callback. When the caller is gone meanwhile, `late` undoes what was granted after all."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def done(result: T | HoldfastError) -> None:
+            if future.done():
+                if late is not None and not isinstance(result, HoldfastError):
+                    late(result)
+            elif isinstance(result, HoldfastError):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        start(done)
+        try:
+            return await asyncio.wait_for(future, LONGEST_SECONDS)
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no answer within {LONGEST_SECONDS:g} s") from error
+
+
+def _shard(shard: Shard | None) -> tuple[int | None, LayoutMessage | None]:
+    return (None, None) if shard is None else (shard.id, LayoutMessage.of(shard.layout))
+
