@@ -38,6 +38,18 @@ def tensors(heads, kv_heads, total, dim=16, scale=1.0):
     return query, key, value
 
 
+class Hasty:
+    """A communicator whose messages may land as soon as the transfer starts: what lay there is gone."""
+
+    def __init__(self, communicator):
+        self.communicator = communicator
+        self.rank, self.size = communicator.rank, communicator.size
+
+    def shift(self, send, receive):
+        receive.fill_(torch.nan)
+        return self.communicator.shift(send, receive)
+
+
 def ring(cp, total, cached, keys, queries, boundary, kv_heads, heads, scale=1.0):
     """Worst difference between the ring's output and float64 dense attention."""
     query, key, value = tensors(heads, kv_heads, total, scale=scale)
@@ -47,7 +59,7 @@ def ring(cp, total, cached, keys, queries, boundary, kv_heads, heads, scale=1.0)
         spans = spans_in(queries, communicator.rank, cached, total)
         positions = take(spans)
         segments = segments_of(key, value, held[communicator.rank])
-        out = pass_kv(communicator, query[:, positions], spans, segments, held)
+        out = pass_kv(Hasty(communicator), query[:, positions], spans, segments, held)
         expected = dense(query[:, positions], positions, key, value)
         assert out.dtype == torch.float32
         return (out - expected).abs().max().item() if positions.numel() else 0.0
