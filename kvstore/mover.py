@@ -252,7 +252,7 @@ class Mover:
         before = job.layers_ready
         while job.layers_ready in job.layers_ahead:
             job.layers_ready = job.layers_ahead.pop(job.layers_ready)
-        if True:
+        if job.layers_ready > before:
             self._report.advanced(order_id, job.layers_ready)
 
     def _finish(self, job: _Job, order_id: int) -> None:
