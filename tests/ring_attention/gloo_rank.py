@@ -41,8 +41,8 @@ if int(rank) == int(size) - 1:
         os._exit(7)
     if scenario == "raises":
         communicator.abort("raised")
-        say("aborted")
-        sys.exit(0)
+        sys.stdin.read()  # alive, so that nothing but the abort can tell the others
+        os._exit(0)
     if scenario == "stuck":
         sys.stdin.read()
         os._exit(0)

@@ -64,7 +64,7 @@ def test_gloo_processes_keep_the_contract(size, tmp_path):
 
 @pytest.mark.parametrize("scenario", ["dies", "raises"])
 def test_a_lost_process_fails_the_others_at_once(scenario, tmp_path):
-    """Rank 2 exits or aborts: the others raise GroupFailed long before their deadline of 300 s."""
+    """Rank 2 exits, or aborts and lives on: the others raise GroupFailed long before their deadline of 300 s."""
     with Ranks(scenario, 3, tmp_path, deadline_s=300) as ranks:
         assert ranks.outputs([0, 1]) == [["group-failed"]] * 2
 
