@@ -39,6 +39,11 @@ def as_tokens(ids: Sequence[int] | npt.NDArray[np.integer], spec: KVSpec) -> Tok
     return array.astype(np.uint32, copy=False)
 
 
+def token_list(data: bytes) -> list[int]:
+    """Token ids from little-endian uint32, as messages carry them."""
+    return [int(token) for token in np.frombuffer(data, dtype="<u4")]
+
+
 def block_keys(tokens: Tokens, spec: KVSpec, secret: bytes) -> list[bytes]:
     """One key per block of `spec.block_tokens` tokens, the last block possibly part-filled."""
     assert len(secret) == SECRET_BYTES, "a tenant secret has 32 bytes"

@@ -195,6 +195,17 @@ def extent_holding(buffer: int, start: int, valid_tokens: int, kv_heads: int) ->
     return Holding(buffer, 0, kv_heads, (Span(start, start + valid_tokens),))
 
 
+def clipped(holding: Holding, ranges: Sequence[tuple[int, int]]) -> Holding:
+    """The part of a holding that lies in these token ranges."""
+    spans = []
+    for span in holding.spans:
+        for start, stop in ranges:
+            low, high = max(span.start, start), min(span.stop, stop)
+            if low < high:
+                spans.append(Span(low, high, span.row + low - span.start))
+    return Holding(holding.buffer, holding.head_start, holding.head_stop, tuple(spans))
+
+
 @dataclass(frozen=True, slots=True)
 class Copy:
     """Rows of some heads, from one buffer to another, the same for every layer and part.
@@ -210,6 +221,19 @@ class Copy:
     source_row: int
     target_row: int
     row_count: int
+
+    def reversed(self) -> Copy:
+        """The copy back."""
+        return Copy(
+            self.target,
+            self.source,
+            self.target_head,
+            self.source_head,
+            self.head_count,
+            self.target_row,
+            self.source_row,
+            self.row_count,
+        )
 
 
 def copies(source: Sequence[Holding], target: Sequence[Holding]) -> Iterator[Copy]:

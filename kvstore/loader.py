@@ -56,6 +56,7 @@ class Loading:
     ended: Callable[[HoldfastError | None], None]
     phase: Phase = Phase.WAITING
     shard: Shard | None = None
+    generation: int = 0
     reservation: Reservation | None = None
     sources: dict[ExtentId, Placement] = field(default_factory=dict)
     held: list[Placement] = field(default_factory=list)
@@ -171,8 +172,17 @@ class Loader:
             loading.held.append(self.store.hold(copy))
             if copy.readable and extent in loading.sources:
                 self.store.unhold(loading.sources.pop(extent))
-        starts = tuple(start for start, _ in shard.rows)
-        self.store.submit(OpenShard(group=shard.group, shard=shard.id, layout=shard.layout, rows=starts))
+        loading.generation = self.store.new_id()
+        resident = [shard.spans[extent][1] for extent, copy in shard.copies.items() if copy.readable]
+        order = OpenShard(
+            group=shard.group,
+            shard=shard.id,
+            generation=loading.generation,
+            layout=shard.layout,
+            rows=tuple(start for start, _ in shard.rows),
+            resident_tokens=max(resident, default=0),
+        )
+        self.store.submit(order)
 
     def _new_shard(self, loading: Loading, demand: Demand) -> Shard:
         assert loading.layout is not None

@@ -71,12 +71,18 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenShard:
-    """Tell the ranks of a group which rows a shard takes: `rows[rank]` is its first row there."""
+    """Tell the ranks of a group which rows a shard takes: `rows[rank]` is its first row there.
+
+    The first `resident_tokens` tokens are there already. `generation` is new with each opening, so that a rank does not
+    take an earlier opening for this one.
+    """
 
     group: str
     shard: int
+    generation: int
     layout: Layout
     rows: tuple[int, ...]
+    resident_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

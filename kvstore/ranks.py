@@ -54,8 +54,10 @@ class Ranks:
         seats = {c: (rank, send) for c, (group, rank, send) in self._seats.items() if group == order.group}
         match order:
             case OpenShard():
+                layout = LayoutMessage.of(order.layout)
                 for rank, send in seats.values():
-                    send(ShardOpened(order.shard, LayoutMessage.of(order.layout), order.rows[rank]))
+                    row = order.rows[rank]
+                    send(ShardOpened(order.shard, order.generation, layout, row, order.resident_tokens))
             case CloseShard():
                 for _, send in seats.values():
                     send(ShardClosed(order.shard, order.reason))

@@ -17,9 +17,9 @@ from .document import Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
 from .ingest import Ingest
+from .loader import Loading
 from .residency import Placement, Tier
 from .service import NS, Service
-from .state import Shard
 from .views import DocumentView, document_view, pin_view, swap_view, tier_views, victim_views
 from .wire import (
     AbortIngest,
@@ -48,6 +48,7 @@ from .wire import (
     Reply,
     Report,
     Request,
+    ShardMessage,
     ShowDocument,
     SpecRegistered,
     Tiers,
@@ -164,8 +165,7 @@ class Requests:
         parts = []
         for extent in opened.missing:
             parts.append(self._part(extent, opened.filled[extent.id]))
-        shard, layout = _shard(opened.shard)
-        return IngestOpened(opened.id, opened.cached_tokens, parts, shard, layout)
+        return IngestOpened(opened.id, opened.cached_tokens, parts, _shard(opened.loading))
 
     async def _attach(self, client: int, tenant: str, body: AttachDocument) -> Reply:
         wanted = body.layout.layout() if body.layout is not None else None
@@ -182,15 +182,13 @@ class Requests:
             late=lambda attach: self._service.detach(client, attach.lease.id),
         )
         owner = self._service.state.documents[attach.lease.document].document
-        shard, layout = _shard(attach.loading.shard)
         return Attached(
             attach.lease.id,
             owner.fingerprint,
             owner.token_count,
             self._service.state.specs[owner.fingerprint],
             [] if body.group is not None else [self._part(r.extent, r.ddr) for r in attach.loading.records],
-            shard,
-            layout,
+            _shard(attach.loading),
         )
 
     async def _evict(self, tenant: str, body: EvictDocument) -> Reply:
@@ -241,6 +239,7 @@ class Requests:
             raise DeadlineExceeded(f"no answer within {LONGEST_SECONDS:g} s") from error
 
 
-def _shard(shard: Shard | None) -> tuple[int | None, LayoutMessage | None]:
-    return (None, None) if shard is None else (shard.id, LayoutMessage.of(shard.layout))
-
+def _shard(loading: Loading | None) -> ShardMessage | None:
+    if loading is None or loading.shard is None:
+        return None
+    return ShardMessage(loading.shard.id, loading.generation, LayoutMessage.of(loading.shard.layout))

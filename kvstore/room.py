@@ -210,7 +210,7 @@ class Room:
 
     def write_through(self, record: ExtentRecord) -> None:
         """Write a DDR copy to NVMe soon; it stays in DDR."""
-        if record.ddr is not None and record.nvme is None:
+        if record.ddr is not None and record.ddr.readable and record.nvme is None:
             self._queue_write(record, Urgency.WRITE_THROUGH)
 
     def _queue_write(self, record: ExtentRecord, urgency: Urgency) -> None:

@@ -190,7 +190,13 @@ class Server:
             await asyncio.wait(connection.requests, return_when=asyncio.FIRST_COMPLETED)
         task = asyncio.get_running_loop().create_task(self._answer(connection, envelope))
         connection.requests.add(task)
-        task.add_done_callback(connection.requests.discard)
+        task.add_done_callback(lambda ended: self._request_ended(connection, ended))
+
+    def _request_ended(self, connection: Connection, task: asyncio.Task[None]) -> None:
+        connection.requests.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:  # a bug of ours: the daemon's handler stops the process
+            task.get_loop().call_exception_handler({"message": "a request failed", "exception": error})
 
     async def _write(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()

@@ -86,6 +86,14 @@ class Service:
         self.room.pump()
         self.upkeep.settle()
 
+    def write_back(self) -> None:
+        """Queue everything that should outlive the daemon and is not on NVMe yet (a drain asks for it)."""
+        for record in list(self.state.extents.values()):
+            owners = self.store.document_of(record)
+            if any(owner.document.write_policy is not WritePolicy.MEMORY for owner in owners):
+                self.room.write_through(record)
+        self._pump()
+
     # Models and groups -------------------------------------------------------------------------
 
     def register_spec(self, spec: KVSpec) -> bytes:

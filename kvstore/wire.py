@@ -62,6 +62,14 @@ class PartMessage(msgspec.Struct, frozen=True, array_like=True):
         return Slot(self.slab, self.offset, self.size_bytes)
 
 
+class ShardMessage(msgspec.Struct, frozen=True, array_like=True):
+    """A shard in a group, as its ranks know it."""
+
+    id: int
+    generation: int
+    layout: LayoutMessage
+
+
 # Requests ------------------------------------------------------------------------------------------
 
 
@@ -285,8 +293,7 @@ class IngestOpened(Message, frozen=True):
     ingest: int
     cached_tokens: int
     parts: list[PartMessage]
-    shard: int | None
-    layout: LayoutMessage | None
+    shard: ShardMessage | None
 
 
 class Attached(Message, frozen=True):
@@ -297,8 +304,7 @@ class Attached(Message, frozen=True):
     token_count: int
     spec: KVSpec
     parts: list[PartMessage]
-    shard: int | None
-    layout: LayoutMessage | None
+    shard: ShardMessage | None
 
 
 class LayersReady(Message, frozen=True):
@@ -349,11 +355,13 @@ class Tiers(Message, frozen=True):
 
 
 class ShardOpened(Message, frozen=True):
-    """The shard's rows begin at `row` on this rank."""
+    """The shard's rows begin at `row` on this rank; its first tokens are there already."""
 
     shard: int
+    generation: int
     layout: LayoutMessage
     row: int
+    resident_tokens: int
 
 
 class LoadCommand(Message, frozen=True):

@@ -80,6 +80,12 @@ class ContextParallelRunner:
         """A shard of no tokens, for a prompt without a document."""
         return KVShard(arena=self._arena(0), layout=Layout((), self.communicator.size))
 
+    def private_shard(self, token_count: int, chunk_tokens: int = CHUNK_TOKENS) -> KVShard:
+        """An empty shard in memory of its own, with rows for a document of that length."""
+        layout = prefill_layout(token_count, self.communicator.size, chunk_tokens)
+        rows = layout.length(self.communicator.rank)
+        return KVShard(arena=self._arena(rows), layout=Layout((), self.communicator.size))
+
     @torch.inference_mode()
     def prefill(
         self,

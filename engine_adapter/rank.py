@@ -1,0 +1,183 @@
+"""Rank: one process of a context-parallel group. `python -m holdfast.engine_adapter.rank` is started by the driver.
+
+It holds the model, the HBM arena with its residency agent, and the runner; it takes orders from the driver one by
+one, and ends when the driver does.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+import msgspec
+
+from ..kvstore.clock import Clock, SystemClock
+from ..kvstore.errors import GroupFailed, HoldfastError
+from ..kvstore.keys import token_list
+from ..ring_attention.arena import HBMArena
+from ..ring_attention.checkpoint import load_model
+from ..ring_attention.device import device_of, use_threads
+from ..ring_attention.distributed import DistributedCommunicator
+from ..ring_attention.model import Decoder
+from ..ring_attention.runner import Answer, ContextParallelRunner
+from ..ring_attention.shard import KVShard
+from .agent import Agent, Seat
+from .control import (
+    Answered,
+    AnyOrder,
+    AnyReport,
+    Ask,
+    Channel,
+    Failed,
+    Prefill,
+    Prefilled,
+    Progress,
+    Quit,
+    Ready,
+    Recompute,
+    Rejoin,
+    Rejoined,
+)
+from .rank_config import RankConfig
+
+
+class Rank:
+    """The process, from joining to quitting."""
+
+    def __init__(self, config: RankConfig, channel: Channel, clock: Clock) -> None:
+        self._config = config
+        self._channel = channel
+        self._clock = clock
+        use_threads(config.threads)
+        self._device = device_of(config.device, config.rank)
+        self._model: Decoder = load_model(Path(config.model), str(self._device))
+        self._arena = HBMArena(self._model.spec, config.rows, device=self._device)
+        seat = Seat(config.group, config.rank, config.cp)
+        self._agent = Agent(
+            Path(config.daemon_socket), config.tenant, seat, self._model.spec, self._arena, clock
+        )
+        self._runner = self._join(config.init_method)
+
+    def _join(self, init_method: str) -> ContextParallelRunner:
+        config = self._config
+        communicator = DistributedCommunicator(
+            config.rank, config.cp, init_method, self._device, config.deadline_seconds
+        )
+        return ContextParallelRunner(self._model, communicator, clock=self._clock)
+
+    def serve(self) -> None:
+        """Carry out orders until told to quit, or the driver is gone."""
+        self._channel.send(Ready(self._model.spec.fingerprint()))
+        while True:
+            order = self._channel.receive_order()
+            if order is None or isinstance(order, Quit):
+                return
+            try:
+                report = self._carry_out(order)
+            except HoldfastError as error:
+                report = Failed(error.code, f"rank {self._config.rank}: {error.message}")
+            self._channel.send(report)
+
+    def close(self) -> None:
+        """Leave the group and the daemon."""
+        self._agent.close()
+        self._runner.communicator.abort("the rank quits")
+
+    def _carry_out(self, order: AnyOrder) -> AnyReport:
+        match order:
+            case Prefill():
+                return self._prefill(order)
+            case Ask():
+                return self._ask(order)
+            case Recompute():
+                return self._recompute(order)
+            case Rejoin(init_method):
+                self._runner.communicator.abort("the group starts anew")
+                self._runner = self._join(init_method)
+                return Rejoined()
+            case _:
+                raise GroupFailed(f"{type(order).__name__} is no order")
+
+    def _shard(self, order: Prefill | Ask, token_count: int) -> KVShard:
+        """The rows that the daemon gave to this opening of the shard, of its first `token_count` tokens."""
+        deadline_ns = self._clock.monotonic_ns() + int(order.deadline_seconds * 1e9)
+        return KVShard(
+            arena=self._arena,
+            layout=order.layout.layout().truncated(token_count),
+            row_start=self._agent.row(order.shard, order.generation, deadline_ns),
+            wait_layer=self._agent.waiter(order.shard, order.generation, token_count, deadline_ns),
+        )
+
+    def _prefill(self, order: Prefill) -> AnyReport:
+        shard = self._shard(order, order.cached_tokens)
+        ids = token_list(order.tokens)
+        cached = shard.layout.token_count
+        points: list[tuple[int, int, int]] = []
+        last = [cached, self._clock.monotonic_ns()]
+
+        def progress(done: int) -> None:
+            now_ns = self._clock.monotonic_ns()
+            new = min(done, len(ids)) - last[0]
+            points.append((last[0], new, now_ns - last[1]))
+            last[:] = [done, now_ns]
+            if self._config.rank == 0:
+                self._channel.send(Progress(done))
+
+        if cached < len(ids):
+            self._runner.prefill(shard, ids, order.chunk_tokens, progress)
+        else:
+            for layer in range(len(self._model.spec.groups[0].layers)):
+                shard.wait_layer(layer)
+        return Prefilled(points)
+
+    def _ask(self, order: Ask) -> AnyReport:
+        layout = order.layout.layout()
+        shard = self._shard(order, layout.token_count)
+        return self._answered(self._runner.answer(shard, order.question, order.new_tokens))
+
+    def _recompute(self, order: Recompute) -> AnyReport:
+        """The same answer without the daemon: what an engine falls back to, and what a reload saves."""
+        shard = self._runner.private_shard(len(order.tokens) // 4, order.chunk_tokens)
+        started_ns = self._clock.monotonic_ns()
+        layout = self._runner.prefill(shard, token_list(order.tokens), order.chunk_tokens)
+        prefill_ns = self._clock.monotonic_ns() - started_ns
+        filled = KVShard(arena=shard.arena, layout=layout)
+        answer = self._runner.answer(filled, order.question, order.new_tokens)
+        return self._answered(answer, prefill_ns)
+
+    def _answered(self, answer: Answer, document_prefill_ns: int = 0) -> Answered:
+        logits = answer.logits.float().cpu().numpy().tobytes() if self._config.rank == 0 else b""
+        return Answered(
+            answer.tokens,
+            logits,
+            document_prefill_ns + answer.prefill_ns,
+            answer.decode_ns,
+            answer.exposed_ns,
+        )
+
+
+def main() -> int:
+    """Start a rank from its command line; exit status 1 when it cannot start, with the reason sent to the driver."""
+    config = msgspec.json.decode(sys.argv[1], type=RankConfig)
+    channel = Channel(socket.socket(fileno=config.channel))
+    try:
+        rank = Rank(config, channel, SystemClock())
+    except HoldfastError as error:
+        channel.send(Failed(error.code, f"rank {config.rank}: {error.message}"))
+        return 1
+    try:
+        rank.serve()
+    except GroupFailed:
+        return 1  # the driver is gone
+    finally:
+        rank.close()
+    return 0
+
+
+if __name__ == "__main__":
+    # Torch's threads may outlive main; nothing of ours is left to save.
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)

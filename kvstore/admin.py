@@ -1,0 +1,410 @@
+"""Admin: the service for people and their tools, as JSON over HTTP under /v1.
+
+Looking never perturbs: reads touch no recency and grant no lease. All handlers run on the service's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import heapq
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from typing import Annotated, Final, Literal
+
+import msgspec
+from aiohttp import web
+
+from . import views
+from .document import DocumentId
+from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, Unavailable
+from .metrics import Metrics
+from .problems import body, problems, query
+from .residency import Tier
+from .service import NS, Service
+from .state import Group
+from .store import hbm_device
+from .wire import PROTOCOL_VERSION
+
+BODY_BYTES_MAX: Final = 64 << 10
+PAGE_MAX: Final = 1000
+SCAN_MAX: Final = 1000  # documents looked at per page: a filter that matches nothing must not hold up the loop
+DEFAULT_TENANT: Final = "default"
+DEFAULT_PIN_SECONDS: Final = 3600.0  # a pin has an end unless told otherwise
+
+Near = Literal["hbm", "ddr", "nvme"]
+Note = Annotated[str, msgspec.Meta(max_length=255)]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)]
+
+
+# Requests --------------------------------------------------------------------------------------
+
+
+class DocumentsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which documents. A page may be shorter than `limit`; go on while there is a `next_cursor`."""
+
+    tenant: str | None = None
+    tier: Near | None = None
+    pinned: bool | None = None
+    limit: Limit = 100
+    cursor: str | None = None
+
+
+class LogQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How much of a log, newest first."""
+
+    limit: Limit = 100
+
+
+class PinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Pin a document. `ttl_seconds` null means until it is unpinned."""
+
+    tenant: str = DEFAULT_TENANT
+    document: str
+    tier: Near = "ddr"
+    ttl_seconds: float | None = DEFAULT_PIN_SECONDS
+    owner: Note = ""
+    reason: Note = ""
+
+
+class EvictionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Take one document out of `tier` and all nearer ones, or free `bytes` of a tier, over all tenants."""
+
+    tenant: str | None = None
+    document: str | None = None
+    bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    tier: Near = "ddr"
+    dry_run: bool = False
+    deadline_seconds: Annotated[float, msgspec.Meta(ge=0, le=600)] = 30.0
+
+    def target(self) -> DocumentId | None:
+        """The document, or None for bytes. Raises InvalidRequest."""
+        if (self.document is None) == (self.bytes is None):
+            raise InvalidRequest("name either a document or a number of bytes to evict")
+        if self.document is None:
+            if self.tenant is not None:
+                raise InvalidRequest("bytes are freed over all tenants; leave the tenant out")
+            return None
+        return DocumentId(DEFAULT_TENANT if self.tenant is None else self.tenant, self.document)
+
+
+# Answers ---------------------------------------------------------------------------------------
+
+
+class DocumentsPage(msgspec.Struct, frozen=True, kw_only=True):
+    """A page of documents, by tenant and name."""
+
+    documents: list[views.DocumentView]
+    next_cursor: str | None
+
+
+class DocumentDetail(msgspec.Struct, frozen=True, kw_only=True):
+    """A document and its extents in order."""
+
+    document: views.DocumentView
+    extents: list[views.ExtentView]
+
+
+class PinsView(msgspec.Struct, frozen=True, kw_only=True):
+    """Every pin, and the budget they share."""
+
+    pins: list[views.PinView]
+    pinned_bytes: int
+    budget_bytes: int
+
+
+class EvictionView(msgspec.Struct, frozen=True, kw_only=True):
+    """What leaves. `state` is "planned" (a dry run), "done", or "running" when the deadline came first."""
+
+    state: str
+    size_bytes: int
+    plan: list[views.VictimView]
+
+
+class GroupView(msgspec.Struct, frozen=True, kw_only=True):
+    """A group of ranks, and whose shards lie in its HBM."""
+
+    name: str
+    model: str
+    cp: int
+    tp: int
+    ranks_registered: int
+    complete: bool
+    capacity_bytes: int
+    used_bytes: int
+    documents: list[str]
+
+
+class StatusView(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon at a glance. `not_ready` says why it cannot serve; null when it can."""
+
+    version: str
+    not_ready: str | None
+    documents: int
+    leases: int
+    leases_overdue: int
+    pins: int
+    pinned_bytes: int
+    pin_budget_bytes: int
+    reservations_waiting: int
+    writes_queued: int
+    orders_in_flight: int
+    tiers: list[views.TierView]
+    groups: list[GroupView]
+
+
+def installed_version() -> str:
+    """The distribution's version, or "unknown" when it runs from a plain checkout."""
+    try:
+        return version("holdfast")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def reply(value: object, status: int = 200) -> web.Response:
+    """Answer with JSON."""
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
+def to_cursor(document: DocumentId) -> str:
+    """An opaque mark behind that document."""
+    return base64.urlsafe_b64encode(str(document).encode()).decode()
+
+
+def from_cursor(cursor: str) -> DocumentId:
+    """The document of a mark. Raises InvalidRequest."""
+    try:
+        tenant, separator, name = base64.urlsafe_b64decode(cursor).decode().partition("/")
+    except (binascii.Error, ValueError) as error:
+        raise InvalidRequest("this cursor came from no page") from error
+    if not separator:
+        raise InvalidRequest("this cursor came from no page")
+    return DocumentId(tenant, name)
+
+
+def named(request: web.Request) -> DocumentId:
+    """The document in the path."""
+    return DocumentId(request.match_info["tenant"], request.match_info["name"])
+
+
+class Admin:
+    """The handlers. `ready` says why the daemon cannot serve, or None."""
+
+    def __init__(self, service: Service, ready: Callable[[], str | None]) -> None:
+        self.service = service
+        self.ready = ready
+        self.metrics = Metrics(service, installed_version())
+
+    def routes(self) -> list[web.RouteDef]:
+        """Every route."""
+        document = "/v1/documents/{tenant}/{name}"
+        return [
+            web.get("/livez", self.livez),
+            web.get("/readyz", self.readyz),
+            web.get("/metrics", self.exposition),
+            web.get("/v1/version", self.version),
+            web.get("/v1/status", self.status),
+            web.get("/v1/documents", self.documents),
+            web.get(document, self.document),
+            web.delete(document, self.delete_document),
+            web.get("/v1/pins", self.pins),
+            web.post("/v1/pins", self.pin),
+            web.delete("/v1/pins/{tenant}/{name}", self.unpin),
+            web.get("/v1/evictions", self.verdicts),
+            web.post("/v1/evictions", self.evict),
+            web.get("/v1/tiers", self.tiers),
+            web.get("/v1/swaps", self.swaps),
+            web.get("/v1/leases", self.leases),
+            web.get("/v1/groups", self.groups),
+        ]
+
+    # Health ------------------------------------------------------------------------------------
+
+    async def livez(self, request: web.Request) -> web.Response:
+        """The loop turns."""
+        return reply({"status": "ok"})
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """It can serve; 503 with the reason when not."""
+        self._must_be_ready()
+        return reply({"status": "ok"})
+
+    def _must_be_ready(self) -> None:
+        """Commands are refused while starting or draining; looking is always allowed."""
+        reason = self.ready()
+        if reason is not None:
+            raise Unavailable(reason)
+
+    async def exposition(self, request: web.Request) -> web.Response:
+        """Prometheus text."""
+        return web.Response(body=self.metrics.text(), headers={"Content-Type": self.metrics.content_type})
+
+    async def version(self, request: web.Request) -> web.Response:
+        """What runs here."""
+        return reply({"version": installed_version(), "api": "v1", "protocol": PROTOCOL_VERSION})
+
+    async def status(self, request: web.Request) -> web.Response:
+        """See StatusView."""
+        state, service = self.service.state, self.service
+        now_ns = service.clock.monotonic_ns()
+        view = StatusView(
+            version=installed_version(),
+            not_ready=self.ready(),
+            documents=len(state.documents),
+            leases=len(state.leases),
+            leases_overdue=sum(lease.overdue(now_ns) for lease in state.leases.values()),
+            pins=len(state.pins.all()),
+            pinned_bytes=state.pins.pinned_bytes,
+            pin_budget_bytes=state.pins.budget_bytes,
+            reservations_waiting=service.room.waiting,
+            writes_queued=service.room.writes_queued,
+            orders_in_flight=service.store.orders_in_flight,
+            tiers=views.tier_views(state),
+            groups=[self._group(group) for group in state.groups.values()],
+        )
+        return reply(view)
+
+    # Documents ---------------------------------------------------------------------------------
+
+    async def documents(self, request: web.Request) -> web.Response:
+        """A page of documents."""
+        wanted = query(request, DocumentsQuery)
+        after = from_cursor(wanted.cursor) if wanted.cursor is not None else None
+        names = heapq.nsmallest(SCAN_MAX + 1, self._matching(wanted, after))
+        page: list[views.DocumentView] = []
+        last = None
+        for last in islice(names, SCAN_MAX):
+            view = views.document_view(self.service.state, self.service.planner, self.service.state.document(last))
+            if wanted.tier is None or view.resident_bytes.get(wanted.tier):
+                page.append(view)
+                if len(page) == wanted.limit:
+                    break
+        more = last is not None and last != names[-1]
+        return reply(DocumentsPage(documents=page, next_cursor=to_cursor(last) if more and last else None))
+
+    def _matching(self, wanted: DocumentsQuery, after: DocumentId | None) -> Iterator[DocumentId]:
+        """Documents behind the cursor that pass the filters which cost nothing to check."""
+        pins = self.service.state.pins
+        for document in self.service.state.documents:
+            if after is not None and document <= after:
+                continue
+            if wanted.tenant is not None and document.tenant != wanted.tenant:
+                continue
+            if wanted.pinned is None or (pins.get(document) is not None) == wanted.pinned:
+                yield document
+
+    async def document(self, request: web.Request) -> web.Response:
+        """One document with its extents."""
+        state, planner = self.service.state, self.service.planner
+        record = state.document(named(request))
+        extents = views.extent_views(state, planner, record)
+        return reply(DocumentDetail(document=views.document_view(state, planner, record), extents=extents))
+
+    async def delete_document(self, request: web.Request) -> web.Response:
+        """Forget a document."""
+        self._must_be_ready()
+        self.service.delete(named(request))
+        return web.Response(status=204)
+
+    # Pins --------------------------------------------------------------------------------------
+
+    async def pins(self, request: web.Request) -> web.Response:
+        """Every pin."""
+        pins = self.service.state.pins
+        shown = [views.pin_view(pin) for pin in pins.all()]
+        return reply(PinsView(pins=shown, pinned_bytes=pins.pinned_bytes, budget_bytes=pins.budget_bytes))
+
+    async def pin(self, request: web.Request) -> web.Response:
+        """Pin a document, or replace its pin."""
+        self._must_be_ready()
+        wanted = await body(request, PinRequest)
+        document = DocumentId(wanted.tenant, wanted.document)
+        floor = Tier[wanted.tier.upper()]
+        pin = self.service.pin(document, floor, wanted.ttl_seconds, wanted.owner, wanted.reason)
+        return reply(views.pin_view(pin), status=201)
+
+    async def unpin(self, request: web.Request) -> web.Response:
+        """End a pin; answers with what it was."""
+        self._must_be_ready()
+        return reply(views.pin_view(self.service.unpin(named(request))))
+
+    # Evictions ---------------------------------------------------------------------------------
+
+    async def evict(self, request: web.Request) -> web.Response:
+        """Plan an eviction, and unless it is a dry run, carry it out and wait: 202 when it goes on."""
+        self._must_be_ready()
+        wanted = await body(request, EvictionRequest)
+        document, tier, size_bytes = wanted.target(), Tier[wanted.tier.upper()], wanted.bytes or 0
+        if wanted.dry_run:
+            plan = self.service.upkeep.plan_eviction(document, tier, size_bytes)
+            return reply(eviction_view("planned", views.victim_views(plan)))
+        ended: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
+
+        def done(error: HoldfastError | None) -> None:
+            if not ended.done():  # the handler may have been cancelled
+                ended.set_result(error)
+
+        deadline_ns = self.service.clock.monotonic_ns() + int(wanted.deadline_seconds * NS)
+        plan = self.service.evict(document, tier, size_bytes, deadline_ns, done)
+        error = await ended  # the service keeps the deadline
+        if isinstance(error, DeadlineExceeded):
+            return reply(eviction_view("running", views.victim_views(plan)), status=202)
+        if error is not None:
+            raise error
+        return reply(eviction_view("done", views.victim_views(plan)))
+
+    async def verdicts(self, request: web.Request) -> web.Response:
+        """What left and why, newest first."""
+        limit = query(request, LogQuery).limit
+        newest = islice(reversed(self.service.state.ledger.verdicts), limit)
+        shown = [views.verdict_view(verdict) for verdict in newest]
+        return reply({"evictions": shown})
+
+    # The rest ----------------------------------------------------------------------------------
+
+    async def tiers(self, request: web.Request) -> web.Response:
+        """Every device."""
+        return reply({"tiers": views.tier_views(self.service.state)})
+
+    async def swaps(self, request: web.Request) -> web.Response:
+        """Receipts of attaches, newest first."""
+        limit = query(request, LogQuery).limit
+        shown = [views.swap_view(s) for s in islice(reversed(self.service.state.ledger.swaps), limit)]
+        return reply({"swaps": shown})
+
+    async def leases(self, request: web.Request) -> web.Response:
+        """Who uses what, longest held first."""
+        leases = sorted(self.service.state.leases.values(), key=lambda lease: lease.granted_ns)
+        shown = [views.lease_view(lease, self.service.clock) for lease in leases]
+        return reply({"leases": shown})
+
+    async def groups(self, request: web.Request) -> web.Response:
+        """Groups of ranks."""
+        return reply({"groups": [self._group(group) for group in self.service.state.groups.values()]})
+
+    def _group(self, group: Group) -> GroupView:
+        return GroupView(
+            name=group.name,
+            model=self.service.state.specs[group.fingerprint].model,
+            cp=group.cp,
+            tp=group.tp,
+            ranks_registered=len(group.seats),
+            complete=group.complete,
+            capacity_bytes=group.capacity_bytes,
+            used_bytes=self.service.state.used_bytes()[hbm_device(group.name)],
+            documents=sorted(str(document) for document in group.shards),
+        )
+
+
+def eviction_view(state: str, plan: list[views.VictimView]) -> EvictionView:
+    """Show an eviction."""
+    return EvictionView(state=state, size_bytes=sum(victim.size_bytes for victim in plan), plan=plan)
+
+
+def make_app(service: Service, ready: Callable[[], str | None]) -> web.Application:
+    """The admin API over a service. `ready` returns why it cannot serve, or None."""
+    app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
+    app.add_routes(Admin(service, ready).routes())
+    return app

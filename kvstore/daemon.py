@@ -1,0 +1,285 @@
+"""Daemon: puts the parts together in one process, and takes it down in order.
+
+One data directory, one daemon: a lock file says so. A bug of ours (an assertion, a worker's crash) stops the process:
+everything durable is on disk, and a restart is cheaper than a wrong answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import ipaddress
+import json
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from .admin import Admin
+from .arena import Arena, arena_directory
+from .catalog import Catalog
+from .clock import Clock, SystemClock
+from .config import Config
+from .document import WritePolicy
+from .errors import ConfigError, DataDirectoryBusy, HoldfastError, StorageFailed
+from .mover import Mover
+from .orders import CloseShard, LoadShard, OpenShard, Order, Outcome, SaveShard
+from .ranks import Ranks
+from .segments import Segments
+from .server import Server
+from .service import NS, Service
+
+TICK_SECONDS: Final = 0.1  # how late a deadline may be noticed
+EXIT_BUG: Final = 70
+
+
+class DataDirectory:
+    """The directory, locked for this process until it ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises DataDirectoryBusy, or StorageFailed when it cannot be made."""
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StorageFailed(f"data directory {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+            os.close(self._lock)
+            raise DataDirectoryBusy(
+                f"another daemon (pid {owner or 'unknown'}) owns {path}; stop it, or give this one its own daemon.data_dir"
+            ) from error
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Let the next one have it."""
+        os.close(self._lock)
+
+
+class _Reports:
+    """Brings what workers report to the loop's thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, crashed: Callable[[BaseException], None]) -> None:
+        self._loop = loop
+        self._crashed = crashed
+        self.service: Service | None = None
+
+    def finished(self, order_id: int, outcome: Outcome) -> None:
+        """See mover.Report."""
+        self._later(self._finished, order_id, outcome)
+
+    def advanced(self, order_id: int, layers: int) -> None:
+        """See mover.Report."""
+        self._later(self._advanced, order_id, layers)
+
+    def crashed(self, error: Exception) -> None:
+        """See mover.Report."""
+        self._later(self._crashed, error)
+
+    def _later(self, call: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(call, *arguments)
+
+    def _finished(self, order_id: int, outcome: Outcome) -> None:
+        assert self.service is not None
+        self.service.finished(order_id, outcome)
+
+    def _advanced(self, order_id: int, layers: int) -> None:
+        assert self.service is not None
+        self.service.advanced(order_id, layers)
+
+
+class _Effects:
+    """Sends each order to who carries it out."""
+
+    def __init__(self) -> None:
+        self.mover: Mover | None = None
+        self.ranks: Ranks | None = None
+
+    def submit(self, order: Order) -> None:
+        """See orders.Effects."""
+        assert self.mover is not None
+        assert self.ranks is not None
+        if isinstance(order, OpenShard | LoadShard | SaveShard | CloseShard):
+            self.ranks.submit(order)
+        else:
+            self.mover.submit(order)
+
+
+class Daemon:
+    """Everything, from start to stop."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        """Takes the data directory, and finds what the last daemon left there. Raises HoldfastError."""
+        assert __debug__, "Holdfast keeps its assertions on: do not run it with python -O"
+        _check_host(config)
+        self.config = config
+        self.clock = clock
+        self.log = structlog.get_logger("holdfast")
+        self._loop = asyncio.get_running_loop()
+        self._stop = asyncio.Event()
+        self._failure: BaseException | None = None
+        self._state = "starting"
+        self.directory = DataDirectory(config.daemon.data_dir)
+        try:
+            self._open()
+        except HoldfastError:
+            self.directory.close()
+            raise
+
+    def _open(self) -> None:
+        config = self.config
+        self.catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
+        contents = self.catalog.load()
+        self.segments = Segments(config.nvme.directory, config.nvme.segment_bytes)
+        self.segments.prune({slot.slab for _, _, slot in contents.extents if slot is not None})
+        self.arena = Arena(arena_directory(config.ddr.directory, config.daemon.data_dir), config.ddr.slab_bytes)
+        reports = _Reports(self._loop, self._crashed)
+        effects = _Effects()
+        effects.ranks = self.ranks = Ranks(reports.finished, self.arena.serial)
+        effects.mover = self.mover = Mover(
+            self.arena, self.segments, self.catalog, self.clock, config.nvme.threads, reports
+        )
+        self.service = reports.service = Service(config, self.clock, effects, self.catalog.tenant_secret)
+        self.service.upkeep.restore(contents.specs, contents.extents, contents.documents, contents.pins)
+        number = version("holdfast")
+        self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
+        self.admin = Admin(self.service, self.readiness)
+        self.log.info(
+            "opened",
+            version=number,
+            data_dir=str(config.daemon.data_dir),
+            documents=len(contents.documents),
+            extents=len(contents.extents),
+            orphans=len(contents.orphans),
+            arena=self.arena.backing,
+            direct_io=self.segments.direct,
+        )
+
+    def readiness(self) -> str | None:
+        """None when ready, else why not."""
+        return None if self._state == "ready" else self._state
+
+    async def run(self) -> int:
+        """Serve until SIGTERM or SIGINT; returns the exit status."""
+        self._loop.set_exception_handler(lambda _, context: self._unhandled(context))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop.set)
+        config = self.config.daemon
+        ticks = self._loop.create_task(self._tick())
+        try:
+            await self.server.start(config.socket)
+            port = await self.admin.start(config.rest_host, config.rest_port)
+            url = f"http://{config.rest_host}:{port}"
+            (config.data_dir / "rest.json").write_text(json.dumps({"url": url, "pid": os.getpid()}))
+            self._state = "ready"
+            self.log.info("ready", socket=str(config.socket), rest=url)
+            await self._stop.wait()
+            if self._failure is None:
+                await self._drain()
+        finally:
+            ticks.cancel()
+            await self._close()
+        return EXIT_BUG if self._failure is not None else 0
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self.service.tick()
+
+    async def _drain(self) -> None:
+        """Refuse new work, write out what should survive, and wait for what is under way, within the limit."""
+        self._state = "draining"
+        self.server.drain()
+        self.log.info("draining", leases=len(self.service.state.leases), writes=self.service.room.writes_queued)
+        self.service.write_back()
+        deadline_ns = self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS)
+        while self.clock.monotonic_ns() < deadline_ns and self._busy():
+            await asyncio.sleep(TICK_SECONDS / 2)
+        volatile = [
+            str(d) for d, r in self.service.state.documents.items()
+            if not r.durable and r.document.write_policy is not WritePolicy.MEMORY
+        ]
+        if volatile:
+            self.log.warning("not written out before the drain deadline", documents=volatile[:10], count=len(volatile))
+
+    def _busy(self) -> bool:
+        service = self.service
+        return bool(service.store.orders_in_flight or service.room.writes_queued or service.attaches.open)
+
+    async def _close(self) -> None:
+        self._state = "stopped"
+        await self.admin.close()
+        await self.server.close()
+        stuck = self.mover.close(self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS))
+        if stuck:
+            self.log.error("workers did not stop", threads=stuck)
+        self.catalog.close()
+        self.segments.close()
+        self.arena.close()
+        for left in (self.config.daemon.socket, self.config.daemon.data_dir / "rest.json"):
+            left.unlink(missing_ok=True)
+        self.directory.close()
+        self.log.info("stopped", failed=self._failure is not None)
+
+    # Bugs --------------------------------------------------------------------------------------
+
+    def _unhandled(self, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if isinstance(error, Exception):
+            self._crashed(error)
+        else:
+            self.log.warning("event loop", message=context.get("message"))
+
+    def _crashed(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+            self.log.critical("bug: stopping", exc_info=error)
+            self._stop.set()
+
+
+def _check_host(config: Config) -> None:
+    host = config.daemon.rest_host
+    with suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host != "localhost":
+        raise ConfigError(f"daemon.rest_host {host!r} is not a loopback address, and the admin API has no tokens yet")
+
+
+def configure_logging(level: str) -> None:
+    """One event per line on stderr: for people on a terminal, JSON elsewhere."""
+    renderer: Any = structlog.processors.JSONRenderer()
+    chain: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if os.isatty(2):
+        renderer = structlog.dev.ConsoleRenderer()
+    else:
+        chain.append(structlog.processors.format_exc_info)
+    structlog.configure(
+        processors=[*chain, renderer],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(file=open(2, "w", closefd=False, buffering=1)),  # noqa: SIM115
+    )
+
+
+def serve(config: Config) -> int:
+    """Run a daemon until it is told to stop; returns the exit status. Raises HoldfastError when it cannot start."""
+    configure_logging(config.daemon.log_level)
+
+    async def main() -> int:
+        return await Daemon(config, SystemClock()).run()
+
+    return asyncio.run(main())

@@ -1,0 +1,137 @@
+"""Metrics: the service's numbers as Prometheus text, read from the state at each scrape.
+
+Nothing is counted here: the ledger counts, this shows. Base units; a document or tenant is never a label, for labels
+have to stay few. Groups are labels, as there are never more of them than connections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from .ledger import HopTime
+from .planner import HOPS
+from .residency import Tier
+from .service import Service
+from .views import tier_views
+
+NS: Final = 1_000_000_000
+COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it says
+    "quarantined": ("holdfast_quarantined", "Extents on NVMe that differed from their checksum."),
+    "write_failures": ("holdfast_write_failures", "Writes to NVMe that failed; the extent stayed in memory only."),
+    "catalog_failures": ("holdfast_catalog_failures", "Catalog commits that failed; their slots stay closed."),
+    "drains_cancelled": ("holdfast_drains_cancelled", "Copies on their way out that a hit kept."),
+    "prefetches_refused": ("holdfast_prefetches_refused", "Prefetches of pinned documents that found no room."),
+    "not_restored": ("holdfast_not_restored", "Extents given up at a restart, as the NVMe budget has shrunk."),
+}
+
+
+class ServiceCollector(Collector):
+    """Reads the service when a scrape asks; on the service's thread."""
+
+    def __init__(self, service: Service, version: str) -> None:
+        self.service = service
+        self.version = version
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric."""
+        build = GaugeMetricFamily("holdfast_build_info", "What runs here; always 1.", labels=["version"])
+        build.add_metric([self.version], 1)
+        yield build
+        yield from self._tiers()
+        yield from self._claims()
+        yield from self._queues()
+        yield from self._transfers()
+        yield from self._counts()
+
+    def describe(self) -> Iterator[Metric]:
+        """The names, without reading the service."""
+        return iter(())
+
+    def _tiers(self) -> Iterator[Metric]:
+        labels = ["tier", "device"]
+        capacity = GaugeMetricFamily("holdfast_tier_capacity_bytes", "Bytes a device can hold.", labels=labels)
+        used = GaugeMetricFamily("holdfast_tier_used_bytes", "Bytes of copies on a device.", labels=labels)
+        leased = GaugeMetricFamily("holdfast_tier_leased_bytes", "Bytes in use by leases and moves.", labels=labels)
+        pinned = GaugeMetricFamily("holdfast_tier_pinned_bytes", "Bytes kept here by pins.", labels=labels)
+        for view in tier_views(self.service.state):
+            device = [view.tier, view.device]
+            capacity.add_metric(device, view.capacity_bytes)
+            used.add_metric(device, view.used_bytes)
+            leased.add_metric(device, view.leased_bytes)
+            pinned.add_metric(device, view.pinned_bytes)
+        yield from (capacity, used, leased, pinned)
+
+    def _claims(self) -> Iterator[Metric]:
+        state = self.service.state
+        now_ns = self.service.clock.monotonic_ns()
+        durable = sum(record.durable for record in state.documents.values())
+        documents = GaugeMetricFamily(
+            "holdfast_documents", "Documents, by whether the catalog has them.", labels=["durable"]
+        )
+        documents.add_metric(["true"], durable)
+        documents.add_metric(["false"], len(state.documents) - durable)
+        yield documents
+        overdue = sum(lease.overdue(now_ns) for lease in state.leases.values())
+        yield gauge("holdfast_leases", "Leases held.", len(state.leases))
+        yield gauge("holdfast_leases_overdue", "Leases held past their deadline.", overdue)
+        yield gauge("holdfast_pins", "Pins.", len(state.pins.all()))
+        yield gauge("holdfast_pinned_bytes", "Bytes that pins take of their budget.", state.pins.pinned_bytes)
+        yield gauge("holdfast_pin_budget_bytes", "Bytes that pins may take.", state.pins.budget_bytes)
+
+    def _queues(self) -> Iterator[Metric]:
+        room, store = self.service.room, self.service.store
+        yield gauge("holdfast_reservations_waiting", "Requests that wait for room.", room.waiting)
+        yield gauge("holdfast_writes_queued", "Extents waiting for, or on, their way to NVMe.", room.writes_queued)
+        yield gauge("holdfast_orders_in_flight", "Orders whose end is awaited.", store.orders_in_flight)
+
+    def _transfers(self) -> Iterator[Metric]:
+        labels = ["source", "target"]
+        size = CounterMetricFamily("holdfast_transfer_bytes", "Bytes moved.", labels=labels)
+        moves = CounterMetricFamily("holdfast_transfers", "Moves.", labels=labels)
+        busy = CounterMetricFamily(
+            "holdfast_transfer_busy_seconds", "Time spent moving, summed over workers.", labels=labels
+        )
+        speed = GaugeMetricFamily(
+            "holdfast_link_bandwidth_bytes_per_second", "What the planner expects of a hop.", labels=labels
+        )
+        for hop in HOPS:
+            ends = [hop.source.label, hop.target.label]
+            done = self.service.state.ledger.hops.get(hop) or HopTime()
+            size.add_metric(ends, done.size_bytes)
+            moves.add_metric(ends, done.moves)
+            busy.add_metric(ends, done.busy_ns / NS)
+            speed.add_metric(ends, self.service.planner.links[hop].bytes_per_second)
+        yield from (size, moves, busy, speed)
+
+    def _counts(self) -> Iterator[Metric]:
+        counts = self.service.state.ledger.counts
+        evictions = CounterMetricFamily("holdfast_evictions", "Copies that left by verdict.", labels=["tier"])
+        for tier in Tier:
+            evictions.add_metric([tier.label], counts[f"evictions_{tier.label}"])
+        yield evictions
+        for name, (metric, help_text) in COUNTS.items():
+            yield CounterMetricFamily(metric, help_text, value=counts[name])
+
+
+def gauge(name: str, help_text: str, value: float) -> Metric:
+    """A gauge without labels."""
+    return GaugeMetricFamily(name, help_text, value=value)
+
+
+class Metrics:
+    """The exposition of one service, in a registry of its own."""
+
+    content_type: Final = CONTENT_TYPE_LATEST
+
+    def __init__(self, service: Service, version: str) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(ServiceCollector(service, version))
+
+    def text(self) -> bytes:
+        """Everything, as Prometheus reads it."""
+        return generate_latest(self._registry)
