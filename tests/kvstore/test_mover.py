@@ -422,10 +422,9 @@ def test_retire_gives_the_slab_new_memory_at_once(house):
     assert house.arena.view(slot)[:6] == bytes(6)
     house.io.gate.set()
     house.heard.outcome(999)
-    mover.submit(Seal(id=1, slot=Slot(0, 0, SLOT_BYTES), geometry=SMALL))  # by then the worker has swept
-    house.heard.outcome(1)
-    house.close()
-    assert house.arena.sweep() == 0
+    mover.submit(write_out(1, slot, slot, Urgency.WRITE_THROUGH))  # behind the sweep
+    assert house.heard.outcome(1).error is None
+    assert house.arena._retired == []
 
 
 @pytest.mark.parametrize("kind", ["seal", "read", "write"])
@@ -505,6 +504,51 @@ def test_a_bug_in_the_catalog_thread_is_reported_too(house, monkeypatch):
     mover.submit(Write(id=1, records=()))
     assert isinstance(house.heard.outcome("crashed"), ZeroDivisionError)
     assert mover.close(house.soon()) == []
+
+
+def test_after_a_bug_nothing_queued_is_committed(house, monkeypatch):
+    gate, arrived = threading.Event(), threading.Event()
+    commit = house.catalog.commit
+
+    def gated(records):
+        arrived.set()
+        assert gate.wait(WAIT_SECONDS)
+        commit(records)
+
+    def broken(slot):
+        raise ZeroDivisionError("our bug")
+
+    monkeypatch.setattr(house.catalog, "commit", gated)
+    monkeypatch.setattr(house.arena, "view", broken)
+    mover = house.mover()
+    mover.submit(Write(id=1, records=(PutDocument(document("begun")),)))
+    assert arrived.wait(WAIT_SECONDS)
+    mover.submit(Write(id=2, records=(PutDocument(document("queued")),)))
+    mover.submit(Seal(id=3, slot=Slot(0, 0, SLOT_BYTES), geometry=SMALL))
+    house.heard.outcome("crashed")
+    gate.set()
+    assert mover.close(house.soon()) == []
+    assert names(house.catalog) == ["begun"]
+
+
+def test_the_first_error_counts(house):
+    """Layer 0 fails with EIO after layer 1 has failed with ENOSPC."""
+    _, order = house.stored(0)
+    second_failed = threading.Event()
+
+    def pread(descriptor, into, offset):
+        if offset == 0:
+            assert second_failed.wait(WAIT_SECONDS)
+            raise OSError(errno.EIO, "late")
+        raise OSError(errno.ENOSPC, "early")
+
+    house.io.pread = pread
+    mover = house.mover(threads=2)
+    mover.submit(order)
+    mover.submit(write_out(2, Slot(1, 0, PAGE), Slot(1, 0, PAGE), Urgency.WRITE_THROUGH))
+    assert house.heard.outcome(2).error is None  # the second thread is past all other layers
+    second_failed.set()
+    assert "ENOSPC" in house.heard.outcome(order.id).error.message
 
 
 def test_threads_have_names_and_do_not_keep_the_process_alive(house):
