@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import structlog
 
-from .admin import Admin
+from .admin import make_app
 from .arena import Arena, arena_directory
 from .catalog import Catalog
 from .clock import Clock, SystemClock
@@ -31,6 +31,7 @@ from .errors import ConfigError, DataDirectoryBusy, HoldfastError, StorageFailed
 from .mover import Mover
 from .orders import CloseShard, LoadShard, OpenShard, Order, Outcome, SaveShard
 from .ranks import Ranks
+from .rest import Rest
 from .segments import Segments
 from .server import Server
 from .service import NS, Service
@@ -154,7 +155,7 @@ class Daemon:
         self.service.upkeep.restore(contents.specs, contents.extents, contents.documents, contents.pins)
         number = version("holdfast")
         self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
-        self.admin = Admin(self.service, self.readiness)
+        self.rest = Rest(make_app(self.service, self.readiness))
         self.log.info(
             "opened",
             version=number,
@@ -179,7 +180,7 @@ class Daemon:
         ticks = self._loop.create_task(self._tick())
         try:
             await self.server.start(config.socket)
-            port = await self.admin.start(config.rest_host, config.rest_port)
+            port = await self.rest.start(config.rest_host, config.rest_port)
             url = f"http://{config.rest_host}:{port}"
             (config.data_dir / "rest.json").write_text(json.dumps({"url": url, "pid": os.getpid()}))
             self._state = "ready"
@@ -219,7 +220,7 @@ class Daemon:
 
     async def _close(self) -> None:
         self._state = "stopped"
-        await self.admin.close()
+        await self.rest.close()
         await self.server.close()
         stuck = self.mover.close(self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS))
         if stuck:

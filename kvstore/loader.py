@@ -256,7 +256,8 @@ class Loader:
         self.store.watch(order.id, lambda layers: self._read_layers(record, target, layers))
 
     def _read_layers(self, record: ExtentRecord, target: Placement, layers: int) -> None:
-        assert layers >= target.layers_ready
+        if layers == self.geometry(record).layers:
+            return  # `_read_done` follows, and passes the last ones on
         target.layers_ready = layers
         for loading in list(self._reading.get(record.extent.id, ())):
             self._ddr_has(loading, record, layers)

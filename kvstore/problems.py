@@ -1,4 +1,4 @@
-"""Problems: what the admin API says when it refuses, as RFC 9457 documents; and the reading of what it is sent.
+"""Problems: what the admin API says when it refuses, as RFC 9457 documents, and the reading of what it is sent.
 
 A problem's `code` is that of the error (see `errors`); the table of HTTP statuses lives here.
 """
@@ -58,6 +58,11 @@ def status_of(kind: type[HoldfastError]) -> int:
     return next((STATUS[base] for base in kind.__mro__ if base in STATUS), 500)
 
 
+def reply(value: object, status: int = 200) -> web.Response:
+    """Answer with JSON."""
+    return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
+
+
 def problem(request: web.Request, status: int, code: str, title: str, detail: str) -> web.Response:
     """Answer with a problem document."""
     body = Problem(
@@ -112,5 +117,5 @@ async def body(request: web.Request, kind: type[T]) -> T:
         raise DeadlineExceeded(f"the body did not arrive within {BODY_SECONDS_MAX:g} s") from error
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"body: {error}") from error
