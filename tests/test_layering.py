@@ -59,6 +59,7 @@ FLOOR_OF = {
     "connection": "edges",
     "daemon": "edges",
     "metrics": "edges",
+    "problems": "edges",
     "server": "edges",
     "service": "edges",
     "wire": "edges",
@@ -66,7 +67,7 @@ FLOOR_OF = {
 
 # Where a third-party package may be imported: patterns of paths. What is not here is not imported.
 THIRD_PARTY = {
-    "aiohttp": ("kvstore/admin.py", "holdfast/cli*"),
+    "aiohttp": ("kvstore/admin.py", "kvstore/problems.py", "holdfast/cli*", "holdfast/rest.py"),
     "msgspec": ("*",),
     "numpy": ("*",),
     "prometheus_client": ("kvstore/metrics.py",),
