@@ -437,7 +437,7 @@ def decode_request(data: bytes | memoryview) -> Envelope:
     """Raises MalformedFrame."""
     try:
         return _requests.decode(data)
-    except (msgspec.DecodeError, HoldfastError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, HoldfastError) as error:
         raise MalformedFrame(f"a frame of {len(data)} bytes does not decode: {error}") from error
 
 
@@ -445,7 +445,7 @@ def decode_answer(data: bytes | memoryview) -> Answer:
     """Raises MalformedFrame."""
     try:
         return _answers.decode(data)
-    except (msgspec.DecodeError, HoldfastError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, HoldfastError) as error:
         raise MalformedFrame(f"a frame of {len(data)} bytes does not decode: {error}") from error
 
 
