@@ -1,0 +1,368 @@
+"""The command line: `holdfast`. Data goes to stdout, everything else to stderr; slow imports load on first use."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from . import __version__
+from .cli_session import FAILED, Holdfast, Session
+from .kvstore.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+PAGE: Final = 1000
+
+
+class TierName(StrEnum):
+    """Tiers as they are typed."""
+
+    HBM = "hbm"
+    DDR = "ddr"
+    NVME = "nvme"
+
+
+app = typer.Typer(
+    cls=Holdfast,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Keeps the KV cache of long documents where it pays to keep it.",
+    epilog="Global options may stand before or after the command.",
+)
+config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The configuration.")
+doc_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Documents.")
+app.add_typer(config_app, name="config")
+app.add_typer(doc_app, name="doc")
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]
+Name = Annotated[str, typer.Argument(metavar="[TENANT/]NAME", help='The tenant is "default" unless named.')]
+Limit = Annotated[int, typer.Option("--limit", min=1, max=PAGE, help="How many to show, newest first.")]
+
+
+@app.callback()
+def globals_(
+    ctx: typer.Context,
+    url: Annotated[str | None, typer.Option(help="The daemon's address; $HOLDFAST_URL otherwise.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The daemon's data directory, where it leaves its address.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine output on stdout.")] = False,
+    no_color: Annotated[bool, typer.Option("--no-color", help="No colours; $NO_COLOR does the same.")] = False,
+) -> None:
+    """Read the global options."""
+    color = not no_color and not os.environ.get("NO_COLOR")
+    ctx.obj = Session(url=url, data_dir=data_dir, as_json=as_json, color=color)
+
+
+def session_of(ctx: typer.Context) -> Session:
+    """The global options."""
+    assert isinstance(ctx.obj, Session)
+    return ctx.obj
+
+
+def split(name: str) -> tuple[str, str]:
+    """Tenant and name of "[TENANT/]NAME"."""
+    tenant, _, rest = name.rpartition("/")
+    if not rest or "/" in tenant or name.startswith("/"):
+        raise InvalidRequest(f"{name!r} is no document; say NAME or TENANT/NAME")
+    return tenant or "default", rest
+
+
+def seconds(text: str) -> float | None:
+    """Seconds of "90s", "30m", "1h", "2d" or "90"; None for "never"."""
+    if text == "never":
+        return None
+    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    if matched is None:
+        raise InvalidRequest(f'{text!r} is no duration; say 90s, 30m, 1h, 2d or "never"')
+    return float(matched[1]) * DURATIONS[matched[2] or "s"]
+
+
+# Running ---------------------------------------------------------------------------------------
+
+
+def overrides(settings: Sequence[str], data_dir: Path | None) -> dict[str, str]:
+    """The settings given as flags."""
+    found = {} if data_dir is None else {"daemon.data_dir": str(data_dir)}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise InvalidRequest(f"--set {setting}: say SECTION.KEY=VALUE")
+        found[key.strip()] = value.strip()
+    return found
+
+
+@app.command()
+def serve(ctx: typer.Context, config: ConfigFile = None, settings: Settings = None) -> None:
+    """Run the daemon until it is told to stop."""
+    from .kvstore.config import load_config
+    from .kvstore.daemon import serve as run
+
+    found = load_config(config, os.environ, overrides(settings or (), session_of(ctx).data_dir))
+    raise typer.Exit(run(found))
+
+
+@app.command()
+def demo(
+    ctx: typer.Context,
+    document: Annotated[
+        Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A text of your own.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many of its tokens to use.")] = 4096,
+) -> None:
+    """Prefill, evict, reattach and decode a document, and show that nothing was lost."""
+    from .demo import run_demo
+
+    session = session_of(ctx)
+    raise typer.Exit(run_demo(document, tokens, session.as_json, session.data_dir))
+
+
+@config_app.command("show")
+def config_show(ctx: typer.Context, config: ConfigFile = None, settings: Settings = None) -> None:
+    """The effective configuration, and where each value comes from."""
+    from .kvstore.config import RULES, load_config, render
+
+    session = session_of(ctx)
+    found = load_config(config, os.environ, overrides(settings or (), session.data_dir))
+    if not session.as_json:
+        print(render(found), end="")
+        return
+    values: dict[str, object] = {}
+    for name in RULES:
+        section, _, key = name.partition(".")
+        value = getattr(getattr(found, section), key)
+        values[name] = {"value": str(value) if isinstance(value, Path) else value, "origin": found.origins[name]}
+    session.show({"settings": values}, lambda: ())
+
+
+@app.command()
+def version(ctx: typer.Context) -> None:
+    """The version of this program."""
+    session_of(ctx).show({"version": __version__}, lambda: [f"holdfast {__version__}"])
+
+
+# Looking ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(ctx: typer.Context) -> None:
+    """The daemon at a glance; exit code 1 when it is not ready."""
+    session = session_of(ctx)
+    rest = session.rest()
+    found = rest.get("/v1/status") | {"url": rest.url}
+
+    def human() -> list[RenderableType]:
+        from . import cli_tables
+
+        return [cli_tables.status(found), "", cli_tables.tiers(found["tiers"])]
+
+    session.show(found, human)
+    if found["not_ready"] is not None:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def tiers(ctx: typer.Context) -> None:
+    """What each device holds."""
+    listing(ctx, "tiers", {}, "tiers", "no tiers")
+
+
+@app.command()
+def swaps(ctx: typer.Context, limit: Limit = 20) -> None:
+    """Receipts of attaches: where bytes came from, and how long it took."""
+    listing(ctx, "swaps", {"limit": str(limit)}, "swaps", "no document was attached yet")
+
+
+@app.command()
+def verdicts(ctx: typer.Context, limit: Limit = 20) -> None:
+    """What was evicted, and why."""
+    listing(ctx, "evictions", {"limit": str(limit)}, "verdicts", "nothing was evicted yet")
+
+
+def listing(ctx: typer.Context, name: str, query: dict[str, str], table: str, nothing: str) -> None:
+    """Ask for a list under /v1 and show it."""
+    session = session_of(ctx)
+    found = session.rest().get(f"/v1/{name}", query)
+
+    def human() -> list[RenderableType]:
+        from . import cli_tables
+
+        return [getattr(cli_tables, table)(found[name])] if found[name] else [nothing]
+
+    session.show(found, human)
+
+
+@doc_app.command("ls")
+def doc_ls(
+    ctx: typer.Context,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    tier: Annotated[TierName | None, typer.Option(help="Only those with bytes in this tier.")] = None,
+    pinned: Annotated[
+        bool | None, typer.Option("--pinned/--not-pinned", help="Only pinned ones, or only others.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many at most.")] = PAGE,
+) -> None:
+    """Documents and where their KV is."""
+    session = session_of(ctx)
+    rest = session.rest()
+    query = {"tenant": tenant, "tier": tier, "pinned": None if pinned is None else str(pinned).lower()}
+    given = {key: value for key, value in query.items() if value is not None}
+    found: list[dict[str, Any]] = []
+    cursor: str | None = ""
+    while cursor is not None and len(found) < limit:
+        page = {"limit": str(min(PAGE, limit - len(found)))} | ({"cursor": cursor} if cursor else {})
+        answer = rest.get("/v1/documents", given | page)
+        found += answer["documents"]
+        cursor = answer["next_cursor"]
+
+    def human() -> list[RenderableType]:
+        from . import cli_tables
+
+        return [cli_tables.documents(found)] if found else ["no documents"]
+
+    session.show({"documents": found, "next_cursor": cursor}, human)
+    if cursor is not None and not session.as_json:
+        print(f"there are more than {limit}; see --limit", file=sys.stderr)
+
+
+@doc_app.command("show")
+def doc_show(ctx: typer.Context, name: Name) -> None:
+    """One document, extent by extent."""
+    from .rest import document_path
+
+    session = session_of(ctx)
+    found = session.rest().get(f"/v1/documents/{document_path(*split(name))}")
+
+    def human() -> list[RenderableType]:
+        from . import cli_tables
+
+        return [cli_tables.document(found["document"]), "", cli_tables.extents(found["extents"])]
+
+    session.show(found, human)
+
+
+# Changing --------------------------------------------------------------------------------------
+
+
+@doc_app.command("rm")
+def doc_rm(ctx: typer.Context, name: Name) -> None:
+    """Forget a document, and the KV that no other document needs."""
+    from .rest import document_path
+
+    session = session_of(ctx)
+    tenant, document = split(name)
+    session.rest().delete(f"/v1/documents/{document_path(tenant, document)}")
+    session.show({"tenant": tenant, "document": document, "state": "deleted"}, lambda: [f"{tenant}/{document} deleted"])
+
+
+@app.command()
+def pin(
+    ctx: typer.Context,
+    name: Name,
+    tier: Annotated[TierName, typer.Option(help="It never sinks below this one.")] = TierName.DDR,
+    ttl: Annotated[str, typer.Option(metavar="DURATION", help='90s, 30m, 1h, 2d or "never".')] = "1h",
+    reason: Annotated[str, typer.Option(help="Why, for those who come after you.")] = "",
+) -> None:
+    """Keep a document at or above a tier, and bring it there."""
+    session = session_of(ctx)
+    tenant, document = split(name)
+    body = {
+        "tenant": tenant,
+        "document": document,
+        "tier": tier,
+        "ttl_seconds": seconds(ttl),
+        "owner": user(),
+        "reason": reason,
+    }
+    found = session.rest().post("/v1/pins", body)
+
+    def human() -> list[RenderableType]:
+        from .cli_tables import moment, size
+
+        until = moment(found["expires_wall_ns"])
+        return [f"{tenant}/{document} pinned to {found['tier']} until {until} ({size(found['size_bytes'])})"]
+
+    session.show(found, human)
+
+
+def user() -> str:
+    """Who asks, as far as the system knows."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        return f"uid {os.getuid()}"
+
+
+@app.command()
+def unpin(ctx: typer.Context, name: Name) -> None:
+    """Let a document sink again."""
+    from .rest import document_path
+
+    session = session_of(ctx)
+    tenant, document = split(name)
+    found = session.rest().delete(f"/v1/pins/{document_path(tenant, document)}")
+    session.show(found, lambda: [f"{tenant}/{document} unpinned"])
+
+
+@app.command()
+def evict(
+    ctx: typer.Context,
+    name: Annotated[str | None, typer.Argument(metavar="[[TENANT/]NAME]", help="The document to evict.")] = None,
+    size: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", help="Free that much instead: 1GiB.")] = None,
+    tier: Annotated[TierName, typer.Option(help="Leave this tier and all nearer ones.")] = TierName.DDR,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave, and change nothing.")] = False,
+    deadline: Annotated[str, typer.Option(metavar="DURATION", help="How long to wait; it goes on after that.")] = "30s",
+) -> None:
+    """Take a document out of a tier, or free bytes there; out of nvme means gone."""
+    session = session_of(ctx)
+    wait = seconds(deadline)
+    if wait is None:
+        raise InvalidRequest("every wait has an end: give --deadline a duration")
+    body = target(name, size) | {"tier": tier, "dry_run": dry_run, "deadline_seconds": wait}
+    rest = session.rest()
+    with session.patience("evicting"):
+        found = rest.post("/v1/evictions", body, timeout_seconds=wait + 10)
+
+    def human() -> list[RenderableType]:
+        from . import cli_tables
+
+        verb = {"planned": "would leave", "done": "left", "running": "leaves"}[found["state"]]
+        said = f"{cli_tables.size(found['size_bytes'])} {verb} {tier}" if found["plan"] else f"nothing to leave {tier}"
+        return [cli_tables.victims(found["plan"]), said] if found["plan"] else [said]
+
+    session.show(found, human)
+    if found["state"] == "running":
+        print(f"not done after {deadline}; it goes on", file=sys.stderr)
+
+
+def target(name: str | None, size: str | None) -> dict[str, object]:
+    """What to evict: a document or bytes."""
+    from .kvstore.config import parse_size
+
+    if (name is None) == (size is None):
+        raise InvalidRequest("name either a document or --bytes")
+    if name is not None:
+        tenant, document = split(name)
+        return {"tenant": tenant, "document": document}
+    try:
+        return {"bytes": parse_size(size)}
+    except ValueError as error:
+        raise InvalidRequest(f"--bytes {size}: {error}; say 1GiB, 500MB or a number of bytes") from error
+
+
+def main() -> None:
+    """Entry point of the `holdfast` program."""
+    app()

@@ -1,0 +1,143 @@
+"""What every command shares: the global options, the daemon they lead to, and how errors end.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 refused by a pin, a lease or a limit, 5 nobody answers.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from .kvstore.errors import (
+    Conflict,
+    DeadlineExceeded,
+    HoldfastError,
+    InvalidRequest,
+    NoCapacity,
+    NotFound,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from .rest import Rest
+
+FAILED: Final = 1
+EXIT_CODES: Final[dict[type[HoldfastError], int]] = {
+    InvalidRequest: 2,
+    NotFound: 3,
+    Conflict: 4,
+    NoCapacity: 4,
+    DeadlineExceeded: FAILED,
+    Unavailable: 5,
+}
+ADVICE: Final = {  # what to do, where the message does not say it already
+    "daemon-unavailable": "start one with `holdfast serve`, or say where it is with --url or --data-dir",
+    "document-not-found": "`holdfast doc ls` lists what there is",
+    "unavailable": "try again when `holdfast status` says it is ready",
+    "draining": "the daemon is shutting down; start it again and retry",
+    "no-capacity": "`holdfast tiers` shows who holds what; unpin, detach, or wait",
+}
+GLOBAL_FLAGS: Final = ("--json", "--no-color")
+GLOBAL_VALUES: Final = ("--url", "--data-dir")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What the global options say."""
+
+    url: str | None
+    data_dir: Path | None
+    as_json: bool
+    color: bool
+
+    def rest(self) -> Rest:
+        """The daemon to talk to: --url, else $HOLDFAST_URL, else what it left in its data directory."""
+        from .kvstore.config import load_config
+        from .rest import Rest, left_address
+
+        url = self.url or os.environ.get("HOLDFAST_URL")
+        if not url:
+            url = left_address(self.data_dir or load_config(None, os.environ, {}).daemon.data_dir)
+        if not url.startswith(("http://", "https://")):
+            raise InvalidRequest(f"{url!r} is no address of a daemon; it looks like http://127.0.0.1:8470")
+        return Rest(url)
+
+    def show(self, answer: object, human: Callable[[], Sequence[RenderableType]]) -> None:
+        """Print an answer: as JSON, or as what `human` makes of it."""
+        if self.as_json:
+            import json
+
+            print(json.dumps(answer, indent=2, ensure_ascii=False))
+            return
+        from .cli_tables import console
+
+        screen = console(color=self.color)
+        for part in human():
+            screen.print(part)
+
+    def patience(self, what: str) -> AbstractContextManager[object]:
+        """Say on a terminal that something is under way."""
+        if self.as_json or not sys.stderr.isatty():
+            return nullcontext()
+        from rich.console import Console
+
+        return Console(stderr=True, no_color=not self.color).status(what)
+
+
+class Holdfast(TyperGroup):
+    """Global options may stand anywhere; errors end in one line and an exit code, never in a traceback."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        """See TyperGroup."""
+        return super().parse_args(ctx, hoisted(args))
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """See TyperGroup."""
+        try:
+            return super().invoke(ctx)
+        except HoldfastError as error:
+            fail(error)
+
+
+def hoisted(args: Sequence[str]) -> list[str]:
+    """The arguments with the global options first, wherever they stood; what follows "--" stays."""
+    front: list[str] = []
+    rest: list[str] = []
+    waiting = list(args)
+    while waiting:
+        word = waiting.pop(0)
+        if word == "--":
+            return [*front, *rest, word, *waiting]
+        if word in GLOBAL_FLAGS or word.startswith(tuple(f"{name}=" for name in GLOBAL_VALUES)):
+            front.append(word)
+        elif word in GLOBAL_VALUES:
+            front += [word, *waiting[:1]]
+            del waiting[:1]
+        else:
+            rest.append(word)
+    return front + rest
+
+
+def exit_code(error: HoldfastError) -> int:
+    """The exit code of an error: that of its nearest ancestor in the table."""
+    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), FAILED)
+
+
+def fail(error: HoldfastError) -> NoReturn:
+    """Say what is wrong and what to do."""
+    lines = [f"error: {error.message}"]
+    if error.code in ADVICE:
+        lines.append(f"  {ADVICE[error.code]}")
+    for line in lines:
+        print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), file=sys.stderr)
+    raise typer.Exit(exit_code(error))

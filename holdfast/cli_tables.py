@@ -1,0 +1,262 @@
+"""Tables: what the command line shows to people, made of what the admin API answers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Json = dict[str, Any]
+UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+PIPE_COLUMNS: Final = 1000  # nobody reads a pipe by its width, so nothing is folded there
+NS: Final = 1_000_000_000
+
+
+def console(*, color: bool) -> Console:
+    """Standard output as it is now."""
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    return Console(no_color=not color, highlight=False, markup=False, emoji=False, width=width)
+
+
+def plain(value: object) -> str:
+    """Text that cannot command a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+
+
+def size(size_bytes: int) -> str:
+    """1536 -> 1.5 KiB. Exact below 1 KiB, three figures above."""
+    value, unit = float(size_bytes), UNITS[0]
+    for unit in UNITS:
+        if abs(value) < 1024 or unit == UNITS[-1]:
+            break
+        value /= 1024
+    return f"{size_bytes} B" if unit == "B" else f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """A duration with the unit that suits it; "-" for none."""
+    if seconds is None:
+        return "-"
+    if seconds == 0:
+        return "0 s"
+    for limit, scale, unit in ((1e-3, 1e6, "us"), (1, 1e3, "ms"), (120, 1, "s"), (7200, 1 / 60, "min")):
+        if abs(seconds) < limit:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds / 3600:.3g} h"
+
+
+def nanoseconds(value: int | None) -> str:
+    """A duration given in nanoseconds."""
+    return duration(None if value is None else value / NS)
+
+
+def moment(wall_ns: int | None) -> str:
+    """A time in UTC; "never" for none."""
+    if wall_ns is None:
+        return "never"
+    return datetime.fromtimestamp(wall_ns / NS, tz=UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, numbers: Sequence[str] = ()) -> Table:
+    """Plain columns; those in `numbers` stand to the right."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        made.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(plain(cell)) for cell in row))
+    return made
+
+
+def pairs(rows: Iterable[tuple[str, object]]) -> Table:
+    """Names and values."""
+    made = Table(box=None, pad_edge=False, show_header=False)
+    made.add_column(style="bold", no_wrap=True)
+    made.add_column(overflow="fold")
+    for name, value in rows:
+        made.add_row(Text(name), Text(plain(value)))
+    return made
+
+
+def documents(found: Sequence[Json]) -> Table:
+    """Documents, one a line."""
+    columns = ("DOCUMENT", "TOKENS", "SIZE", "HBM", "DDR", "NVME", "STATE", "PIN", "LEASES", "RESTORE")
+    rows = (
+        (
+            f"{d['tenant']}/{d['name']}",
+            d["token_count"],
+            size(d["size_bytes"]),
+            *(size(here) if (here := d["resident_bytes"].get(tier)) else "-" for tier in ("hbm", "ddr", "nvme")),
+            state(d),
+            d["pin"]["tier"] if d["pin"] else "-",
+            d["leases"],
+            duration(d["restore_seconds"]),
+        )
+        for d in found
+    )
+    return table(columns, rows, numbers=("TOKENS", "SIZE", "HBM", "DDR", "NVME", "LEASES", "RESTORE"))
+
+
+def state(document: Json) -> str:
+    """A document's state in a word or two."""
+    if not document["complete"]:
+        missing = sum(stop - start for start, stop in document["missing_tokens"])
+        return f"{missing} tokens gone"
+    return "durable" if document["durable"] else "in memory"
+
+
+def document(d: Json) -> Table:
+    """One document."""
+    pin = d["pin"]
+    pinned = f"{pin['tier']} until {moment(pin['expires_wall_ns'])}, {pin['owner']}: {pin['reason']}" if pin else "-"
+    resident = ", ".join(f"{size(held)} in {tier}" for tier, held in d["resident_bytes"].items()) or "nowhere"
+    gone = ", ".join(f"[{start}, {stop})" for start, stop in d["missing_tokens"]) or "none"
+    used = d["last_access_seconds_ago"]
+    return pairs(
+        (
+            ("document", f"{d['tenant']}/{d['name']}"),
+            ("model", d["model"]),
+            ("tokens", d["token_count"]),
+            ("size", f"{size(d['size_bytes'])} in {d['extent_count']} extents"),
+            ("resident", resident),
+            ("state", state(d)),
+            ("tokens gone", gone),
+            ("write policy", d["write_policy"]),
+            ("created", moment(d["created_wall_ns"])),
+            ("last used", f"{duration(used)} ago" if used is not None else "unknown"),
+            ("frequency", f"{d['frequency']:.3g}"),
+            ("to restore", duration(d["restore_seconds"])),
+            ("leases", d["leases"]),
+            ("pin", pinned),
+        )
+    )
+
+
+def extents(found: Sequence[Json]) -> Table:
+    """A document's extents."""
+    rows = (
+        (
+            f"[{e['start']}, {e['stop']})",
+            size(e["size_bytes"]),
+            ", ".join(f"{device} {phase}" for device, phase in e["copies"].items()) or "gone",
+            scores(e["scores"]),
+        )
+        for e in found
+    )
+    return table(("TOKENS", "SIZE", "COPIES", "SCORE"), rows, numbers=("SIZE",))
+
+
+def scores(parts: Json) -> str:
+    """The policy's score parts."""
+    return " ".join(f"{name}={value:.3g}" for name, value in parts.items() if value is not None) or "-"
+
+
+def tiers(found: Sequence[Json]) -> Table:
+    """Every device."""
+    columns = ("DEVICE", "USED", "CAPACITY", "FULL", "IN USE", "PINNED")
+    rows = (
+        (
+            t["device"],
+            size(t["used_bytes"]),
+            size(t["capacity_bytes"]),
+            f"{t['used_bytes'] / t['capacity_bytes']:.0%}" if t["capacity_bytes"] else "-",
+            size(t["leased_bytes"]),
+            size(t["pinned_bytes"]),
+        )
+        for t in found
+    )
+    return table(columns, rows, numbers=columns[1:])
+
+
+def status(s: Json) -> Table:
+    """The daemon at a glance."""
+    overdue = f" ({s['leases_overdue']} overdue)" if s["leases_overdue"] else ""
+    groups = ", ".join(f"{g['name']} {g['ranks_registered']}/{g['cp'] * g['tp']} ranks" for g in s["groups"])
+    return pairs(
+        (
+            ("daemon", f"{s['version']} at {s['url']}"),
+            ("ready", "yes" if s["not_ready"] is None else f"no: {s['not_ready']}"),
+            ("documents", s["documents"]),
+            ("leases", f"{s['leases']}{overdue}"),
+            ("pins", f"{s['pins']}, {size(s['pinned_bytes'])} of {size(s['pin_budget_bytes'])}"),
+            ("groups", groups or "none"),
+            ("waiting", f"{s['reservations_waiting']} for room, {s['writes_queued']} to be written"),
+            ("in flight", f"{s['orders_in_flight']} orders"),
+        )
+    )
+
+
+def victims(found: Sequence[Json]) -> Table:
+    """What leaves, or would."""
+    columns = ("DOCUMENTS", "TOKENS", "TIER", "ACTION", "SIZE", "RESTORE", "SCORE")
+    rows = (
+        (
+            ", ".join(v["documents"]),
+            f"[{v['start']}, {v['stop']})",
+            v["tier"],
+            v["action"],
+            size(v["size_bytes"]),
+            nanoseconds(v["restore_ns"]),
+            scores(v["scores"]),
+        )
+        for v in found
+    )
+    return table(columns, rows, numbers=("SIZE", "RESTORE"))
+
+
+def verdicts(found: Sequence[Json]) -> Table:
+    """What left and why."""
+    columns = ("WHEN", "DOCUMENTS", "TOKENS", "TIER", "ACTION", "SIZE", "RESTORE", "REASON", "POLICY")
+    rows = (
+        (
+            moment(v["wall_ns"]),
+            ", ".join(v["documents"]),
+            f"[{v['start']}, {v['stop']})",
+            v["tier"],
+            v["action"],
+            size(v["size_bytes"]),
+            nanoseconds(v["restore_ns"]),
+            v["reason"],
+            v["policy"],
+        )
+        for v in found
+    )
+    return table(columns, rows, numbers=("SIZE", "RESTORE"))
+
+
+def swaps(found: Sequence[Json]) -> Table:
+    """Receipts of attaches."""
+    columns = (
+        "WHEN",
+        "DOCUMENT",
+        "TO",
+        "FROM",
+        "MOVED",
+        "WAITED",
+        "TOOK",
+        "EXPOSED",
+        "PREDICTED",
+        "RECOMPUTE",
+        "OUTCOME",
+    )
+    rows = (
+        (
+            moment(s["started_wall_ns"]),
+            s["document"],
+            s["group"] or "ddr",
+            s["source_tier"],
+            size(s["moved_bytes"]),
+            nanoseconds(s["wait_ns"]),
+            nanoseconds(s["reattach_ns"]),
+            nanoseconds(s["exposed_ns"]),
+            nanoseconds(s["predicted_ns"]),
+            nanoseconds(s["recompute_ns"]),
+            s["outcome"],
+        )
+        for s in found
+    )
+    return table(columns, rows, numbers=columns[4:10])
