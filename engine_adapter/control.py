@@ -136,32 +136,45 @@ class Channel:
 
     def receive_order(self) -> AnyOrder | None:
         """The next order; None when the driver is gone."""
-        frame = self._frame()
-        return None if frame is None else _orders.decode(frame)
+        while (frame := self._frame()) is None:
+            if not self._receive():
+                return None
+        return _orders.decode(frame)
 
-    def receive_report(self) -> AnyReport | None:
-        """The next report; None when the rank is gone."""
-        frame = self._frame()
-        return None if frame is None else _reports.decode(frame)
+    def receive_reports(self) -> list[AnyReport] | None:
+        """All reports that have arrived, after waiting for at least some bytes; None when the rank is gone.
+
+        All, because a selector does not wake for what has been read from the socket already.
+        """
+        if not self._receive():
+            return None
+        reports = []
+        while (frame := self._frame()) is not None:
+            reports.append(_reports.decode(frame))
+        return reports
+
+    def _receive(self) -> bool:
+        """Wait for more bytes; False when the other end is gone."""
+        try:
+            data = self._sock.recv(READ_BYTES)
+        except OSError:
+            return False
+        self._data += data
+        return bool(data)
 
     def _frame(self) -> bytes | None:
-        while True:
-            if len(self._data) >= LENGTH.size:
-                (length,) = LENGTH.unpack_from(self._data)
-                if length > FRAME_LIMIT:
-                    raise MalformedFrame(f"a control frame of {length} bytes")
-                end = LENGTH.size + length
-                if len(self._data) >= end:
-                    frame = bytes(self._data[LENGTH.size : end])
-                    del self._data[:end]
-                    return frame
-            try:
-                data = self._sock.recv(READ_BYTES)
-            except OSError:
-                return None
-            if not data:
-                return None
-            self._data += data
+        """The next complete frame, if there is one."""
+        if len(self._data) < LENGTH.size:
+            return None
+        (length,) = LENGTH.unpack_from(self._data)
+        if length > FRAME_LIMIT:
+            raise MalformedFrame(f"a control frame of {length} bytes")
+        end = LENGTH.size + length
+        if len(self._data) < end:
+            return None
+        frame = bytes(self._data[LENGTH.size : end])
+        del self._data[:end]
+        return frame
 
     def close(self) -> None:
         """Hang up."""

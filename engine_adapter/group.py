@@ -233,7 +233,7 @@ class RankGroup:
         deadline = time.monotonic() + deadline_seconds
         reports: dict[int, R] = {}
         failures: list[HoldfastError] = []
-        waiting = {rank.rank: rank for rank in self._ranks}
+        waiting = {rank.rank for rank in self._ranks}
         with selectors.DefaultSelector() as selector:
             for rank in self._ranks:
                 selector.register(rank.channel, selectors.EVENT_READ, rank)
@@ -243,25 +243,28 @@ class RankGroup:
                     self._fail(f"rank {min(waiting)} did not answer within {deadline_seconds:g} s")
                     raise DeadlineExceeded(f"group {self.group!r}: {self._broken}")
                 for key, _ in ready:
-                    rank = key.data
-                    report = rank.channel.receive_report()
-                    if report is None:
-                        status = self._status(rank)
-                        self._fail(f"rank {rank.rank} died ({status})")
-                        raise GroupFailed(f"group {self.group!r}: {self._broken}")
-                    if isinstance(report, Progress):
-                        if progress is not None:
-                            progress(report.tokens)
-                        continue
-                    waiting.pop(rank.rank, None)
-                    if isinstance(report, kind):
-                        reports[rank.rank] = report
-                    elif isinstance(report, Failed):
-                        failures.append(from_code(report.code, report.message))
+                    for report in self._reports(key.data):
+                        if isinstance(report, Progress):
+                            if progress is not None:
+                                progress(report.tokens)
+                            continue
+                        waiting.discard(key.data.rank)
+                        if isinstance(report, kind):
+                            reports[key.data.rank] = report
+                        elif isinstance(report, Failed):
+                            failures.append(from_code(report.code, report.message))
         if failures:
             # Ranks that only lost a peer say GroupFailed; the rank with the cause says more.
             raise next((f for f in failures if not isinstance(f, GroupFailed)), failures[0])
         return [reports[rank] for rank in sorted(reports)]
+
+    def _reports(self, rank: _Process) -> list[AnyReport]:
+        """What a rank has said. Raises GroupFailed when it is gone."""
+        reports = rank.channel.receive_reports()
+        if reports is None:
+            self._fail(f"rank {rank.rank} died ({self._status(rank)})")
+            raise GroupFailed(f"group {self.group!r}: {self._broken}")
+        return reports
 
     def _status(self, rank: _Process) -> str:
         try:
