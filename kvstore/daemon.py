@@ -143,7 +143,7 @@ class Daemon:
         self.catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
         contents = self.catalog.load()
         self.segments = Segments(config.nvme.directory, config.nvme.segment_bytes)
-        self.segments.prune({slot.slab for _, _, slot in contents.extents if slot is not None})
+        self.segments.prune({slot.slab for _, _, slot in contents.extents})
         self.arena = Arena(arena_directory(config.ddr.directory, config.daemon.data_dir), config.ddr.slab_bytes)
         reports = _Reports(self._loop, self._crashed)
         effects = _Effects()

@@ -6,7 +6,7 @@ Identity only; where its copies are is residency's affair.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .geometry import extent_geometry
 from .spec import KVSpec
@@ -36,6 +36,18 @@ class Extent:
     def stop(self) -> int:
         """Document position behind the last token."""
         return self.start + self.valid_tokens
+
+
+def named(ids: Sequence[ExtentId], token_count: int, spec: KVSpec, tenant: str) -> tuple[Extent, ...]:
+    """The extents of a document of which only their ids are left: as `cut` makes them, without their block keys."""
+    keys = [bytes(1)] * -(-token_count // spec.block_tokens)
+    extents = cut(keys, token_count, spec, tenant)
+    assert len(extents) == len(ids), "a manifest has one id per extent"
+    found = []
+    for extent, name in zip(extents, ids, strict=True):
+        previous = found[-1].id if extent.previous is not None else None
+        found.append(replace(extent, id=name, previous=previous, block_keys=()))
+    return tuple(found)
 
 
 def cut(

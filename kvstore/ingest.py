@@ -289,6 +289,7 @@ class Ingests:
         document = ingest.document
         for extent in ingest.extents:
             record = records.extents.setdefault(extent.id, ExtentRecord(extent=extent))
+            record.extent = extent  # a restart may have left it without block keys
             record.documents.add(document.id)
             placement = ingest.filled.get(extent.id)
             if placement is not None:

@@ -12,7 +12,7 @@ from typing import Final
 from .claims import Pin
 from .document import Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCapacity
-from .extent import Extent
+from .extent import Extent, named
 from .ingest import Ingests
 from .ledger import SwapRecord
 from .loader import Loader, Loading
@@ -211,7 +211,7 @@ class Upkeep:
     def restore(
         self,
         specs: Iterable[KVSpec],
-        extents: Iterable[tuple[Extent, tuple[int, ...], Slot | None]],
+        extents: Iterable[tuple[Extent, tuple[int, ...], Slot]],
         documents: Iterable[Document],
         pins: Iterable[Pin],
     ) -> None:
@@ -220,8 +220,6 @@ class Upkeep:
             self.state.specs[spec.fingerprint()] = spec
         for extent, checksums, slot in extents:
             record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
-            if slot is None:
-                continue  # the copy was dropped by verdict; the document still names it
             if not self.state.nvme.fits_in(SlotClass("", extent.slot_bytes), slot):
                 # The budget shrank, or segments have another size now: what does not fit is given up, visibly.
                 self.state.ledger.counts["not_restored"] += 1
@@ -230,9 +228,11 @@ class Upkeep:
             self.store.adopt_nvme(record, slot, checksums)
         for document in documents:
             self.state.documents[document.id] = DocumentRecord(document=document, durable=True)
-            for name in document.extents:
-                if name in self.state.extents:
-                    self.state.extents[name].documents.add(document.id)
+            spec = self.state.specs[document.fingerprint]
+            # Extents that were dropped by verdict have no row: the document still names what it lost.
+            for extent in named(document.extents, document.token_count, spec, document.id.tenant):
+                record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
+                record.documents.add(document.id)
         for pin in pins:
             if pin.document in self.state.documents:
                 self.state.pins.add(pin)
