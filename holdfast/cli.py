@@ -121,7 +121,7 @@ def demo(
     document: Annotated[
         Path | None, typer.Option(metavar="FILE", exists=True, dir_okay=False, help="A text of your own.")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many of its tokens to use.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=1024, help="How many of its tokens to use.")] = 16_384,
 ) -> None:
     """Prefill, evict, reattach and decode a document, and show that nothing was lost."""
     from .demo import run_demo
