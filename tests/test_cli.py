@@ -1,0 +1,506 @@
+"""The command line against a real admin API on an ephemeral port: what it prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+
+import pytest
+from aiohttp import web
+from holdfast.kvstore import errors
+from holdfast.kvstore.admin import make_app
+from holdfast.kvstore.config import load_config
+from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.residency import Tier
+from typer.testing import CliRunner
+
+from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, ingest, tiny_config, tiny_service
+from holdfast import cli, cli_tables
+from holdfast.cli_session import exit_code, hoisted
+from holdfast.rest import Rest, document_path
+
+DEADLINE_SECONDS = 10
+
+
+class Live:
+    """An admin API on a loop in its own thread; orders end by themselves, unless `held`."""
+
+    def __init__(self, app=None, **overrides):
+        self.not_ready = None
+        self.held = False
+        self._app = app
+        self._overrides = overrides
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._started: Future[str] = Future()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._run(),), daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        self.url = self._started.result(DEADLINE_SECONDS)
+        return self
+
+    def __exit__(self, *_):
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(DEADLINE_SECONDS)
+        assert not self._thread.is_alive()
+        self._loop.close()
+
+    async def _run(self):
+        effects = ManualEffects(submitted=lambda: self._loop.call_soon(self._complete))
+        self.service, self.effects, self.clock = tiny_service(tiny_config(**self._overrides), effects)
+        app = self._app or make_app(self.service, lambda: self.not_ready)
+        runner = web.AppRunner(app, shutdown_timeout=1.0)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        host, port = runner.addresses[0]
+        self._started.set_result(f"http://{host}:{port}")
+        await self._stop.wait()
+        await runner.cleanup()
+        self.service.state.check()
+
+    def _complete(self):
+        if not self.held:
+            self.effects.complete_all(self.service)
+
+    def call(self, function):
+        """Run it on the service's thread."""
+
+        async def on_loop():
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(on_loop(), self._loop).result(DEADLINE_SECONDS)
+
+    def ingest(self, name, **options):
+        return self.call(lambda: ingest(self.service, self.effects, name, **options))
+
+    def attach(self, document):
+        return self.call(lambda: self.service.attach(CLIENT, document, None, None, None, FAR_NS, lambda _: None))
+
+
+@pytest.fixture
+def live():
+    with Live() as found:
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch, tmp_path):
+    for name in ("HOLDFAST_URL", "NO_COLOR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOLDFAST_DAEMON__DATA_DIR", str(tmp_path / "nobody"))
+
+
+def run(*arguments, live=None):
+    words = [*(["--url", live.url] if live else []), *arguments]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def ok(*arguments, live=None):
+    """What the command printed; it went well and complained of nothing."""
+    result = run(*arguments, live=live)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return result.stdout
+
+
+def machine(*arguments, live):
+    return json.loads(ok(*arguments, "--json", live=live))
+
+
+def refused(exit_code, *arguments, live=None):
+    """What the command complained of."""
+    result = run(*arguments, live=live)
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert result.stderr
+    return result.stderr
+
+
+# Looking ---------------------------------------------------------------------------------------
+
+
+def test_version(live):
+    assert ok("version") == f"holdfast {cli.__version__}\n"
+    assert machine("version", live=live) == {"version": cli.__version__}
+
+
+def test_status(live):
+    live.attach(live.ingest("a"))
+    shown = ok("status", live=live)
+    assert live.url in shown
+    assert "ready      yes" in shown
+    assert "1 MiB" in shown
+    found = machine("status", live=live)
+    assert (found["documents"], found["leases"], found["url"]) == (1, 1, live.url)
+    live.not_ready = "draining"
+    result = run("status", live=live)
+    assert result.exit_code == 1
+    assert "no: draining" in result.stdout
+
+
+def test_doc_ls(live):
+    assert ok("doc", "ls", live=live) == "no documents\n"
+    live.ingest("report", token_count=100)
+    live.ingest("notes", token_count=10, tenant="acme", write_policy=WritePolicy.MEMORY)
+    lines = ok("doc", "ls", live=live).splitlines()
+    assert lines[0].split() == ["DOCUMENT", "TOKENS", "SIZE", "HBM", "DDR", "NVME", "STATE", "PIN", "LEASES", "RESTORE"]
+    assert lines[1].split()[:2] == ["acme/notes", "10"]
+    assert "in memory" in lines[1]
+    assert "64 KiB" in lines[2]
+    assert "durable" in lines[2]
+    assert [d["name"] for d in machine("doc", "ls", live=live)["documents"]] == ["notes", "report"]
+    assert [d["name"] for d in machine("doc", "ls", "--tier", "nvme", live=live)["documents"]] == ["report"]
+    assert [d["name"] for d in machine("doc", "ls", "--tenant", "acme", live=live)["documents"]] == ["notes"]
+    assert machine("doc", "ls", "--pinned", live=live)["documents"] == []
+    assert len(machine("doc", "ls", "--not-pinned", live=live)["documents"]) == 2
+    result = run("doc", "ls", "--limit", "1", live=live)
+    assert result.exit_code == 0
+    assert "more than 1" in result.stderr
+    assert machine("doc", "ls", "--limit", "1", live=live)["next_cursor"]
+
+
+def test_doc_ls_follows_the_pages(live, monkeypatch):
+    monkeypatch.setattr(cli, "PAGE", 2)
+    for index in range(5):
+        live.ingest(f"{index}", token_count=10)
+    found = machine("doc", "ls", "--limit", "5", live=live)
+    assert [d["name"] for d in found["documents"]] == list("01234")
+    assert found["next_cursor"] is None
+
+
+def test_doc_show(live):
+    live.ingest("report", token_count=40)
+    shown = ok("doc", "show", "report", live=live)
+    assert "default/report" in shown
+    assert "[32, 40)" in shown
+    assert "32 KiB in ddr, 32 KiB in nvme" in shown
+    found = machine("doc", "show", "default/report", live=live)
+    assert set(found) == {"document", "extents"}
+    assert found["document"]["token_count"] == 40
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "[red]x", ":smile:", "naïve ☃", "what?#"])
+def test_names_are_shown_as_they_are(live, name):
+    live.ingest(name, token_count=10)
+    assert f"default/{name}" in ok("doc", "ls", live=live)
+    assert f"default/{name}" in ok("doc", "show", name, live=live)
+    assert f"default/{name} pinned" in ok("pin", name, live=live)
+
+
+def test_text_of_others_cannot_command_the_terminal(live):
+    document = live.ingest("a")
+    live.call(lambda: live.service.pin(document, Tier.DDR, None, "me\x1b[31m", "\x07x\x9b"))
+    shown = ok("doc", "show", "a", live=live)
+    assert not {"\x1b", "\x07", "\x9b"} & set(shown)
+
+
+def test_tiers_swaps_verdicts(live):
+    assert "ddr" in ok("tiers", live=live)
+    assert "no document was attached yet" in ok("swaps", live=live)
+    assert "nothing was evicted yet" in ok("verdicts", live=live)
+    document = live.ingest("report", token_count=64)
+    live.call(lambda: live.service.evict(document, Tier.DDR, 0, FAR_NS, lambda _: None))
+    live.attach(document)
+    assert [t["device"] for t in machine("tiers", live=live)["tiers"]] == ["ddr", "nvme"]
+    shown = ok("swaps", live=live)
+    assert "default/report" in shown
+    assert "nvme" in shown
+    (swap,) = machine("swaps", live=live)["swaps"]
+    assert swap["moved_bytes"] == 2 * EXTENT_BYTES
+    shown = ok("verdicts", live=live)
+    assert "demote" in shown
+    assert "admin" in shown
+    assert len(machine("verdicts", "--limit", "1", live=live)["evictions"]) == 1
+
+
+# Changing --------------------------------------------------------------------------------------
+
+
+def test_pin_and_unpin(live):
+    document = live.ingest("report", token_count=64)
+    shown = ok("pin", "report", "--ttl", "90s", "--reason", "launch", live=live)
+    assert "default/report pinned to ddr until" in shown
+    assert "32 KiB" in shown
+    pin = live.call(lambda: live.service.state.pins.get(document))
+    assert pin.expires_wall_ns - pin.created_wall_ns == 90 * 10**9
+    assert pin.reason == "launch"
+    assert pin.owner
+    found = machine("pin", "report", "--tier", "nvme", "--ttl", "never", live=live)
+    assert (found["tier"], found["expires_wall_ns"]) == ("nvme", None)
+    assert "unpinned" in ok("unpin", "default/report", live=live)
+    assert "not pinned" in refused(3, "unpin", "report", live=live)
+
+
+def test_doc_rm(live):
+    document = live.ingest("report")
+    live.call(lambda: live.service.pin(document, Tier.NVME, None, "ops", ""))
+    assert "unpin first" in refused(4, "doc", "rm", "report", live=live)
+    live.call(lambda: live.service.unpin(document))
+    assert ok("doc", "rm", "report", live=live) == "default/report deleted\n"
+    complaint = refused(3, "doc", "rm", "report", live=live)
+    assert "no document 'report'" in complaint
+    assert "holdfast doc ls" in complaint
+
+
+def test_evict(live):
+    document = live.ingest("report", token_count=64, write_policy=WritePolicy.BACK)
+    shown = ok("evict", "report", "--dry-run", live=live)
+    assert "32 KiB would leave ddr" in shown
+    assert machine("evict", "report", "--dry-run", live=live)["state"] == "planned"
+    assert "32 KiB left ddr" in ok("evict", "report", live=live)
+    assert "nothing to leave ddr" in ok("evict", "report", live=live)
+    assert machine("doc", "show", "report", live=live)["document"]["resident_bytes"] == {"nvme": 2 * EXTENT_BYTES}
+    live.attach(document)
+    assert "leased" in refused(4, "evict", "report", live=live)
+    assert "holdfast tiers" in refused(4, "evict", "--bytes", "1MiB", live=live)
+
+
+def test_evict_bytes(live):
+    live.ingest("report", token_count=64)
+    found = machine("evict", "--bytes", "20 KiB", "--tier", "ddr", live=live)
+    assert found["state"] == "done"
+    assert found["size_bytes"] == 2 * EXTENT_BYTES
+
+
+def test_an_eviction_that_takes_longer_goes_on(live):
+    live.ingest("report", token_count=64, write_policy=WritePolicy.BACK)
+    live.held = True
+
+    def expire():
+        live.clock.advance(10**9)
+        live.service.tick()
+
+    live.call(lambda: setattr(live.effects, "submitted", lambda: live._loop.call_soon(expire)))
+    result = run("evict", "report", "--deadline", "1s", live=live)
+    assert result.exit_code == 0, result.output
+    assert "32 KiB leaves ddr" in result.stdout
+    assert "it goes on" in result.stderr
+    live.call(lambda: live.effects.complete_all(live.service))
+
+
+def test_a_pin_over_budget():
+    with Live(limits__pin_bytes="16 KiB") as live:
+        live.ingest("report", token_count=64)
+        assert "limits.pin_bytes" in refused(4, "pin", "report", live=live)
+
+
+# Usage -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evict"],
+        ["evict", "a", "--bytes", "1"],
+        ["evict", "--bytes", "lots"],
+        ["evict", "--bytes", "1M"],
+        ["evict", "a", "--deadline", "never"],
+        ["evict", "a", "--tier", "tape"],
+        ["pin", "a", "--ttl", "soon"],
+        ["pin", "a", "--ttl", "0s"],
+        ["pin", "a/b/c"],
+        ["pin", "/a"],
+        ["pin", "a/"],
+        ["pin"],
+        ["doc", "show"],
+        ["doc", "ls", "--limit", "0"],
+        ["swaps", "--limit", "1001"],
+        ["config", "show", "--set", "nonsense"],
+        ["config", "show", "--set", "ddr.colour=red"],
+        ["serve", "--set", "ddr.slab_bytes=1 B"],
+        ["serve", "--config", "/nowhere/holdfast.toml"],
+        ["nonsense"],
+        ["--nonsense"],
+        ["status", "--url", "ftp://nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(live, words):
+    live.ingest("a")
+    refused(2, *words, live=live if "--url" not in words else None)
+
+
+def test_global_options_stand_anywhere():
+    assert hoisted(["doc", "show", "x", "--json"]) == ["--json", "doc", "show", "x"]
+    assert hoisted(["status", "--url", "u", "--no-color"]) == ["--url", "u", "--no-color", "status"]
+    assert hoisted(["status", "--data-dir=d"]) == ["--data-dir=d", "status"]
+    assert hoisted(["doc", "show", "--", "--json"]) == ["doc", "show", "--", "--json"]
+    assert hoisted(["status", "--url"]) == ["--url", "status"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("90", 90.0), ("90s", 90.0), ("1.5h", 5400.0), ("30m", 1800.0), ("2d", 172_800.0), ("never", None)],
+)
+def test_durations(text, wanted):
+    assert cli.seconds(text) == wanted
+
+
+def test_exit_codes_of_errors():
+    expected = {
+        errors.ConfigError: 2,
+        errors.DocumentNotFound: 3,
+        errors.ClaimNotFound: 3,
+        errors.InUse: 4,
+        errors.PinsOvercommitted: 4,
+        errors.NoCapacity: 4,
+        errors.DaemonUnavailable: 5,
+        errors.Draining: 5,
+        errors.DeadlineExceeded: 1,
+        errors.StorageFailed: 1,
+        errors.MissingExtra: 1,
+    }
+    assert {kind: exit_code(kind("x")) for kind in expected} == expected
+
+
+# Finding the daemon ----------------------------------------------------------------------------
+
+
+def test_the_address_in_the_data_directory(live, tmp_path, monkeypatch):
+    (tmp_path / "rest.json").write_text(json.dumps({"url": live.url, "pid": 1}))
+    assert "ready      yes" in ok("status", "--data-dir", str(tmp_path))
+    monkeypatch.setenv("HOLDFAST_DAEMON__DATA_DIR", str(tmp_path))
+    assert "ready      yes" in ok("status")
+    monkeypatch.setenv("HOLDFAST_URL", "http://127.0.0.1:1")
+    refused(5, "status")
+    assert "ready      yes" in ok("status", "--url", live.url + "/")
+
+
+@pytest.mark.parametrize("left", [None, "", "{", "[]", "{}", '{"url": 3}'])
+def test_no_address_in_the_data_directory(tmp_path, left):
+    if left is not None:
+        (tmp_path / "rest.json").write_text(left)
+    complaint = refused(5, "status", "--data-dir", str(tmp_path))
+    assert "rest.json" in complaint
+    assert "holdfast serve" in complaint
+
+
+def test_nobody_answers():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # taken, but not listening
+        complaint = refused(5, "status", "--url", f"http://127.0.0.1:{closed.getsockname()[1]}")
+    assert "no daemon answers" in complaint
+    assert "holdfast serve" in complaint
+
+
+def test_somebody_listens_but_does_not_answer():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        rest = Rest(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with pytest.raises(errors.DaemonUnavailable, match="within"):
+            rest.post("/v1/pins", {}, timeout_seconds=0.05)
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+@pytest.mark.parametrize("text", ["<html>", "[]", "\xff"])
+def test_somebody_else_answers(status, text):
+    async def stranger(request):
+        return web.Response(text=text, status=status)
+
+    app = web.Application()
+    app.router.add_get("/v1/status", stranger)
+    with Live(app) as live:
+        refused(5, "status", live=live)
+
+
+def test_a_daemon_that_is_not_ready(live):
+    live.ingest("a")
+    live.not_ready = "draining"
+    assert "draining" in refused(5, "pin", "a", live=live)
+
+
+def test_document_paths():
+    assert document_path("a b", "c/d?") == "a%20b/c%2Fd%3F"
+
+
+# Without a daemon ------------------------------------------------------------------------------
+
+
+def test_config_show(tmp_path, monkeypatch):
+    path = tmp_path / "holdfast.toml"
+    path.write_text('[ddr]\ncapacity_bytes = "2 GiB"\n')
+    monkeypatch.setenv("HOLDFAST_DAEMON__LOG_LEVEL", "debug")
+    words = ["config", "show", "--config", str(path), "--set", "limits.documents=5", "--data-dir", str(tmp_path)]
+    shown = ok(*words)
+    assert f'capacity_bytes = "2 GiB"  # {path}' in shown
+    assert "documents = 5  # flag limits.documents" in shown
+    assert "# environment HOLDFAST_DAEMON__LOG_LEVEL" in shown
+    copy = tmp_path / "copy.toml"
+    copy.write_text(shown)
+    assert load_config(copy, {}, {}).limits.documents == 5
+    settings = json.loads(ok(*words, "--json"))["settings"]
+    assert settings["ddr.capacity_bytes"] == {"value": 2 << 30, "origin": str(path)}
+    assert settings["daemon.data_dir"]["value"] == str(tmp_path)
+
+
+def test_serve_runs_the_daemon_with_the_effective_configuration(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("holdfast.kvstore.daemon.serve", lambda config: seen.append(config) or 7)
+    result = run("serve", "--data-dir", str(tmp_path), "--set", "daemon.rest_port=0", "--set", "nvme.threads = 2")
+    assert result.exit_code == 7
+    assert seen[0].daemon.data_dir == tmp_path
+    assert (seen[0].daemon.rest_port, seen[0].nvme.threads) == (0, 2)
+
+
+def test_serve_says_why_it_cannot(monkeypatch):
+    def busy(config):
+        raise errors.DataDirectoryBusy("another daemon owns it")
+
+    monkeypatch.setattr("holdfast.kvstore.daemon.serve", busy)
+    assert refused(1, "serve") == "error: another daemon owns it\n"
+
+
+def test_help_loads_nothing_slow():
+    probe = (
+        "import sys, holdfast.cli\n"
+        "from typer.testing import CliRunner\n"
+        "result = CliRunner().invoke(holdfast.cli.app, ['--help'])\n"
+        "assert result.exit_code == 0 and 'doc' in result.output\n"
+        "slow = {'aiohttp', 'asyncio', 'msgspec', 'numpy', 'prometheus_client', 'rich', 'torch'}\n"
+        "print(sorted(slow & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], check=False, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_every_command_has_help():
+    for words in (["serve"], ["demo"], ["config", "show"], ["doc", "ls"], ["pin"], ["evict"], ["swaps"]):
+        assert "Usage:" in ok(*words, "--help")
+
+
+# Words for numbers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "wanted"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1 KiB"),
+        (1536, "1.5 KiB"),
+        (1023 << 10, "1023 KiB"),
+        (64 << 20, "64 MiB"),
+        (5 << 28, "1.25 GiB"),
+        (3 << 40, "3 TiB"),
+        (2048 << 50, "2048 PiB"),
+    ],
+)
+def test_sizes(size_bytes, wanted):
+    assert cli_tables.size(size_bytes) == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted"),
+    [(None, "-"), (0, "0 s"), (2e-6, "2 us"), (0.0123, "12.3 ms"), (1.5, "1.5 s"), (600, "10 min"), (9000, "2.5 h")],
+)
+def test_shown_durations(value, wanted):
+    assert cli_tables.duration(value) == wanted
