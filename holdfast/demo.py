@@ -31,6 +31,7 @@ from .kvstore.views import VerdictView
 from .rest import Rest, left_address
 
 NEW_TOKENS: Final = 32
+PIPE_WIDTH: Final = 150
 MAIN: Final = "opticks"
 PINNED: Final = "pinned"
 EXTRA_DOCUMENTS: Final = 7
@@ -58,6 +59,8 @@ class Story:
 def run_demo(document: Path | None, tokens: int, json_wanted: bool, data_dir: Path | None) -> int:  # noqa: FBT001
     """Run the demo; returns the exit status. `tokens` of `document` (or of the shipped text) are used."""
     screen = Console(stderr=json_wanted)
+    if not screen.is_terminal:
+        screen = Console(stderr=json_wanted, width=PIPE_WIDTH)  # a pipe has no width, and 80 columns break the tables
     progress_screen = Console(stderr=True)
     text = read_text(document)
     with scratch(data_dir) as directory:
@@ -137,7 +140,7 @@ class Demo:
         self._start_daemon("Starting the daemon: DDR arena, NVMe tier and catalog")
         self._start_group(2)
         self._prefill()
-        self._ask_all(first=True)
+        self._ask_all()
         self._control()
         self._evict_and_kill()
         for cp in (1, 3):
@@ -208,9 +211,8 @@ class Demo:
             f"resident: {', '.join(f'{tier} {size(n)}' for tier, n in view.resident_bytes.items())}"
         )
 
-    def _ask_all(self, *, first: bool = False) -> None:
-        if first:
-            self._say(f"Asking {len(QUESTIONS)} questions, {NEW_TOKENS} tokens each; the oracle is a dense forward")
+    def _ask_all(self) -> None:
+        self._say(f"Asking {len(QUESTIONS)} questions, {NEW_TOKENS} tokens each; the oracle is a dense forward")
         for index in range(len(QUESTIONS)):
             self._ask(index)
 
@@ -228,6 +230,7 @@ class Demo:
         first_token_ns = swap.wait_ns + answer.prefill_ns
         recompute_ns = swap.recompute_ns + answer.prefill_ns - answer.exposed_ns
         record = QuestionRecord(
+            label=f"Q{index + 1}",
             question=QUESTIONS[index].strip().splitlines()[0].removeprefix("Question: "),
             cp=self.cp,
             tokens=answer.tokens,
@@ -247,8 +250,8 @@ class Demo:
         )
         story.records.append(record)
         self._screen.print(
-            f"    {'same' if record.tokens_identical else 'DIFFERENT'}: cp={record.cp} from {record.source_tier}, "
-            f"error {record.max_logit_error:.1e}, {record.distinct_tokens} distinct tokens"
+            f"    {record.label} {'same' if record.tokens_identical else 'DIFFERENT'}: cp={record.cp}, from "
+            f"{record.source_tier.upper()}, error {record.max_logit_error:.1e}, {record.distinct_tokens} distinct tokens"
         )
         return record
 
@@ -352,16 +355,15 @@ class Demo:
     def _fate(self, name: str, verdicts: list[VerdictView]) -> DocumentFate:
         view = self.client.document(name)
         mine = [v for v in verdicts if f"default/{name}" in v.documents and v.reason == "pressure"]
+        role = "popular" if name == MAIN else "pinned" if view.pin is not None else "cold"
+        why = f"{view.frequency:.1f} uses lately (decayed)"
         if view.pin is not None:
-            role, why = "pinned", f"pinned at {view.pin.tier}: {view.pin.reason}"
-        else:
-            role = "popular" if name == MAIN else "cold"
-            why = f"used {view.frequency:.1f} times lately (decayed)"
-        if mine:
-            last = mine[-1]
-            probability = last.scores.get("reuse_probability", 0.0)
-            why += f"; {len(mine)} copies left under pressure, the last from {last.tier} ({last.action}, "
-            why += f"reuse {probability:.0%}, {last.restore_ns / 1e6:.0f} ms to restore)"
+            why = f"pinned at {view.pin.tier.upper()}: {view.pin.reason}"
+        lowest = max((v for v in mine if v.tier != "hbm"), key=lambda v: v.tier, default=None)
+        if lowest is not None:
+            chance = lowest.scores.get("reuse_probability", 0.0)
+            cost = f"{lowest.restore_ns / 1e6:.0f} ms to {'recompute' if lowest.action == 'drop' else 'reload'}"
+            why += f"; left {lowest.tier.upper()} for others: {chance:.0%} chance of reuse x {cost}"
         return DocumentFate(
             name=name,
             role=role,
@@ -382,7 +384,6 @@ class Demo:
         )
         left = any(f.role == "cold" and f.resident_bytes.get("ddr", 0) < f.size_bytes for f in fates)
         identical = all(record.tokens_identical for record in story.records)
-        distinct = all(record.distinct_tokens >= NEW_TOKENS // 2 for record in story.records)
         return DemoReport(
             tokens_identical=identical,
             max_logit_error=max(record.max_logit_error for record in story.records),
@@ -400,7 +401,7 @@ class Demo:
             pressure_as_expected=stayed and left,
             metrics=self._metrics(by_role[MAIN].size_bytes),
             elapsed_seconds=time.monotonic() - self._started,
-            passed=identical and distinct and story.control_detected and stayed and left,
+            passed=identical and story.control_detected and stayed and left,
         )
 
     def _metrics(self, document_bytes: int) -> Metrics:

@@ -15,6 +15,7 @@ from .kvstore.views import HopView, VerdictView
 class QuestionRecord(msgspec.Struct, kw_only=True):
     """One question to one group. Times in seconds. `speed_up` compares times to the first token."""
 
+    label: str
     question: str
     cp: int
     tokens: list[int]
@@ -102,14 +103,14 @@ def hop_text(hops: Sequence[HopView]) -> str:
 def question_table(records: Sequence[QuestionRecord]) -> Table:
     """One row per question and group."""
     table = Table(title="Questions", title_justify="left")
-    for name in ("ranks", "question", "from", "moved", "reattach", "by hop", "exposed", "first token", "decode",
-                 "recompute", "speed-up", "logit error", "same"):  # fmt: skip
-        table.add_column(name, justify="left" if name in ("question", "from", "by hop", "same") else "right")
+    left = ("asked", "from", "by hop", "same")
+    for name in ("asked", "from", "moved", "reattach", "by hop", "exposed", "first token", "decode", "recompute",
+                 "speed-up", "logit error", "same"):  # fmt: skip
+        table.add_column(name, justify="left" if name in left else "right", no_wrap=name != "by hop")
     for r in records:
         table.add_row(
-            str(r.cp),
-            r.question,
-            r.source_tier,
+            f"{r.label} cp={r.cp}",
+            r.source_tier.upper(),
             size(r.moved_bytes),
             duration(r.reattach_seconds),
             hop_text(r.hops),
@@ -127,12 +128,13 @@ def question_table(records: Sequence[QuestionRecord]) -> Table:
 def fate_table(fates: Sequence[DocumentFate]) -> Table:
     """One row per document."""
     table = Table(title="Under pressure", title_justify="left")
-    for name in ("document", "role", "questions", "size", "HBM", "DDR", "NVMe", "gone", "why"):
-        table.add_column(name, justify="left" if name in ("document", "role", "why") else "right")
+    for name in ("document", "role", "asked", "size", "now in", "why"):
+        table.add_column(name, justify="right" if name in ("asked", "size") else "left", no_wrap=name != "why")
     for f in fates:
-        here = [size(f.resident_bytes[tier]) if tier in f.resident_bytes else "-" for tier in ("hbm", "ddr", "nvme")]
-        gone = f"{f.missing_tokens} tokens" if f.missing_tokens else "-"
-        table.add_row(f.name, f.role, str(f.questions), size(f.size_bytes), *here, gone, f.why)
+        tiers = [tier.upper() for tier in ("hbm", "ddr", "nvme") if f.resident_bytes.get(tier) == f.size_bytes]
+        parts = [f"part of {tier.upper()}" for tier, n in f.resident_bytes.items() if 0 < n < f.size_bytes]
+        gone = [f"{f.missing_tokens} tokens gone"] if f.missing_tokens else []
+        table.add_row(f.name, f.role, str(f.questions), size(f.size_bytes), ", ".join(tiers + parts + gone), f.why)
     return table
 
 

@@ -157,10 +157,15 @@ class State:
     def may_leave(self, record: ExtentRecord, placement: Placement) -> bool:
         """Whether pins allow this copy to leave DDR or NVMe: another good copy stays at or above the floor.
 
-        HBM copies go with their process, so they never stand in for a copy in DDR or on NVMe.
+        HBM copies go with their process, so they never stand in for a copy in DDR or on NVMe; and a pinned
+        document's NVMe copy stays, whatever the floor, because a pin is to survive a restart.
         """
         floor = self.floor(record)
-        if floor is None or placement.tier > floor:
+        if floor is None:
+            return True
+        if placement.tier is Tier.NVME:
+            return False
+        if placement.tier > floor:
             return True
         others = [copy for copy in record.placements() if copy is not placement]
         return any(copy.tier <= floor and copy.readable for copy in others)
