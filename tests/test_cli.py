@@ -451,6 +451,17 @@ def test_serve_runs_the_daemon_with_the_effective_configuration(tmp_path, monkey
     assert (seen[0].daemon.rest_port, seen[0].nvme.threads) == (0, 2)
 
 
+def test_demo_hears_its_options(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr("holdfast.demo.run_demo", lambda *arguments: seen.append(arguments) or 3)
+    text = tmp_path / "text.txt"
+    text.write_text("x")
+    result = run("demo", "--document", str(text), "--tokens", "9", "--json", "--data-dir", str(tmp_path))
+    assert result.exit_code == 3
+    assert seen == [(text, 9, True, tmp_path)]
+    refused(2, "demo", "--document", str(tmp_path / "missing"))
+
+
 def test_serve_says_why_it_cannot(monkeypatch):
     def busy(config):
         raise errors.DataDirectoryBusy("another daemon owns it")
