@@ -456,9 +456,9 @@ def test_demo_hears_its_options(tmp_path, monkeypatch):
     monkeypatch.setattr("holdfast.demo.run_demo", lambda *arguments: seen.append(arguments) or 3)
     text = tmp_path / "text.txt"
     text.write_text("x")
-    result = run("demo", "--document", str(text), "--tokens", "9", "--json", "--data-dir", str(tmp_path))
+    result = run("demo", "--document", str(text), "--tokens", "2048", "--json", "--data-dir", str(tmp_path))
     assert result.exit_code == 3
-    assert seen == [(text, 9, True, tmp_path)]
+    assert seen == [(text, 2048, True, tmp_path)]
     refused(2, "demo", "--document", str(tmp_path / "missing"))
 
 
