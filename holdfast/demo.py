@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .demo_report import DemoReport, DocumentFate, Metrics, QuestionRecord, as_json, show, size
+from .demo_report import TIER_NAMES, DemoReport, DocumentFate, Metrics, QuestionRecord, as_json, show, size
 from .demo_stage import DaemonProcess, Reference, Stage, compare
 from .engine_adapter.group import RankGroup
 from .engine_adapter.session import Session
@@ -251,7 +251,7 @@ class Demo:
         story.records.append(record)
         self._screen.print(
             f"    {record.label} {'same' if record.tokens_identical else 'DIFFERENT'}: cp={record.cp}, from "
-            f"{record.source_tier.upper()}, error {record.max_logit_error:.1e}, {record.distinct_tokens} distinct tokens"
+            f"{TIER_NAMES[record.source_tier]}, error {record.max_logit_error:.1e}, {record.distinct_tokens} distinct tokens"
         )
         return record
 
@@ -358,12 +358,12 @@ class Demo:
         role = "popular" if name == MAIN else "pinned" if view.pin is not None else "cold"
         why = f"{view.frequency:.1f} uses lately (decayed)"
         if view.pin is not None:
-            why = f"pinned at {view.pin.tier.upper()}: {view.pin.reason}"
+            why = f"pinned at {TIER_NAMES[view.pin.tier]}: {view.pin.reason}"
         lowest = max((v for v in mine if v.tier != "hbm"), key=lambda v: v.tier, default=None)
         if lowest is not None:
             chance = lowest.scores.get("reuse_probability", 0.0)
             cost = f"{lowest.restore_ns / 1e6:.0f} ms to {'recompute' if lowest.action == 'drop' else 'reload'}"
-            why += f"; left {lowest.tier.upper()} for others: {chance:.0%} chance of reuse x {cost}"
+            why += f"; left {TIER_NAMES[lowest.tier]} for others: {chance:.0%} chance of reuse x {cost}"
         return DocumentFate(
             name=name,
             role=role,

@@ -95,6 +95,17 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
+TIER_NAMES = {"hbm": "HBM", "ddr": "DDR", "nvme": "NVMe"}
+
+
+def once(records: Sequence[QuestionRecord]) -> list[QuestionRecord]:
+    """The first record of each (question, degree, source), for people; the JSON report has all."""
+    found: dict[tuple[str, int, str], QuestionRecord] = {}
+    for record in records:
+        found.setdefault((record.label, record.cp, record.source_tier), record)
+    return list(found.values())
+
+
 def hop_text(hops: Sequence[HopView]) -> str:
     """The hops of a swap, one after the other."""
     return "\n".join(f"{hop.hop} {duration(hop.elapsed_ns / 1e9)}" for hop in hops) or "nothing moved"
@@ -107,10 +118,10 @@ def question_table(records: Sequence[QuestionRecord]) -> Table:
     for name in ("asked", "from", "moved", "reattach", "by hop", "exposed", "first token", "decode", "recompute",
                  "speed-up", "logit error", "same"):  # fmt: skip
         table.add_column(name, justify="left" if name in left else "right", no_wrap=name != "by hop")
-    for r in records:
+    for r in once(records):
         table.add_row(
             f"{r.label} cp={r.cp}",
-            r.source_tier.upper(),
+            TIER_NAMES[r.source_tier],
             size(r.moved_bytes),
             duration(r.reattach_seconds),
             hop_text(r.hops),
@@ -131,8 +142,8 @@ def fate_table(fates: Sequence[DocumentFate]) -> Table:
     for name in ("document", "role", "asked", "size", "now in", "why"):
         table.add_column(name, justify="right" if name in ("asked", "size") else "left", no_wrap=name != "why")
     for f in fates:
-        tiers = [tier.upper() for tier in ("hbm", "ddr", "nvme") if f.resident_bytes.get(tier) == f.size_bytes]
-        parts = [f"part of {tier.upper()}" for tier, n in f.resident_bytes.items() if 0 < n < f.size_bytes]
+        tiers = [name for tier, name in TIER_NAMES.items() if f.resident_bytes.get(tier) == f.size_bytes]
+        parts = [f"part of {TIER_NAMES[tier]}" for tier, n in f.resident_bytes.items() if 0 < n < f.size_bytes]
         gone = [f"{f.missing_tokens} tokens gone"] if f.missing_tokens else []
         table.add_row(f.name, f.role, str(f.questions), size(f.size_bytes), ", ".join(tiers + parts + gone), f.why)
     return table
@@ -144,9 +155,9 @@ def metric_table(report: DemoReport) -> Table:
     table = Table(title="The four costs of long context", title_justify="left")
     table.add_column("metric")
     table.add_column("measured")
-    fits = ", ".join(f"{count} in {tier.upper()}" for tier, count in m.concurrency_documents.items())
+    fits = ", ".join(f"{count} in {TIER_NAMES[tier]}" for tier, count in m.concurrency_documents.items())
     decode = ", ".join(f"{rate:.0f} tokens/s at cp={cp}" for cp, rate in m.decode_tokens_per_second.items())
-    switch = ", ".join(f"{duration(s)} from {tier.upper()}" for tier, s in m.context_switch_seconds.items())
+    switch = ", ".join(f"{duration(s)} from {TIER_NAMES[tier]}" for tier, s in m.context_switch_seconds.items())
     table.add_row("concurrency", f"documents of this size that fit: {fits}")
     table.add_row("prefill", f"{duration(m.prefill_seconds)} ({m.prefill_tokens_per_second:.0f} tokens/s)")
     table.add_row("decode", decode)

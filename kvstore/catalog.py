@@ -24,7 +24,17 @@ from .document import Document, DocumentId, WritePolicy
 from .errors import InvalidSpec, StorageFailed
 from .extent import Extent, ExtentId
 from .keys import SECRET_BYTES
-from .orders import DropDocument, DropExtent, DropPin, PutDocument, PutExtent, PutPin, PutSpec, Record
+from .orders import (
+    DropDocument,
+    DropExtent,
+    DropPin,
+    PutDocument,
+    PutExtent,
+    PutPin,
+    PutPrefills,
+    PutSpec,
+    Record,
+)
 from .residency import Tier
 from .slots import Slot
 from .spec import KVSpec
@@ -58,6 +68,7 @@ CREATE TABLE documents (
     created_wall_ns INTEGER NOT NULL,
     PRIMARY KEY (tenant, name)
 ) WITHOUT ROWID;
+CREATE TABLE prefills (fingerprint BLOB PRIMARY KEY, points BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE pins (
     tenant TEXT NOT NULL,
     name TEXT NOT NULL,
@@ -88,6 +99,7 @@ class Contents:
     documents: tuple[Document, ...]
     pins: tuple[Pin, ...]
     tenants: dict[str, bytes]
+    prefills: tuple[PutPrefills, ...]
     orphans: tuple[ExtentId, ...]
 
 
@@ -155,6 +167,7 @@ class Catalog:
             documents=documents,
             pins=tuple(_pin(row) for row in self._rows("pins", "tenant, name")),
             tenants={str(name): bytes(secret) for name, secret in self._rows("tenants", "name")},
+            prefills=tuple(_prefills(row) for row in self._rows("prefills", "fingerprint")),
             orphans=orphans,
         )
 
@@ -222,6 +235,8 @@ def _statement(record: Record) -> Statement:
             return _replace("extents", *_extent_row(extent, checksums, slot))
         case PutDocument(document=document):
             return _replace("documents", *_document_row(document))
+        case PutPrefills(fingerprint=fingerprint, points=points):
+            return _replace("prefills", fingerprint, msgspec.msgpack.encode(points))
         case PutPin(pin=pin):
             return _replace("pins", *_pin_row(pin))
         case DropExtent(extent=extent_id):
@@ -246,6 +261,11 @@ def _spec(row: Row) -> KVSpec:
     if spec.fingerprint() != fingerprint:
         raise ValueError(f"the spec of {spec.model!r} has another fingerprint")
     return spec
+
+
+def _prefills(row: Row) -> PutPrefills:
+    fingerprint, points = row
+    return PutPrefills(bytes(fingerprint), msgspec.msgpack.decode(points, type=tuple[tuple[int, int, float], ...]))
 
 
 def _extent_row(extent: Extent, checksums: tuple[int, ...], slot: Slot) -> Row:

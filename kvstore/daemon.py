@@ -152,7 +152,7 @@ class Daemon:
             self.arena, self.segments, self.catalog, self.clock, config.nvme.threads, reports
         )
         self.service = reports.service = Service(config, self.clock, effects, self.catalog.tenant_secret)
-        self.service.upkeep.restore(contents.specs, contents.extents, contents.documents, contents.pins)
+        self.service.upkeep.restore(contents.specs, contents.extents, contents.documents, contents.pins, contents.prefills)
         number = version("holdfast")
         self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
         self.rest = Rest(make_app(self.service, self.readiness))

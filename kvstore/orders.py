@@ -176,7 +176,15 @@ class DropPin(NamedTuple):
     kind: Literal["drop-pin"] = "drop-pin"
 
 
-Record = PutSpec | PutExtent | DropExtent | PutDocument | DropDocument | PutPin | DropPin
+class PutPrefills(NamedTuple):
+    """Catalog: what a model's prefills took, as remembered: (cached tokens, new tokens, seconds)."""
+
+    fingerprint: bytes
+    points: tuple[tuple[int, int, float], ...]
+    kind: Literal["put-prefills"] = "put-prefills"
+
+
+Record = PutPrefills | PutSpec | PutExtent | DropExtent | PutDocument | DropDocument | PutPin | DropPin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

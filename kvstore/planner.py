@@ -6,7 +6,7 @@ prices returns with the cost model.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -16,7 +16,7 @@ from ..eviction.history import History
 from ..eviction.policy import Policy
 from ..eviction.victims import choose_victims
 from .clock import Clock
-from .costs import DEFAULT_LINKS, PrefillCurve
+from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
 from .document import Document, DocumentId
 from .ledger import Hop
 from .residency import Placement, State, Tier
@@ -24,6 +24,7 @@ from .slots import RowPool, SlotClass
 from .state import ExtentRecord, Group, Shard
 from .state import State as Store
 
+PREFILLS_KEPT: Final = 256  # per model: enough for one long document's chunks, and bounded
 HOPS: Final = (
     Hop(Tier.NVME, Tier.DDR),
     Hop(Tier.DDR, Tier.NVME),
@@ -70,14 +71,22 @@ class Planner:
         self.policy = policy
         self.history = history
         self.clock = clock
-        self.curves: dict[bytes, PrefillCurve] = {}
+        self._curves: dict[bytes, PrefillCurve] = {}
+        self._prefills: dict[bytes, deque[PrefillPoint]] = {}
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
 
     # Prices ------------------------------------------------------------------------------------
 
     def curve(self, fingerprint: bytes) -> PrefillCurve:
         """The model's prefill curve: measured, or the default until then."""
-        return self.curves.setdefault(fingerprint, PrefillCurve())
+        return self._curves.get(fingerprint, PrefillCurve())
+
+    def observe_prefills(self, fingerprint: bytes, points: Iterable[PrefillPoint]) -> tuple[PrefillPoint, ...]:
+        """Measured prefills correct the model's curve; returns all that are remembered, the newest last."""
+        known = self._prefills.setdefault(fingerprint, deque(maxlen=PREFILLS_KEPT))
+        known.extend(points)
+        self._curves[fingerprint] = PrefillCurve().fitted(known)
+        return tuple(known)
 
     def recompute_ns(self, record: ExtentRecord) -> int:
         """Marginal prefill time of the extent's tokens behind what precedes them."""

@@ -35,6 +35,7 @@ from .store import Store
 from .upkeep import Upkeep
 
 NS = 1_000_000_000
+MAX_SECONDS = 1e7
 
 
 class Service:
@@ -141,7 +142,11 @@ class Service:
 
     def observe_prefill(self, fingerprint: bytes, points: Sequence[PrefillPoint]) -> None:
         """Measured prefills of a model: from here on recompute is priced by them."""
-        self.planner.curves[fingerprint] = self.planner.curve(fingerprint).fitted(points)
+        self._spec(fingerprint)
+        if any(not 0 < p.seconds < MAX_SECONDS or p.new_tokens < 1 or p.cached_tokens < 0 for p in points):
+            raise InvalidRequest("a measured prefill has new tokens and took a positive, finite time")
+        known = self.planner.observe_prefills(fingerprint, points)
+        self.upkeep.remember_prefills(fingerprint, known)
 
     def disconnect(self, client: int) -> None:
         """The client is gone for good: its groups, leases and ingests end, and everything it held is free."""

@@ -5,18 +5,19 @@ Evictions and prefetches carry on after the command returns; `settle` looks whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from .claims import Pin
+from .costs import PrefillPoint
 from .document import Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCapacity
 from .extent import Extent, named
 from .ingest import Ingests
 from .ledger import SwapRecord
 from .loader import Loader, Loading
-from .orders import DropDocument, DropExtent, DropPin, PutPin, Record, Urgency, Write
+from .orders import DropDocument, DropExtent, DropPin, PutPin, PutPrefills, Record, Urgency, Write
 from .planner import Victim
 from .residency import Placement, State, Tier
 from .slots import Slot, SlotClass
@@ -206,6 +207,11 @@ class Upkeep:
     def _write(self, *records: Record) -> None:
         self.store.submit(Write(id=self.store.new_id(), records=records))
 
+    def remember_prefills(self, fingerprint: bytes, points: Sequence[PrefillPoint]) -> None:
+        """Keep measured prefills over a restart."""
+        rows = tuple((p.cached_tokens, p.new_tokens, p.seconds) for p in points)
+        self._write(PutPrefills(fingerprint, rows))
+
     # Restart -----------------------------------------------------------------------------------
 
     def restore(
@@ -214,10 +220,14 @@ class Upkeep:
         extents: Iterable[tuple[Extent, tuple[int, ...], Slot]],
         documents: Iterable[Document],
         pins: Iterable[Pin],
+        prefills: Iterable[PutPrefills] = (),
     ) -> None:
         """Take over what the catalog holds: NVMe copies where they lie, documents, pins. Before anything else."""
         for spec in specs:
             self.state.specs[spec.fingerprint()] = spec
+        for measured in prefills:
+            points = [PrefillPoint(cached_tokens=p, new_tokens=t, seconds=s) for p, t, s in measured.points]
+            self.store.planner.observe_prefills(measured.fingerprint, points)
         for extent, checksums, slot in extents:
             record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
             if not self.state.nvme.fits_in(SlotClass("", extent.slot_bytes), slot):
