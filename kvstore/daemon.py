@@ -181,7 +181,8 @@ class Daemon:
         try:
             await self.server.start(config.socket)
             port = await self.rest.start(config.rest_host, config.rest_port)
-            url = f"http://{config.rest_host}:{port}"
+            host = f"[{config.rest_host}]" if ":" in config.rest_host else config.rest_host
+            url = f"http://{host}:{port}"
             (config.data_dir / "rest.json").write_text(json.dumps({"url": url, "pid": os.getpid()}))
             self._state = "ready"
             self.log.info("ready", socket=str(config.socket), rest=url)

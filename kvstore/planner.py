@@ -198,18 +198,30 @@ class Planner:
         return tuple(found)
 
     def evict_document(self, document: Document, target: Tier | None) -> tuple[Victim, ...]:
-        """Every copy that leaves when a document goes down to `target` (None: dropped), nearest tier first."""
+        """Every copy that leaves when a document goes down to `target` (None: out of the cache), nearest tier first.
+
+        What other documents need stays in the cache, and above their pins' floors.
+        """
         found = []
         for shard in self.state.shards():
-            if shard.document == document.id:
+            if shard.document == document.id and self.state.may_leave_hbm(shard):
                 for extent, copy in reversed(shard.copies.items()):
-                    found.append(self._as_victim(self.state.extents[extent], copy))
+                    found.append((self.state.extents[extent], copy))
         for extent in reversed(document.extents):
             record = self.state.extents[extent]
+            if target is None and record.documents != {document.id}:
+                continue
             for placement in record.placements():
-                if target is None or placement.tier < target:
-                    found.append(self._as_victim(record, placement))
-        return tuple(sorted(found, key=lambda victim: victim.tier))
+                if (target is None or placement.tier < target) and self.state.may_leave(record, placement):
+                    found.append((record, placement))
+        victims = [self._leaving(record, placement, target) for record, placement in found]
+        return tuple(sorted(victims, key=lambda victim: victim.tier))
+
+    def _leaving(self, record: ExtentRecord, placement: Placement, target: Tier | None) -> Victim:
+        """A verdict of `evict_document`: "drop" when nothing of the extent will stay."""
+        if target is None and len(record.documents) == 1:
+            return self.last_copy(record, placement)
+        return self._as_victim(record, placement)
 
     def last_copy(self, record: ExtentRecord, placement: Placement) -> Victim:
         """The verdict on a copy that leaves although nothing of it stays."""

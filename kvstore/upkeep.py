@@ -63,12 +63,25 @@ class Upkeep:
     def settle(self) -> None:
         """Let go what has become movable, and tell those whose evictions are complete."""
         for eviction in list(self._evictions):
+            if any(self._pinned(victim, copy) for victim, copy in eviction.pending):
+                self._evictions.remove(eviction)
+                eviction.done(InUse("a pin came while the eviction was under way; the rest stays"))
+                continue
             ready = [victim for victim, copy in eviction.pending if copy.movable]
             self.room.execute(ready, "admin")
             eviction.pending = [item for item in eviction.pending if item[1].state is not State.GONE]
             if not eviction.pending:
                 self._evictions.remove(eviction)
                 eviction.done(None)
+
+    def _pinned(self, victim: Victim, copy: Placement) -> bool:
+        """Whether pins forbid by now what an eviction still means to do."""
+        if copy.state is State.GONE:
+            return False
+        if copy.shard is not None:
+            shard = next((s for s in self.state.shards() if s.id == copy.shard), None)
+            return shard is not None and not self.state.may_leave_hbm(shard)
+        return not self.state.may_leave(self.state.extents[victim.extent], copy)
 
     # Pins --------------------------------------------------------------------------------------
 
