@@ -1,61 +1,102 @@
+"""Evictions asked for by operators: what they may take, and what pins and other documents keep."""
+
 import numpy as np
-from fakes import *
+from fakes import CLIENT, FAR_NS, tiny_service, tiny_spec
+
+from holdfast.kvstore.document import DocumentId, WritePolicy
+from holdfast.kvstore.errors import InUse
 from holdfast.kvstore.residency import Tier
 
-def put(service, effects, name, tokens, wp=WritePolicy.THROUGH):
-    r=[]
-    o=service.begin_ingest(CLIENT, DocumentId("default",name), tiny_spec().fingerprint(), np.asarray(tokens,dtype=np.uint32), wp, None, 64, FAR_NS, r.append)
-    service.commit_ingest(CLIENT,o.id,r.append); effects.complete_all(service); service.state.check()
-    return DocumentId("default",name)
 
-def where(service, d):
-    return [[p.tier.label for p in service.state.extents[e].placements()] for e in service.state.documents[d].document.extents]
+def stored(service, effects, name, tokens, write_policy=WritePolicy.THROUGH):
+    """A committed document of these tokens, everything settled."""
+    document = DocumentId("default", name)
+    array = np.asarray(tokens, dtype=np.uint32)
+    fingerprint = tiny_spec().fingerprint()
+    answers = []
+    opened = service.begin_ingest(
+        CLIENT, document, fingerprint, array, write_policy, None, 64, FAR_NS, answers.append
+    )
+    service.commit_ingest(CLIENT, opened.id, answers.append)
+    effects.complete_all(service)
+    service.state.check()
+    return document
 
-def test_last_copy_is_a_drop():
-    s,e,c=tiny_service(); d=put(s,e,"a",range(32))
-    s.evict(d,Tier.NVME,0,FAR_NS,lambda x:None); e.complete_all(s)
-    print([(v.tier,v.action,v.last_copy,v.restore_ns) for v in s.state.ledger.verdicts])
-    assert where(s,d)==[[]]
-    assert any(v.last_copy for v in s.state.ledger.verdicts)
 
-def test_write_back_out_of_nvme():
-    s,e,c=tiny_service(); d=put(s,e,"a",range(32),WritePolicy.BACK)
-    done=[]
-    s.evict(d,Tier.NVME,0,FAR_NS,done.append); e.complete_all(s)
-    assert done==[None]
-    assert where(s,d)==[[]]
+def tiers(service, document):
+    """The tiers of each extent's copies."""
+    manifest = service.state.documents[document].document.extents
+    return [[copy.tier for copy in service.state.extents[name].placements()] for name in manifest]
 
-def test_shared_pinned():
-    s,e,c=tiny_service(); a=put(s,e,"a",range(64)); b=put(s,e,"b",range(32))
-    s.pin(b,Tier.DDR,None,"me",""); e.complete_all(s)
-    done=[]
-    s.evict(a,Tier.DDR,0,FAR_NS,done.append); e.complete_all(s)
-    print(where(s,a),where(s,b),done)
-    assert "ddr" in where(s,b)[0]
 
-def test_shared_pinned_bytes_pressure():
-    s,e,c=tiny_service(); a=put(s,e,"a",range(64)); b=put(s,e,"b",range(32))
-    s.pin(b,Tier.NVME,None,"me",""); e.complete_all(s)
-    s.evict(a,Tier.NVME,0,FAR_NS,lambda x:None); e.complete_all(s)
-    print(where(s,a),where(s,b))
-    assert where(s,b)[0]
+def test_out_of_nvme_is_recorded_as_the_last_copy():
+    """A document that leaves the cache leaves a verdict that says so."""
+    service, effects, _ = tiny_service()
+    document = stored(service, effects, "a", range(32))
+    service.evict(document, Tier.NVME, 0, FAR_NS, lambda _: None)
+    effects.complete_all(service)
+    assert not any(tiers(service, document))
+    assert any(verdict.last_copy for verdict in service.state.ledger.verdicts)
 
-def test_pin_then_evict_while_write_in_flight():
-    s,e,c=tiny_service(); a=put(s,e,"a",range(32),WritePolicy.BACK)
-    done=[]
-    s.evict(a,Tier.DDR,0,FAR_NS,done.append)
-    s.pin(a,Tier.DDR,None,"me","")
-    e.complete_all(s); s.tick(); e.complete_all(s)
-    print(where(s,a),done)
-    assert "ddr" in where(s,a)[0]
 
-def test_pin_while_eviction_waits_for_lease_of_shared():
-    s,e,c=tiny_service(); a=put(s,e,"a",range(32)); b=put(s,e,"b",range(32))
-    at=s.attach(CLIENT,b,None,None,None,FAR_NS,lambda x:None)
-    done=[]
-    s.evict(a,Tier.DDR,0,FAR_NS,done.append)
-    assert done==[]
-    s.pin(a,Tier.DDR,None,"me","")
-    s.detach(CLIENT,at.lease.id); e.complete_all(s)
-    print(where(s,a),done)
-    assert "ddr" in where(s,a)[0]
+def test_a_write_back_document_leaves_without_being_written_first():
+    """Out of the cache means out, also for KV that was never on NVMe."""
+    service, effects, _ = tiny_service()
+    document = stored(service, effects, "a", range(32), WritePolicy.BACK)
+    done = []
+    service.evict(document, Tier.NVME, 0, FAR_NS, done.append)
+    effects.complete_all(service)
+    assert done == [None]
+    assert not any(tiers(service, document))
+
+
+def test_a_shared_front_stays_where_another_documents_pin_wants_it():
+    """Evicting one document does not push another below its floor."""
+    service, effects, _ = tiny_service()
+    longer = stored(service, effects, "a", range(64))
+    pinned = stored(service, effects, "b", range(32))
+    service.pin(pinned, Tier.DDR, None, "me", "")
+    effects.complete_all(service)
+    service.evict(longer, Tier.DDR, 0, FAR_NS, lambda _: None)
+    effects.complete_all(service)
+    assert Tier.DDR in tiers(service, pinned)[0]
+
+
+def test_a_shared_front_is_not_dropped_with_one_of_its_documents():
+    """What another document needs does not leave the cache."""
+    service, effects, _ = tiny_service()
+    longer = stored(service, effects, "a", range(64))
+    other = stored(service, effects, "b", range(32))
+    service.evict(longer, Tier.NVME, 0, FAR_NS, lambda _: None)
+    effects.complete_all(service)
+    assert all(tiers(service, other))
+    assert not tiers(service, longer)[-1]
+
+
+def test_a_pin_during_the_write_out_keeps_the_document():
+    """A pin that comes while an eviction drains wins, and the eviction says so."""
+    service, effects, _ = tiny_service()
+    document = stored(service, effects, "a", range(32), WritePolicy.BACK)
+    done = []
+    service.evict(document, Tier.DDR, 0, FAR_NS, done.append)
+    service.pin(document, Tier.DDR, None, "me", "")
+    effects.complete_all(service)
+    service.tick()
+    assert Tier.DDR in tiers(service, document)[0]
+    assert [type(answer) for answer in done] == [InUse]
+
+
+def test_a_pin_while_an_eviction_waits_for_a_lease_wins():
+    """An eviction looks at pins again before it goes on."""
+    service, effects, _ = tiny_service()
+    evicted = stored(service, effects, "a", range(32))
+    twin = stored(service, effects, "b", range(32))
+    attach = service.attach(CLIENT, twin, None, None, None, FAR_NS, lambda _: None)
+    done = []
+    service.evict(evicted, Tier.DDR, 0, FAR_NS, done.append)
+    assert done == []
+    service.pin(evicted, Tier.DDR, None, "me", "")
+    service.detach(CLIENT, attach.lease.id)
+    effects.complete_all(service)
+    assert Tier.DDR in tiers(service, evicted)[0]
+    assert [type(answer) for answer in done] == [InUse]
