@@ -6,7 +6,7 @@ It knows an engine by its protocol and the daemon by its client, no tensors and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,8 +16,8 @@ from ..kvstore.errors import (
     CorruptExtent,
     DocumentIncomplete,
     DocumentNotFound,
-    HoldfastError,
     NoCapacity,
+    NotFound,
     StorageFailed,
     Unavailable,
 )
@@ -73,18 +73,31 @@ class Session:
             chunk_tokens=chunk_tokens,
             deadline_seconds=deadline_seconds,
         )
-        try:
+        with self._published(opened.ingest) as publish:
             assert opened.shard is not None, "a group was named"
             points = self._engine.prefill(opened.shard, tokens, opened.cached_tokens, chunk_tokens, progress)
-            view = self._client.commit_ingest(opened.ingest)
-        except BaseException:  # also KeyboardInterrupt: an ingest that nobody commits must not stay open
-            with suppress(HoldfastError):
-                self._client.abort_ingest(opened.ingest)
-            raise
+            view = publish()
         if points:
             measured = [(p.cached_tokens, p.new_tokens, p.elapsed_ns / 1e9) for p in points]
             self._client.observe_prefill(self._fingerprint, measured)
         return view
+
+    @contextmanager
+    def _published(self, ingest: int) -> Iterator[Callable[[], DocumentView]]:
+        """Yields what commits an ingest; one that is not committed by the end, whatever happens, is aborted."""
+        with ExitStack() as stack:
+            stack.callback(self._abort, ingest)
+
+            def publish() -> DocumentView:
+                view = self._client.commit_ingest(ingest)
+                stack.pop_all()
+                return view
+
+            yield publish
+
+    def _abort(self, ingest: int) -> None:
+        with suppress(NotFound, Unavailable):  # it has ended already, or with its daemon
+            self._client.abort_ingest(ingest)
 
     @contextmanager
     def attached(self, name: str, deadline_seconds: float = 120.0) -> Iterator[Attached]:
@@ -95,7 +108,7 @@ class Session:
         try:
             yield attached
         finally:
-            with suppress(Unavailable):  # a daemon that is gone holds no lease
+            with suppress(NotFound, Unavailable):  # it has ended already, or with its daemon
                 self._client.detach(attached.lease)
 
     def ask(self, name: str, question: Sequence[int], new_tokens: int) -> Reply:

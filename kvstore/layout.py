@@ -137,19 +137,17 @@ def striped(token_count: int, cp: int, tp: int = 1, stripe: int = 1, first_rank:
     return Layout(_merged(runs), cp, tp)
 
 
-def chunked(token_count: int, cp: int, tp: int, chunk_tokens: int, cached_tokens: int = 0) -> Layout:
-    """The layout that chunked prefill makes: the cached front zigzag as a whole, then each chunk zigzag by itself."""
+def chunked(front: Layout, token_count: int, chunk_tokens: int) -> Layout:
+    """The layout that chunked prefill ends with: `front` is there already, each chunk behind it is zigzag by itself."""
     if chunk_tokens < 1:
         raise LayoutError(f"a chunk has at least one token, not {chunk_tokens}")
-    pieces = [zigzag(cached_tokens, cp, tp)]
-    for start in range(cached_tokens, token_count, chunk_tokens):
-        pieces.append(zigzag(min(chunk_tokens, token_count - start), cp, tp))
-    runs: list[Run] = []
-    base = 0
-    for piece in pieces:
-        runs += [Run(base + run.start, base + run.stop, run.rank) for run in piece.runs]
-        base += piece.token_count
-    return Layout(_merged(runs), cp, tp)
+    if front.token_count > token_count:
+        raise LayoutError(f"{front.token_count} cached tokens are no start of a document of {token_count}")
+    runs = list(front.runs)
+    for start in range(front.token_count, token_count, chunk_tokens):
+        piece = zigzag(min(chunk_tokens, token_count - start), front.cp, front.tp)
+        runs += [Run(start + run.start, start + run.stop, run.rank) for run in piece.runs]
+    return Layout(_merged(runs), front.cp, front.tp)
 
 
 SCHEMES = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}

@@ -21,7 +21,7 @@ from .extent import Extent, cut
 from .geometry import arena_geometry, extent_geometry
 from .ingest import Ingest, Ingests
 from .keys import Tokens, as_tokens, block_keys
-from .layout import Layout, chunked
+from .layout import Layout, chunked, zigzag
 from .ledger import Ledger, SwapRecord
 from .loader import Loader
 from .orders import Effects, Outcome, PutSpec, Write
@@ -190,7 +190,7 @@ class Service:
         placed = None
         if group is not None:
             seats = self.state.group(group)
-            made = chunked(len(tokens), seats.cp, seats.tp, chunk_tokens, cached)
+            made = chunked(zigzag(cached, seats.cp, seats.tp), len(tokens), chunk_tokens)
             placed = checked_layout(self.state, group, fingerprint, len(tokens), made)
         ingest = Ingest(
             id=self.store.new_id(),

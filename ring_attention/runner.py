@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kvstore.clock import Clock, SystemClock
 from ..kvstore.errors import InvalidRequest, LayoutError, SpecMismatch
-from ..kvstore.layout import Layout, Span, zigzag
+from ..kvstore.layout import Layout, Span, chunked, zigzag
 from .arena import HBMArena
 from .communicator import Communicator
 from .decode import decode
@@ -43,23 +43,6 @@ class Answer:
     exposed_ns: int
 
 
-def prefill_layout(token_count: int, cp: int, chunk_tokens: int = CHUNK_TOKENS, cached: Layout | None = None) -> Layout:
-    """The layout that `prefill` of a document of `token_count` tokens ends with: each chunk zigzag over `cp` ranks.
-
-    The first tokens keep the layout `cached`. Raises LayoutError when that is longer than the
-    document.
-    """
-    assert chunk_tokens >= 1, chunk_tokens
-    layout = cached or Layout((), cp)
-    if layout.token_count > token_count or layout.cp != cp:
-        raise LayoutError(
-            f"{layout.token_count} cached tokens at cp={layout.cp} are no start of {token_count} at cp={cp}"
-        )
-    for start in range(layout.token_count, token_count, chunk_tokens):
-        layout = layout.then(zigzag(min(chunk_tokens, token_count - start), cp))
-    return layout
-
-
 class ContextParallelRunner:
     """One rank of a group that runs a model over shards. Every rank calls the same methods with equal arguments."""
 
@@ -82,7 +65,7 @@ class ContextParallelRunner:
 
     def private_shard(self, token_count: int, chunk_tokens: int = CHUNK_TOKENS) -> KVShard:
         """An empty shard in memory of its own, with rows for a document of that length."""
-        layout = prefill_layout(token_count, self.communicator.size, chunk_tokens)
+        layout = chunked(Layout((), self.communicator.size), token_count, chunk_tokens)
         rows = layout.length(self.communicator.rank)
         return KVShard(arena=self._arena(rows), layout=Layout((), self.communicator.size))
 
@@ -97,13 +80,13 @@ class ContextParallelRunner:
         """Compute the KV of the document `tokens` into the shard's arena, behind what the shard already holds.
 
         The first `shard.layout.token_count` tokens are there already (partial prefill). This rank's
-        new rows are packed after them: `prefill_layout` says how many. `progress` gets the tokens
+        new rows are packed after them: `layout.chunked` says how many. `progress` gets the tokens
         done after each chunk. Returns the layout of the whole document. Raises LayoutError,
         TokenOutOfRange, SpecMismatch, GroupFailed.
         """
         rank = self.communicator.rank
         self._check(shard, tokens)
-        final = prefill_layout(len(tokens), self.communicator.size, chunk_tokens, shard.layout)
+        final = chunked(shard.layout, len(tokens), chunk_tokens)
         needed = shard.row_start + final.length(rank)
         with self._in_step():
             if needed > shard.arena.rows:  # may differ between ranks, so all must hear of it
@@ -134,7 +117,7 @@ class ContextParallelRunner:
         if not question or max_new_tokens < 1:
             raise InvalidRequest("an answer needs a question of at least one token and room for one new token")
         ranks = self.communicator.size
-        mine = prefill_layout(len(question), ranks, chunk_tokens).length(self.communicator.rank)
+        mine = chunked(Layout((), ranks), len(question), chunk_tokens).length(self.communicator.rank)
         rows = mine + max_new_tokens // ranks + 1
         tail = KVShard(arena=self._arena(rows), layout=Layout((), ranks), first_token=shard.end_token)
         with self._in_step():

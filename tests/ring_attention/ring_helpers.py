@@ -5,14 +5,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 from holdfast.kvstore.geometry import extent_geometry
-from holdfast.kvstore.layout import Layout, Span, copies, extent_holding, shard_holding
+from holdfast.kvstore.layout import Layout, Span, chunked, copies, extent_holding, shard_holding
 from holdfast.kvstore.spec import sized
 from holdfast.ring_attention.arena import HBMArena
 from holdfast.ring_attention.checkpoint import spec_of
 from holdfast.ring_attention.config import ModelConfig
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.model import Decoder
-from holdfast.ring_attention.runner import ContextParallelRunner, prefill_layout
+from holdfast.ring_attention.runner import ContextParallelRunner
 from holdfast.ring_attention.segment import KVSegment
 from holdfast.ring_attention.shard import KVShard
 from holdfast.ring_attention.synthetic import Scales, random_tensors
@@ -59,7 +59,7 @@ def spans_in(layout, rank, start, stop):
 
 def prefilled(model, tokens, cp, chunk_tokens=64, spare=0):
     """Arenas by rank and the layout of a document prefilled at `cp`."""
-    layout = prefill_layout(len(tokens), cp, chunk_tokens)
+    layout = chunked(Layout((), cp), len(tokens), chunk_tokens)
 
     def rank(communicator):
         arena = HBMArena(model.spec, layout.length(communicator.rank) + spare)

@@ -10,10 +10,10 @@ from holdfast.kvstore.errors import (
     SpecMismatch,
     TokenOutOfRange,
 )
-from holdfast.kvstore.layout import Layout, contiguous, scheme, zigzag
+from holdfast.kvstore.layout import Layout, chunked, contiguous, scheme, zigzag
 from holdfast.ring_attention.arena import HBMArena
 from holdfast.ring_attention.local import local_group, run_ranks
-from holdfast.ring_attention.runner import ContextParallelRunner, prefill_layout
+from holdfast.ring_attention.runner import ContextParallelRunner
 from holdfast.ring_attention.shard import KVShard
 from ring_helpers import answers, loaded, prefilled, saved, tiny_model, tokens_of
 
@@ -68,8 +68,8 @@ def test_one_corrupted_extent_changes_the_answer(index):
 @pytest.mark.parametrize("cp", [1, 3])
 def test_prefill_in_pieces_equals_prefill_at_once(cp):
     """Partial prefill over persistent KV, in two calls with odd chunks, then the same answer."""
-    first = prefill_layout(130, cp, 37)
-    final = prefill_layout(len(DOCUMENT), cp, 50, first)
+    first = chunked(Layout((), cp), 130, 37)
+    final = chunked(first, len(DOCUMENT), 50)
 
     def rank(communicator):
         arena = HBMArena(MODEL.spec, final.length(communicator.rank) + 5)
@@ -109,11 +109,11 @@ def test_decode_ends_after_the_end_token():
     assert short.logits.shape == (len(short.tokens), 64)
 
 
-def test_prefill_layout_gives_each_rank_an_even_share():
+def test_chunked_prefill_gives_each_rank_an_even_share():
     """Rows differ by at most two tokens per chunk, and cached tokens keep their owner."""
-    layout = prefill_layout(1003, 4, 100, contiguous(203, 4))
+    layout = chunked(contiguous(203, 4), 1003, 100)
     assert layout.truncated(203) == contiguous(203, 4)
-    fresh = prefill_layout(800, 4, 100)
+    fresh = chunked(Layout((), 4), 800, 100)
     lengths = [fresh.length(rank) for rank in range(4)]
     assert max(lengths) - min(lengths) <= 2 * 8
     assert sum(lengths) == 800
