@@ -87,9 +87,7 @@ class Agent:
         self._thread.start()
 
     def _connect(self, resume: list[int]) -> Client:
-        client = Client(
-            self._socket, self._tenant, resume=resume, on_command=self._commands.put, on_lost=self._on_lost
-        )
+        client = Client(self._socket, self._tenant, resume=resume, on_command=self._commands.put, on_lost=self._on_lost)
         try:
             fingerprint = client.register_spec(self._spec)
             seat = self._seat
@@ -116,9 +114,7 @@ class Agent:
 
         return wait_layer
 
-    def _await(
-        self, shard: int, generation: int, deadline_ns: int, reached: Callable[[_Shard], bool]
-    ) -> _Shard:
+    def _await(self, shard: int, generation: int, deadline_ns: int, reached: Callable[[_Shard], bool]) -> _Shard:
         with self._changed:
             while True:
                 if self._lost.is_set():
@@ -253,4 +249,3 @@ class Agent:
                 self._lost.clear()
                 self._changed.notify_all()
             return
-

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,9 +36,7 @@ NUMPY_DTYPES: Final = {
 }
 
 
-def connect(
-    socket: str | Path | None = None, *, data_dir: str | Path | None = None, tenant: str = "default"
-) -> Store:
+def connect(socket: str | Path | None = None, *, data_dir: str | Path | None = None, tenant: str = "default") -> Store:
     """Connect to a daemon on this machine: by its socket, its data directory, or where the defaults put it.
 
     Raises DaemonUnavailable.
@@ -192,7 +190,7 @@ class Store:
     def __init__(self, client: Client) -> None:
         self._client = client
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -233,9 +231,7 @@ class Store:
                     self._client.abort_ingest(opened.ingest)
 
     @contextmanager
-    def attach(
-        self, name: str, *, spec: KVSpec | None = None, deadline_seconds: float = 60.0
-    ) -> Iterator[Attachment]:
+    def attach(self, name: str, *, spec: KVSpec | None = None, deadline_seconds: float = 60.0) -> Iterator[Attachment]:
         """Lease a document and read it. With `spec`, KV of any other model is refused (SpecMismatch)."""
         fingerprint = spec.fingerprint() if spec is not None else None
         attached = self._client.attach(name, fingerprint=fingerprint, deadline_seconds=deadline_seconds)

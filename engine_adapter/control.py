@@ -11,7 +11,8 @@ from typing import Final
 import msgspec
 
 from ..kvstore.errors import GroupFailed, MalformedFrame
-from ..kvstore.wire import LENGTH, LayoutMessage
+from ..kvstore.frames import LENGTH
+from ..kvstore.wire import LayoutMessage
 
 FRAME_LIMIT: Final = 256 << 20  # tokens and logits of one call; ranks are our own processes
 READ_BYTES: Final = 1 << 20
@@ -139,7 +140,8 @@ class Channel:
         while (frame := self._frame()) is None:
             if not self._receive():
                 return None
-        return _orders.decode(frame)
+        order: AnyOrder = _orders.decode(frame)
+        return order
 
     def receive_reports(self) -> list[AnyReport] | None:
         """All reports that have arrived, after waiting for at least some bytes; None when the rank is gone.

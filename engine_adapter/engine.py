@@ -64,9 +64,7 @@ class Engine(Protocol):
         """Answer a question over the shard's document."""
         ...
 
-    def recompute(
-        self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int
-    ) -> Answer:
+    def recompute(self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int) -> Answer:
         """The same answer without any cache; `prefill_ns` counts the document too."""
         ...
 

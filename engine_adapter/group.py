@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Self, TypeVar
 
 import msgspec
 import numpy as np
@@ -106,7 +106,7 @@ class RankGroup:
         """Process ids, by rank."""
         return [rank.process.pid for rank in self._ranks]
 
-    def __enter__(self) -> RankGroup:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,9 +174,7 @@ class RankGroup:
     ) -> list[PrefillPoint]:
         """See Engine."""
         data = token_bytes(tokens)
-        order = Prefill(
-            shard.id, shard.generation, shard.layout, cached_tokens, chunk_tokens, data, CALL_SECONDS
-        )
+        order = Prefill(shard.id, shard.generation, shard.layout, cached_tokens, chunk_tokens, data, CALL_SECONDS)
         points = self._call(order, Prefilled, progress)[0].points
         return [PrefillPoint(cached, new, elapsed_ns) for cached, new, elapsed_ns in points]
 
@@ -185,9 +183,7 @@ class RankGroup:
         order = Ask(shard.id, shard.generation, shard.layout, list(question), new_tokens, CALL_SECONDS)
         return self._joined(self._call(order, Answered))
 
-    def recompute(
-        self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int
-    ) -> Answer:
+    def recompute(self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int) -> Answer:
         """See Engine."""
         order = Recompute(token_bytes(tokens), chunk_tokens, list(question), new_tokens, CALL_SECONDS)
         return self._joined(self._call(order, Answered))
@@ -228,7 +224,9 @@ class RankGroup:
             rank.channel.send(Rejoin(init_method))
         self._collect(Rejoined, START_SECONDS)
 
-    def _collect(self, kind: type[R], deadline_seconds: float, progress: Callable[[int], None] | None = None) -> list[R]:
+    def _collect(
+        self, kind: type[R], deadline_seconds: float, progress: Callable[[int], None] | None = None
+    ) -> list[R]:
         """One report of that kind from every rank. Raises the first failure, after all ranks have reported."""
         deadline = time.monotonic() + deadline_seconds
         reports: dict[int, R] = {}

@@ -55,9 +55,7 @@ class Rank:
         self._model: Decoder = load_model(Path(config.model), str(self._device))
         self._arena = HBMArena(self._model.spec, config.rows, device=self._device)
         seat = Seat(config.group, config.rank, config.cp)
-        self._agent = Agent(
-            Path(config.daemon_socket), config.tenant, seat, self._model.spec, self._arena, clock
-        )
+        self._agent = Agent(Path(config.daemon_socket), config.tenant, seat, self._model.spec, self._arena, clock)
         self._runner = self._join(config.init_method)
 
     def _join(self, init_method: str) -> ContextParallelRunner:

@@ -1,4 +1,4 @@
-"""Session: questions over documents, from attach to receipt. Always releases; never lets the cache take the engine down.
+"""Session: questions over documents, from attach to receipt. Always releases; the cache never takes the engine down.
 
 It knows an engine by its protocol and the daemon by its client, no tensors and no tiers.
 """

@@ -250,8 +250,9 @@ class Demo:
         )
         story.records.append(record)
         self._screen.print(
-            f"    {record.label} {'same' if record.tokens_identical else 'DIFFERENT'}: cp={record.cp}, from "
-            f"{TIER_NAMES[record.source_tier]}, error {record.max_logit_error:.1e}, {record.distinct_tokens} distinct tokens"
+            f"    {record.label} {'same' if record.tokens_identical else 'DIFFERENT'}: cp={record.cp}, "
+            f"from {TIER_NAMES[record.source_tier]}, error {record.max_logit_error:.1e}, "
+            f"{record.distinct_tokens} distinct tokens"
         )
         return record
 
@@ -379,9 +380,7 @@ class Demo:
     def _report(self, fates: list[DocumentFate], verdicts: list[VerdictView]) -> DemoReport:
         story = self._story
         by_role = {fate.name: fate for fate in fates}
-        stayed = all(
-            by_role[name].resident_bytes.get("ddr", 0) == by_role[name].size_bytes for name in (MAIN, PINNED)
-        )
+        stayed = all(by_role[name].resident_bytes.get("ddr", 0) == by_role[name].size_bytes for name in (MAIN, PINNED))
         left = any(f.role == "cold" and f.resident_bytes.get("ddr", 0) < f.size_bytes for f in fates)
         identical = all(record.tokens_identical for record in story.records)
         return DemoReport(
@@ -427,4 +426,3 @@ class Demo:
             context_switch_seconds=switches,
             context_switch_share=sum(r.exposed_seconds for r in records) / answering,
         )
-

@@ -88,8 +88,10 @@ class Reference:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How an answer compares with the reference. `max_error` is over the rows that are comparable: those up to the
-    first token that differs."""
+    """How an answer compares with the reference.
+
+    `max_error` is over the rows that are comparable: those up to the first token that differs.
+    """
 
     tokens_equal: bool
     argmax_equal: bool
@@ -137,9 +139,7 @@ class Stage:
 
     def group(self, cp: int, rows: int) -> RankGroup:
         """Start `cp` ranks with `rows` token rows of HBM each."""
-        options = GroupOptions(
-            name=f"cp{cp}", model=self._directory, cp=cp, rows=rows, daemon_socket=self._socket
-        )
+        options = GroupOptions(name=f"cp{cp}", model=self._directory, cp=cp, rows=rows, daemon_socket=self._socket)
         return RankGroup(options, self.spec)
 
     def reference(self, document: list[int], question: list[int], answer: Answer) -> Reference:

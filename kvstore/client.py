@@ -137,12 +137,12 @@ class Client:
 
     def evict(self, name: str, tier: str = "ddr", *, deadline_seconds: float = 60.0) -> list[VictimView]:
         """Take a document out of `tier` and all nearer ones; returns when it has happened."""
-        body = EvictDocument(name, tier, False, deadline_seconds)
+        body = EvictDocument(name, tier, deadline_seconds)
         return self._ask(EvictionPlan, body, deadline_seconds + MARGIN_SECONDS).victims
 
     def plan_eviction(self, name: str, tier: str = "ddr") -> list[VictimView]:
         """What `evict` would do; nothing changes."""
-        return self._ask(EvictionPlan, EvictDocument(name, tier, True, 1.0)).victims
+        return self._ask(EvictionPlan, EvictDocument(name, tier, 1.0, dry_run=True)).victims
 
     def tiers(self) -> list[TierView]:
         """Capacity and use of every device."""
@@ -196,9 +196,7 @@ class Client:
         """Push a lease's deadline out."""
         self._do(Renew(lease))
 
-    def report(
-        self, lease: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int
-    ) -> SwapView:
+    def report(self, lease: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int) -> SwapView:
         """Tell what an attach was like; returns its receipt."""
         return self._ask(Receipt, Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens)).swap
 

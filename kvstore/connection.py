@@ -12,20 +12,16 @@ from pathlib import Path
 from typing import Final
 
 from .errors import DaemonUnavailable, DeadlineExceeded, HoldfastError, from_code
+from .frames import Answer, Envelope, FrameBuffer, decode_answer, encode
 from .wire import (
     PROTOCOL_VERSION,
-    Answer,
     Command,
-    Envelope,
-    FrameBuffer,
     Goodbye,
     Hello,
     Refused,
     Reply,
     Request,
     Welcome,
-    decode_answer,
-    encode,
 )
 
 READ_BYTES: Final = 256 << 10
@@ -63,7 +59,7 @@ class Connection:
             self._sock.settimeout(None)
         except OSError as error:
             self._sock.close()
-            raise DaemonUnavailable(f"no daemon answers at {path} ({error.strerror or error}); holdfast serve") from error
+            raise DaemonUnavailable(f"no daemon answers at {path} ({error.strerror or error})") from error
         self._reader = threading.Thread(target=self._read, name="holdfast-client", daemon=True)
         self._reader.start()
         try:
@@ -97,9 +93,7 @@ class Connection:
         except TimeoutError as error:
             with self._lock:
                 self._waiting.pop(number, None)
-            raise DeadlineExceeded(
-                f"{type(body).__name__} was not answered within {deadline_seconds:g} s"
-            ) from error
+            raise DeadlineExceeded(f"{type(body).__name__} was not answered within {deadline_seconds:g} s") from error
         if isinstance(reply, Refused):
             raise from_code(reply.code, reply.message)
         return reply, descriptors

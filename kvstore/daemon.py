@@ -57,7 +57,7 @@ class DataDirectory:
             owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
             os.close(self._lock)
             raise DataDirectoryBusy(
-                f"another daemon (pid {owner or 'unknown'}) owns {path}; stop it, or give this one its own daemon.data_dir"
+                f"another daemon (pid {owner or 'unknown'}) owns {path}; stop it, or choose another daemon.data_dir"
             ) from error
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
@@ -152,7 +152,9 @@ class Daemon:
             self.arena, self.segments, self.catalog, self.clock, config.nvme.threads, reports
         )
         self.service = reports.service = Service(config, self.clock, effects, self.catalog.tenant_secret)
-        self.service.upkeep.restore(contents.specs, contents.extents, contents.documents, contents.pins, contents.prefills)
+        self.service.upkeep.restore(
+            contents.specs, contents.extents, contents.documents, contents.pins, contents.prefills
+        )
         number = version("holdfast")
         self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
         self.rest = Rest(make_app(self.service, self.readiness))
@@ -206,10 +208,11 @@ class Daemon:
         self.log.info("draining", leases=len(self.service.state.leases), writes=self.service.room.writes_queued)
         self.service.write_back()
         deadline_ns = self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS)
-        while self.clock.monotonic_ns() < deadline_ns and self._busy():
+        while self.clock.monotonic_ns() < deadline_ns and self._busy():  # noqa: ASYNC110 - many things, one deadline
             await asyncio.sleep(TICK_SECONDS / 2)
         volatile = [
-            str(d) for d, r in self.service.state.documents.items()
+            str(d)
+            for d, r in self.service.state.documents.items()
             if not r.durable and r.document.write_policy is not WritePolicy.MEMORY
         ]
         if volatile:

@@ -43,16 +43,14 @@ def named(ids: Sequence[ExtentId], token_count: int, spec: KVSpec, tenant: str) 
     keys = [bytes(1)] * -(-token_count // spec.block_tokens)
     extents = cut(keys, token_count, spec, tenant)
     assert len(extents) == len(ids), "a manifest has one id per extent"
-    found = []
+    found: list[Extent] = []
     for extent, name in zip(extents, ids, strict=True):
         previous = found[-1].id if extent.previous is not None else None
         found.append(replace(extent, id=name, previous=previous, block_keys=()))
     return tuple(found)
 
 
-def cut(
-    keys: Sequence[bytes], token_count: int, spec: KVSpec, tenant: str
-) -> tuple[Extent, ...]:
+def cut(keys: Sequence[bytes], token_count: int, spec: KVSpec, tenant: str) -> tuple[Extent, ...]:
     """The extents of a token sequence with these block keys, group by group, each in document order."""
     extents = []
     fingerprint = spec.fingerprint()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from .errors import LayoutError
 from .geometry import Geometry
@@ -79,11 +80,7 @@ class Layout:
 
     def truncated(self, token_count: int) -> Layout:
         """The same layout of the first `token_count` tokens."""
-        kept = [
-            Run(run.start, min(run.stop, token_count), run.rank)
-            for run in self.runs
-            if run.start < token_count
-        ]
+        kept = [Run(run.start, min(run.stop, token_count), run.rank) for run in self.runs if run.start < token_count]
         return Layout(tuple(kept), self.cp, self.tp)
 
     def then(self, following: Layout) -> Layout:
@@ -111,7 +108,7 @@ def _merged(runs: Iterable[Run]) -> tuple[Run, ...]:
 def contiguous(token_count: int, cp: int, tp: int = 1) -> Layout:
     """Rank r holds the r-th of `cp` nearly equal pieces."""
     cuts = [token_count * i // cp for i in range(cp + 1)] if cp > 0 else []
-    runs = [Run(a, b, rank) for rank, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))]
+    runs = [Run(a, b, rank) for rank, (a, b) in enumerate(pairwise(cuts))]
     return Layout(_merged(runs), cp, tp)
 
 
@@ -119,10 +116,7 @@ def zigzag(token_count: int, cp: int, tp: int = 1) -> Layout:
     """Rank r holds chunks r and 2cp-1-r of 2cp: equal causal work (arXiv 2411.01783, 3.5.1)."""
     chunks = 2 * cp
     cuts = [token_count * i // chunks for i in range(chunks + 1)] if cp > 0 else []
-    runs = [
-        Run(a, b, min(chunk, chunks - 1 - chunk))
-        for chunk, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False))
-    ]
+    runs = [Run(a, b, min(chunk, chunks - 1 - chunk)) for chunk, (a, b) in enumerate(pairwise(cuts))]
     return Layout(_merged(runs), cp, tp)
 
 

@@ -211,9 +211,11 @@ class Planner:
             record = self.state.extents[extent]
             if target is None and record.documents != {document.id}:
                 continue
-            for placement in record.placements():
-                if (target is None or placement.tier < target) and self.state.may_leave(record, placement):
-                    found.append((record, placement))
+            found += [
+                (record, placement)
+                for placement in record.placements()
+                if (target is None or placement.tier < target) and self.state.may_leave(record, placement)
+            ]
         victims = [self._leaving(record, placement, target) for record, placement in found]
         return tuple(sorted(victims, key=lambda victim: victim.tier))
 

@@ -18,6 +18,7 @@ from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFr
 from .extent import Extent
 from .ingest import Ingest
 from .loader import Loading
+from .planner import Victim
 from .residency import Placement, Tier
 from .service import NS, Service
 from .views import DocumentView, document_view, pin_view, swap_view, tier_views, victim_views
@@ -88,12 +89,12 @@ class Requests:
             case BeginIngest():
                 return await self._begin(client, tenant, body)
             case CommitIngest(ingest=ingest):
-                committed = await self._call(lambda done: self._service.commit_ingest(client, ingest, done))
+                committed: Document = await self._call(lambda done: self._service.commit_ingest(client, ingest, done))
                 return Documents([self._view(committed)])
             case AttachDocument():
                 return await self._attach(client, tenant, body)
             case WaitLayers(lease=lease, layers=layers):
-                ready = await self._call(lambda done: self._service.wait_layers(client, lease, layers, done))
+                ready: int = await self._call(lambda done: self._service.wait_layers(client, lease, layers, done))
                 return LayersReady(ready)
             case EvictDocument():
                 return await self._evict(tenant, body)
@@ -124,11 +125,6 @@ class Requests:
             case ObservePrefill(fingerprint, points):
                 measured = [PrefillPoint(cached_tokens=p, new_tokens=t, seconds=s) for p, t, s in points]
                 service.observe_prefill(fingerprint, measured)
-            case ListDocuments():
-                records = [r for d, r in sorted(service.state.documents.items()) if d.tenant == tenant]
-                return Documents([document_view(service.state, service.planner, record) for record in records])
-            case ShowDocument(name=name):
-                return Documents([self._view(service.state.document(DocumentId(tenant, name)).document)])
             case DeleteDocument(name=name):
                 service.delete(DocumentId(tenant, name))
             case PinDocument():
@@ -137,11 +133,22 @@ class Requests:
                 return Pinned(pin_view(pin))
             case UnpinDocument(name=name):
                 return Pinned(pin_view(service.unpin(DocumentId(tenant, name))))
+            case _:
+                return self._look(tenant, body)
+        return Done()
+
+    def _look(self, tenant: str, body: Request) -> Reply:
+        service = self._service
+        match body:
+            case ListDocuments():
+                records = [r for d, r in sorted(service.state.documents.items()) if d.tenant == tenant]
+                return Documents([document_view(service.state, service.planner, record) for record in records])
+            case ShowDocument(name=name):
+                return Documents([self._view(service.state.document(DocumentId(tenant, name)).document)])
             case ListTiers():
                 return Tiers(tier_views(service.state))
             case _:
                 raise MalformedFrame(f"{type(body).__name__} is not expected here")
-        return Done()
 
     async def _begin(self, client: int, tenant: str, body: BeginIngest) -> Reply:
         if len(body.tokens) % 4:
@@ -162,9 +169,7 @@ class Requests:
             ),
             late=lambda ingest: self._service.abort_ingest(client, ingest.id),
         )
-        parts = []
-        for extent in opened.missing:
-            parts.append(self._part(extent, opened.filled[extent.id]))
+        parts = [self._part(extent, opened.filled[extent.id]) for extent in opened.missing]
         return IngestOpened(opened.id, opened.cached_tokens, parts, _shard(opened.loading))
 
     async def _attach(self, client: int, tenant: str, body: AttachDocument) -> Reply:
@@ -196,7 +201,7 @@ class Requests:
         tier = tier_named(body.tier)
         if body.dry_run:
             return EvictionPlan(victim_views(self._service.upkeep.plan_eviction(document, tier, 0)))
-        plan = []
+        plan: list[Victim] = []
 
         def start(done: Answered[None]) -> None:
             plan.extend(self._service.evict(document, tier, 0, self._deadline_ns(body.deadline_seconds), done))

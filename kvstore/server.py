@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,16 +21,14 @@ from .arena import Arena
 from .config import LimitsConfig
 from .document import checked_name
 from .errors import Draining, HoldfastError, ProtocolError, VersionMismatch
+from .frames import Answer, Envelope, FrameBuffer, decode_request, encode
 from .ranks import Ranks
 from .requests import Requests
 from .service import Service
 from .wire import (
     PROTOCOL_VERSION,
-    Answer,
     Command,
     Done,
-    Envelope,
-    FrameBuffer,
     Goodbye,
     Hello,
     MapSlab,
@@ -40,8 +38,6 @@ from .wire import (
     Reply,
     SlabMapped,
     Welcome,
-    decode_request,
-    encode,
 )
 
 READ_BYTES: Final = 256 << 10
@@ -58,9 +54,7 @@ class Connection:
     pid: int
     client: int = 0
     tenant: str = ""
-    outbox: asyncio.Queue[tuple[bytes, tuple[int, ...]]] = field(
-        default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES)
-    )
+    outbox: asyncio.Queue[tuple[bytes, tuple[int, ...]]] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
     requests: set[asyncio.Task[None]] = field(default_factory=set)
 
     def send(self, message: Answer, descriptors: tuple[int, ...] = ()) -> None:
@@ -91,7 +85,7 @@ class Server:
 
     async def start(self, path: Path) -> None:
         """Listen; only this user may connect. The caller holds the data directory lock, so a left-over is ours."""
-        path.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # noqa: ASYNC240 - once, before anything is served
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         old = os.umask(0o177)
         try:
@@ -99,7 +93,7 @@ class Server:
         finally:
             os.umask(old)
         listener.listen(128)
-        listener.setblocking(False)
+        listener.setblocking(False)  # noqa: FBT003 - the standard library's signature
         self._listener = listener
         self._spawn(self._accept(listener))
 
@@ -128,8 +122,8 @@ class Server:
         """Connections that said hello."""
         return len(self._connections)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.get_running_loop().create_task(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -140,7 +134,7 @@ class Server:
             if len(self._tasks) > 4 * self._limits.connections or len(self._connections) >= self._limits.connections:
                 sock.close()
                 continue
-            sock.setblocking(False)
+            sock.setblocking(False)  # noqa: FBT003 - the standard library's signature
             pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
             self._spawn(self._serve(Connection(sock, pid)))
 
@@ -309,4 +303,3 @@ class Server:
     def _gone(self, client: int) -> None:
         self._ranks.lost(client)
         self._service.disconnect(client)
-

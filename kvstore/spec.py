@@ -108,8 +108,7 @@ class KVSpec:
 
 
 def sized(spec: KVSpec, target_bytes: int = EXTENT_TARGET_BYTES) -> KVSpec:
-    """The one sizing function: as many blocks per extent (a power of two) as fit `target_bytes` in the
-    largest group, at least one."""
+    """The one sizing function: as many blocks (a power of two, at least one) as fit the target in the largest group."""
     largest = max(group.elements_per_token() for group in spec.groups)
     block_bytes = largest * spec.element_bytes * spec.block_tokens
     blocks = 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from .claims import Lease, Pins
 from .document import Document, DocumentId
@@ -125,6 +126,7 @@ class State:
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}
         self.private: dict[int, list[Placement]] = {}  # ingest id -> copies nobody else sees yet
+        self.leaving: list[Placement] = []  # copies that no record names any more, whose slots are not free yet
 
     def document(self, document: DocumentId) -> DocumentRecord:
         """The record. Raises DocumentNotFound."""
@@ -139,9 +141,7 @@ class State:
         if group is None:
             raise GroupNotFound(f"no group {name!r}; registered: {', '.join(self.groups) or 'none'}")
         if not group.complete:
-            raise GroupNotFound(
-                f"group {name!r} has {len(group.seats)} of {group.cp * group.tp} ranks registered"
-            )
+            raise GroupNotFound(f"group {name!r} has {len(group.seats)} of {group.cp * group.tp} ranks registered")
         return group
 
     def leased(self, document: DocumentId) -> list[Lease]:
@@ -158,15 +158,14 @@ class State:
         """Whether pins allow this copy to leave DDR or NVMe: another good copy stays at or above the floor.
 
         HBM copies go with their process, so they never stand in for a copy in DDR or on NVMe; and a pinned
-        document's NVMe copy stays, whatever the floor, because a pin is to survive a restart.
+        document's NVMe copy stays, whatever the floor, because a pin is to survive a restart. For the same reason a
+        document pinned in HBM stays in DDR.
         """
         floor = self.floor(record)
         if floor is None:
             return True
         if placement.tier is Tier.NVME:
             return False
-        if placement.tier > floor:
-            return True
         others = [copy for copy in record.placements() if copy is not placement]
         return any(copy.tier <= floor and copy.readable for copy in others)
 
@@ -183,6 +182,7 @@ class State:
         """Every copy of every extent, those of open ingests included."""
         found = [copy for record in self.extents.values() for copy in record.placements()]
         found += [copy for copies in self.private.values() for copy in copies]
+        found += self.leaving
         return found + [copy for shard in self.shards() for copy in shard.copies.values()]
 
     def used_bytes(self) -> Counter[str]:
@@ -218,7 +218,7 @@ class State:
             taken = sorted(shard.rows[rank] for shard in group.shards.values())
             assert sum(count for _, count in taken) == pool.used_rows, (group.name, rank)
             busy = [item for item in taken if item[1]]
-            for (start, count), (following, _) in zip(busy, busy[1:], strict=False):
+            for (start, count), (following, _) in pairwise(busy):
                 assert start + count <= following, f"shards overlap on {group.name}/{rank}"
         for shard in group.shards.values():
             rows = sum(count for _, count in shard.rows)

@@ -204,9 +204,8 @@ class Upkeep:
             if ingest.document.id == document:
                 raise InUse(f"{document} is being ingested")
         for shard in self.state.shards():
-            if shard.document == document:
-                if any(copy.holds for copy in shard.copies.values()):
-                    raise InUse(f"{document} is being moved; try again")
+            if shard.document == document and any(copy.holds for copy in shard.copies.values()):
+                raise InUse(f"{document} is being moved; try again")
         for shard in self.state.shards():
             if shard.document == document:
                 self.store.close_shard(shard)

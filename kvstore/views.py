@@ -280,9 +280,7 @@ def swap_view(swap: SwapRecord) -> SwapView:
         source_bytes=swap.source_bytes,
         moved_bytes=swap.moved_bytes,
         hops=[
-            HopView(
-                hop=str(hop), size_bytes=t.size_bytes, moves=t.moves, elapsed_ns=t.elapsed_ns, busy_ns=t.busy_ns
-            )
+            HopView(hop=str(hop), size_bytes=t.size_bytes, moves=t.moves, elapsed_ns=t.elapsed_ns, busy_ns=t.busy_ns)
             for hop, t in sorted(swap.hops.items(), reverse=True)
         ],
         wait_ns=swap.wait_ns,

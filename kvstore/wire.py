@@ -1,27 +1,22 @@
-"""Wire: the messages between the daemon and engines, and their framing.
+"""Wire: the messages between the daemon and engines (frames puts them on a socket).
 
-A frame is a 4-byte little-endian length and a msgpack array [id, body]; a request's id comes back with its reply, and
-id 0 marks what needs none. Bodies are tagged arrays, so any msgpack reader decodes them. KV bytes never travel here:
-they lie in shared slabs, whose descriptors are sent beside a SlabMapped reply.
+Bodies are tagged arrays, so any msgpack reader decodes them. KV bytes never travel here: they lie in shared slabs,
+whose descriptors are sent beside a SlabMapped reply.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from typing import Final
 
 import msgspec
 
 from .document import WritePolicy
-from .errors import FrameTooLarge, HoldfastError, MalformedFrame
 from .layout import Layout, Run
 from .slots import Slot
 from .spec import KVSpec
 from .views import DocumentView, PinView, SwapView, TierView, VictimView
 
 PROTOCOL_VERSION: Final = 1
-LENGTH: Final = struct.Struct("<I")
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -215,8 +210,8 @@ class EvictDocument(Message, frozen=True):
 
     name: str
     tier: str
-    dry_run: bool
     deadline_seconds: float
+    dry_run: bool = False
 
 
 class ListTiers(Message, frozen=True):
@@ -406,66 +401,3 @@ Reply = (
     | EvictionPlan
     | Tiers
 )
-
-
-class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """What a client sends."""
-
-    id: int
-    body: Request
-
-
-class Answer(msgspec.Struct, frozen=True, array_like=True):
-    """What the daemon sends."""
-
-    id: int
-    body: Reply | Command
-
-
-_encoder = msgspec.msgpack.Encoder()
-_requests = msgspec.msgpack.Decoder(Envelope)
-_answers = msgspec.msgpack.Decoder(Answer)
-
-
-def encode(message: Envelope | Answer) -> bytes:
-    """The whole frame."""
-    data = _encoder.encode(message)
-    return LENGTH.pack(len(data)) + data
-
-
-def decode_request(data: bytes | memoryview) -> Envelope:
-    """Raises MalformedFrame."""
-    try:
-        return _requests.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, HoldfastError) as error:
-        raise MalformedFrame(f"a frame of {len(data)} bytes does not decode: {error}") from error
-
-
-def decode_answer(data: bytes | memoryview) -> Answer:
-    """Raises MalformedFrame."""
-    try:
-        return _answers.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, HoldfastError) as error:
-        raise MalformedFrame(f"a frame of {len(data)} bytes does not decode: {error}") from error
-
-
-class FrameBuffer:
-    """Cuts a byte stream into frames of at most `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self._data = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Frames completed by these bytes. Raises FrameTooLarge as soon as a length says so."""
-        self._data += data
-        while len(self._data) >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(self._data)
-            if length > self.limit:
-                raise FrameTooLarge(f"a frame of {length} bytes exceeds the limit of {self.limit}")
-            end = LENGTH.size + length
-            if len(self._data) < end:
-                return
-            frame = bytes(self._data[LENGTH.size : end])
-            del self._data[:end]
-            yield frame
