@@ -20,7 +20,7 @@ from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
 from .document import Document, DocumentId
 from .ledger import Hop
 from .residency import Placement, State, Tier
-from .slots import RowPool, SlotClass
+from .slots import RowPool, Slot, SlotClass
 from .state import ExtentRecord, Group, Shard
 from .state import State as Store
 
@@ -129,11 +129,7 @@ class Planner:
 
     def draining(self, demand: Demand) -> bool:
         """Whether it will fit once everything on its way out has left."""
-        leaving = [
-            copy.slot
-            for copy in self._ddr_copies()
-            if copy.state is State.DRAINING and copy.slot is not None
-        ]
+        leaving = self._leaving_slots(Tier.DDR)
         if not self.state.ddr.fits(demand.slots, leaving):
             return False
         return self._rows_fit(demand, self._draining_extents(demand))
@@ -141,11 +137,7 @@ class Planner:
     def make_room(self, demand: Demand) -> tuple[Victim, ...] | None:
         """Who should leave so that the demand fits (what drains already is counted as gone); None: impossible."""
         chosen: list[Victim] = []
-        leaving = [
-            copy.slot
-            for copy in self._ddr_copies()
-            if copy.state is State.DRAINING and copy.slot is not None
-        ]
+        leaving = self._leaving_slots(Tier.DDR)
         records = {i: r for i, r in self.state.extents.items() if r.ddr is not None}
 
         def slots_fit(victims: Sequence[Candidate]) -> bool:
@@ -165,11 +157,7 @@ class Planner:
 
     def make_nvme_room(self, kind: SlotClass) -> tuple[Victim, ...] | None:
         """Who should leave NVMe so that one slot of this class fits; None: nobody may."""
-        leaving = [
-            record.nvme.slot
-            for record in self.state.extents.values()
-            if record.nvme is not None and record.nvme.state is State.DRAINING and record.nvme.slot
-        ]
+        leaving = self._leaving_slots(Tier.NVME)
         records = self.state.extents
 
         def slot_fits(victims: Sequence[Candidate]) -> bool:
@@ -333,8 +321,11 @@ class Planner:
 
     # Candidates --------------------------------------------------------------------------------
 
-    def _ddr_copies(self) -> Iterable[Placement]:
-        return (r.ddr for r in self.state.extents.values() if r.ddr is not None)
+    def _leaving_slots(self, tier: Tier) -> list[Slot]:
+        """Slots that will be free without anybody's doing."""
+        copies = [*self.state.leaving]
+        copies += [copy for r in self.state.extents.values() for copy in r.placements() if copy.state is State.DRAINING]
+        return [copy.slot for copy in copies if copy.tier is tier and copy.slot is not None]
 
     def _ddr_candidates(self) -> list[Candidate]:
         return [

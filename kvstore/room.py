@@ -13,9 +13,9 @@ from typing import Final
 
 from .document import DocumentId
 from .errors import DeadlineExceeded, HoldfastError, NoCapacity
+from .geometry import extent_geometry
 from .ledger import Hop
 from .orders import Outcome, Part, PutDocument, PutExtent, SaveShard, Seal, Urgency, Write, WriteOut
-from .geometry import extent_geometry
 from .planner import Demand, Victim
 from .residency import Event, Placement, State, Tier
 from .slots import SlotClass
@@ -74,7 +74,10 @@ class Room:
     def pump(self) -> None:
         """Grant what fits, start evictions for the first that does not, write out what is queued."""
         self._pump_writes()
-        for reservation in list(self._waiting):
+        tried: set[Reservation] = set()
+        # Afresh each time: a grant may queue the next request, and an answer may cancel one.
+        while (reservation := next((r for r in self._waiting if r not in tried), None)) is not None:
+            tried.add(reservation)
             if not self._try(reservation):
                 break
         self._pump_writes()
@@ -105,7 +108,7 @@ class Room:
 
     def expire(self, now_ns: int) -> None:
         """Refuse who has waited past the deadline."""
-        for reservation in [r for r in self._waiting if r.deadline_ns <= now_ns]:
+        while (reservation := next((r for r in self._waiting if r.deadline_ns <= now_ns), None)) is not None:
             self._waiting.remove(reservation)
             reservation.refused(DeadlineExceeded("no room was freed before the deadline"))
 
@@ -260,6 +263,7 @@ class Room:
 
         def written(outcome: Outcome) -> None:
             if outcome.error is not None:
+                self.store.fail(target, )
                 failed(outcome)
                 return
             self._moved(Hop(Tier.DDR, Tier.NVME), target.size_bytes, outcome, started_ns)
@@ -284,7 +288,6 @@ class Room:
             self._writing -= 1
             target.holds -= 1
             self.store.records.ledger.counts["write_failures"] += 1
-            self.store.fail(target)
             self._write_failed(record, source, str(outcome.error))
 
         self.store.submit(order, written)

@@ -52,10 +52,7 @@ class Service:
         self._secret = secret
         ddr = SlabPool(config.ddr.capacity_bytes, config.ddr.slab_bytes)
         nvme = SlabPool(config.nvme.capacity_bytes, config.nvme.segment_bytes)
-        budget = config.limits.pin_bytes
-        if budget is None:
-            budget = (ddr.capacity_bytes + nvme.capacity_bytes) // 2
-        self.state = State(ddr, nvme, Pins(budget), Ledger(config.limits.swap_records))
+        self.state = State(ddr, nvme, Pins(config.limits.pin_bytes), Ledger(config.limits.swap_records))
         self.history = History(config.eviction.ghost_entries, int(config.eviction.half_life_seconds * NS))
         self.planner = Planner(self.state, policy, self.history, clock)
         self.store = Store(self.state, self.planner, effects, clock)

@@ -20,7 +20,6 @@ from .orders import (
     Order,
     Outcome,
     RetireSlab,
-    SaveShard,
     Write,
 )
 from .planner import Planner, Victim
@@ -48,7 +47,8 @@ class Store:
         self._next_id = 1
         self._then: dict[int, Then] = {}
         self._progress: dict[int, Callable[[int], None]] = {}
-        self._by_group: dict[str, set[int]] = {}
+        self._loads: dict[str, set[int]] = {}  # orders that read into a group's HBM
+        self._undropped: list[Placement] = []
 
     # Orders ------------------------------------------------------------------------------------
 
@@ -60,12 +60,11 @@ class Store:
     def submit(self, order: Order, then: Then | None = None) -> None:
         """Hand an order to the effects; `then` hears how it ended, exactly once."""
         if then is not None:
-            assert not isinstance(order, CloseShard | RetireSlab)
             order_id = getattr(order, "id", None)
             assert order_id is not None, "this order is never answered"
             self._then[order_id] = then
-            if isinstance(order, LoadShard | SaveShard):
-                self._by_group.setdefault(order.group, set()).add(order_id)
+            if isinstance(order, LoadShard):
+                self._loads.setdefault(order.group, set()).add(order_id)
         self._effects.submit(order)
 
     def watch(self, order_id: int, progress: Callable[[int], None]) -> None:
@@ -76,7 +75,7 @@ class Store:
         """An order ended. Late answers to cancelled orders are ignored."""
         self._progress.pop(order_id, None)
         then = self._then.pop(order_id, None)
-        for ids in self._by_group.values():
+        for ids in self._loads.values():
             ids.discard(order_id)
         if then is not None:
             then(outcome)
@@ -144,7 +143,7 @@ class Store:
         """Free the slot of a copy that is lost, or unwanted and idle, once nobody holds it."""
         if placement.holds:
             return
-        if placement.state is State.LOST or (placement.state is State.DRAINING and placement.tier is Tier.DDR):
+        if placement.state is State.LOST or (placement.state is State.DRAINING and placement.tier is not Tier.HBM):
             self._gone(placement)
             return
         record = self.records.extents.get(placement.extent)
@@ -163,44 +162,65 @@ class Store:
 
     def fail(self, placement: Placement) -> None:
         """The bytes cannot be trusted, or their device is gone; the slot is freed when nobody holds it."""
-        if placement.state is State.RESERVED:
-            placement.apply(Event.FILL)
-        if placement.state is not State.LOST:
-            placement.apply(Event.FAIL)
+        placement.apply(Event.FAIL)
+        self._detach(placement)
         self.settle(placement)
 
     def drop_nvme(self, record: ExtentRecord) -> None:
-        """Take the NVMe copy out of the catalog, then free its slot: reusable only after the commit."""
+        """The NVMe copy leaves; nobody may hold it. Its slot is reusable only after the catalog has forgotten it."""
         placement = record.nvme
         assert placement is not None
-        if placement.state is State.RESIDENT:
-            placement.apply(Event.DRAIN)
-        elif placement.state is State.LOST:
-            pass
-        else:
-            return  # on its way out already, or still being written (settled when that ends)
+        placement.apply(Event.DRAIN)
+        self._uncatalog(record, placement)
+
+    def fail_nvme(self, record: ExtentRecord, placement: Placement) -> None:
+        """The NVMe bytes, or their catalog row, cannot be trusted: never read again. What lies behind is kept."""
+        if placement is record.nvme:
+            placement.apply(Event.FAIL)
+            self._uncatalog(record, placement)
+
+    def _uncatalog(self, record: ExtentRecord, placement: Placement) -> None:
         placement.holds += 1  # until the commit
-        write = Write(id=self.new_id(), records=(DropExtent(record.extent.id),))
         record.cataloged = False
+        self._detach(placement)
+        self._drop_row(placement)
+
+    def _drop_row(self, placement: Placement) -> None:
+        write = Write(id=self.new_id(), records=(DropExtent(placement.extent),))
 
         def committed(outcome: Outcome) -> None:
-            placement.holds -= 1
-            if outcome.error is not None:
-                # The row may still be there, so the slot must not be reused before a restart sorts it out.
-                self.records.ledger.counts["catalog_failures"] += 1
+            if outcome.error is None:
+                self.unhold(placement)
                 return
-            self._gone(placement)
+            # The row may still be there, so the slot is not reused before it is known to be gone.
+            self.records.ledger.counts["catalog_failures"] += 1
+            self._undropped.append(placement)
 
         self.submit(write, committed)
 
-    def quarantine(self, record: ExtentRecord) -> None:
-        """The NVMe bytes differ from their checksum: never read again; what lies behind is kept."""
-        assert record.nvme is not None
-        self.records.ledger.counts["quarantined"] += 1
-        if record.nvme.state is State.LOST:
+    def retry_drops(self) -> None:
+        """Once more take copies out of the catalog where that failed; a newer copy's row has replaced theirs."""
+        undropped, self._undropped = self._undropped, []
+        for placement in undropped:
+            record = self.records.extents.get(placement.extent)
+            if record is None or record.nvme is None:
+                self._drop_row(placement)
+            elif record.cataloged:
+                self.unhold(placement)
+            else:
+                self._undropped.append(placement)
+
+    def _detach(self, placement: Placement) -> None:
+        """No record names the copy any more, so that another may take its place while its slot is still in use."""
+        record = self.records.extents.get(placement.extent)
+        if record is None or not any(copy is placement for copy in record.placements()):
             return
-        record.nvme.apply(Event.FAIL)
-        self.drop_nvme(record)
+        if placement is record.ddr:
+            record.ddr = None
+        else:
+            record.nvme = None
+        self.records.leaving.append(placement)
+        self.reap(record)
 
     def _gone(self, placement: Placement) -> None:
         placement.apply(Event.RELEASE)
@@ -210,15 +230,11 @@ class Store:
             slab = pool.free(placement.slot)
             if slab is not None and placement.tier is Tier.DDR:
                 self.submit(RetireSlab(slab=slab))
-        for copies in self.records.private.values():
-            if placement in copies:
-                copies.remove(placement)
+        for copies in (*self.records.private.values(), self.records.leaving):
+            copies[:] = [copy for copy in copies if copy is not placement]
         record = self.records.extents.get(placement.extent)
-        if record is not None and placement.tier is not Tier.HBM:
-            if record.ddr is placement:
-                record.ddr = None
-            if record.nvme is placement:
-                record.nvme = None
+        if record is not None and record.ddr is placement:
+            record.ddr = None
             self.reap(record)
 
     def reap(self, record: ExtentRecord) -> None:
@@ -297,10 +313,13 @@ class Store:
         self.records.ledger.left(placement.device, placement.size_bytes)
 
     def fail_group(self, name: str, reason: str) -> None:
-        """A rank died: the group's HBM is gone, and whoever waited for it hears so."""
+        """A rank died: the group's HBM is gone, and loads into it end. Saves out of it end when the effects say so.
+
+        Until then the other ranks may still write to the slots.
+        """
         group = self.records.groups[name]
         error: HoldfastError = GroupFailed(f"group {name!r}: {reason}")
-        for order_id in sorted(self._by_group.pop(name, set())):
+        for order_id in sorted(self._loads.pop(name, set())):
             self.finished(order_id, Outcome(error=error))
         for shard in group.shards.values():
             for placement in shard.copies.values():
