@@ -14,7 +14,8 @@ from .document import Document, DocumentId
 from .errors import ClaimNotFound, HoldfastError, LayoutError, SpecMismatch
 from .layout import Layout, scheme
 from .ledger import SwapRecord
-from .loader import Loader, Loading, Phase
+from .loader import Loader
+from .loading import Loading, Phase
 from .orders import Urgency
 from .residency import Tier
 from .state import State

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .document import Document, WritePolicy
-from .errors import ClaimNotFound, DocumentExists, DocumentTooLarge, HoldfastError, InUse
+from .errors import ClaimNotFound, DocumentExists, DocumentIncomplete, DocumentTooLarge, HoldfastError, InUse
 from .extent import Extent
 from .geometry import extent_geometry
 from .layout import Layout
 from .ledger import Hop, SwapRecord
-from .loader import Loader, Loading, Phase
+from .loader import Loader
+from .loading import Loading, Phase
 from .orders import Outcome, Part, SaveShard, Seal, Urgency
 from .planner import Demand
 from .residency import Event, Placement, State, Tier
@@ -285,6 +286,11 @@ class Ingests:
     def _publish(self, ingest: Ingest) -> None:
         """Adopt the copies and make the document visible: the point of acknowledgement."""
         records = self.store.records
+        for extent in ingest.extents:
+            if extent.id not in ingest.filled and not self._present(extent):
+                gone = f"tokens [{extent.start}, {extent.stop}) were lost meanwhile"
+                self._end(ingest, DocumentIncomplete(f"{ingest.document.id}: {gone}; ingest it again"))
+                return
         ingest.stage = Stage.ENDED
         document = ingest.document
         for extent in ingest.extents:
@@ -297,6 +303,7 @@ class Ingests:
         known = records.documents.get(document.id)
         owner = known or DocumentRecord(document=document)
         owner.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
+        owner.durable = owner.durable and not owner.volatile
         records.documents[document.id] = owner
         self._release(ingest)
         if document.write_policy is WritePolicy.THROUGH:
@@ -306,6 +313,10 @@ class Ingests:
         committed, ingest.committed = ingest.committed, None
         if committed is not None:
             committed(None)
+
+    def _present(self, extent: Extent) -> bool:
+        record = self.store.records.extents.get(extent.id)
+        return record is not None and record.source() is not None
 
     def _adopt(self, ingest: Ingest, record: ExtentRecord, placement: Placement) -> None:
         if record.source() is not None:
@@ -320,6 +331,11 @@ class Ingests:
     def abort(self, ingest: Ingest) -> None:
         """The writer gives up, or is gone."""
         self._end(ingest, InUse(f"ingest {ingest.id} was aborted"))
+
+    def fail_group(self, name: str, error: HoldfastError) -> None:
+        """The group is gone: so are the ingests that it fills."""
+        for ingest in [ingest for ingest in self.open.values() if ingest.group == name]:
+            self._end(ingest, error)
 
     def _end(self, ingest: Ingest, error: HoldfastError) -> None:
         if ingest.stage is Stage.ENDED:

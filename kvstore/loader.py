@@ -6,16 +6,14 @@ moment it is asked for, so that nothing leaves while it waits for room; several 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Sequence
+from dataclasses import replace
 
-from .document import DocumentId
-from .errors import CorruptExtent, DocumentIncomplete, HoldfastError, InUse
+from .errors import CorruptExtent, HoldfastError, InUse
 from .extent import ExtentId
 from .geometry import Geometry, extent_geometry
-from .layout import Layout
-from .ledger import Hop, HopTime, SwapRecord
+from .ledger import Hop, HopTime
+from .loading import Loading, Phase, incomplete
 from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, ReadIn, Urgency
 from .planner import Demand
 from .residency import Event, Placement, State, Tier
@@ -25,48 +23,6 @@ from .state import ExtentRecord, Shard
 from .store import Store
 
 
-class Phase(StrEnum):
-    """Where a loading is."""
-
-    WAITING = "waiting"
-    MOVING = "moving"
-    READY = "ready"
-    FAILED = "failed"
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Loading:
-    """One document's extents on their way to DDR (`group` None) or to a shard.
-
-    `spans` are all extents that the shard makes rows for; `records` those of them that are loaded. `granted` is
-    called when all room is taken and moves begin, `layer_ready` when another leading layer has arrived everywhere,
-    `ended` once, with the error if any. The copies in `held` stay held until `Loader.release`.
-    """
-
-    document: DocumentId
-    records: Sequence[ExtentRecord]
-    spans: dict[ExtentId, tuple[int, int]]
-    group: str | None
-    layout: Layout | None
-    urgency: Urgency
-    swap: SwapRecord
-    started_ns: int
-    granted: Callable[[], None]
-    layer_ready: Callable[[int], None]
-    ended: Callable[[HoldfastError | None], None]
-    phase: Phase = Phase.WAITING
-    shard: Shard | None = None
-    generation: int = 0
-    reservation: Reservation | None = None
-    sources: dict[ExtentId, Placement] = field(default_factory=dict)
-    held: list[Placement] = field(default_factory=list)
-    arrived: dict[ExtentId, int] = field(default_factory=dict)  # leading layers at the target
-    layers: int = 0  # leading layers reported
-    in_flight: int = 0
-    released: bool = False
-    error: HoldfastError | None = None
-
-
 class Loader:
     """Starts loadings, follows their moves, ends them."""
 
@@ -74,6 +30,7 @@ class Loader:
         self.store = store
         self.room = room
         self._reading: dict[ExtentId, list[Loading]] = {}
+        self._active: list[Loading] = []  # waiting or moving
 
     def geometry(self, record: ExtentRecord) -> Geometry:
         """Canonical geometry of an extent."""
@@ -87,10 +44,7 @@ class Loader:
         here = shard.copies if shard is not None else {}
         for record in loading.records:
             if record.source() is None and record.extent.id not in here:
-                raise DocumentIncomplete(
-                    f"{loading.document}: tokens [{record.extent.start}, {record.extent.stop}) are gone; "
-                    "ingest the document again to recompute them"
-                )
+                raise incomplete(loading, record)
         loading.reservation = Reservation(
             demand=lambda: self._demand(loading),
             granted=lambda: self._granted(loading),
@@ -98,6 +52,7 @@ class Loader:
             deadline_ns=deadline_ns,
         )
         self.room.request(loading.reservation)
+        self._active.append(loading)
         for record in loading.records:
             source = record.source()
             if source is not None:
@@ -109,7 +64,7 @@ class Loader:
         return self.store.records.group(loading.group).shards.get(loading.document)
 
     def _demand(self, loading: Loading) -> Demand | None:
-        """What the loading needs now; None while its shard is being filled, saved or trimmed by others."""
+        """What the loading needs now; None while others fill what it waits for, or fill, save or trim its shard."""
         shard = self._shard(loading)
         replaces = None
         if shard is not None and not shard.complete:
@@ -122,9 +77,9 @@ class Loader:
             extent = record.extent.id
             if shard is not None and extent in shard.copies:
                 continue
-            source = loading.sources.get(extent)
-            if source is None:
-                raise DocumentIncomplete(f"{loading.document}: tokens from {record.extent.start} on are gone")
+            source = self._source(loading, record)
+            if record.ddr is not None and record.ddr.state is State.FILLING and extent not in self._reading:
+                return None  # it is being saved out of HBM
             if source.tier is Tier.NVME and record.ddr is None:
                 kind = SlotClass(record.extent.tenant, record.extent.slot_bytes)
                 kinds[kind] = kinds.get(kind, 0) + 1
@@ -134,6 +89,20 @@ class Loader:
         tp = loading.layout.tp
         rows = tuple(loading.layout.length(rank // tp) for rank in range(loading.layout.ranks))
         return Demand(slots=kinds, group=loading.group, document=loading.document, rows=rows, replaces=replaces)
+
+    def _source(self, loading: Loading, record: ExtentRecord) -> Placement:
+        """The held copy to load from; another one where that was lost meanwhile. Raises DocumentIncomplete."""
+        extent = record.extent.id
+        source = loading.sources.get(extent)
+        if source is not None and source.state is State.LOST:
+            self.store.unhold(loading.sources.pop(extent))
+            source = None
+        if source is None:
+            source = record.source()
+            if source is None:
+                raise incomplete(loading, record)
+            loading.sources[extent] = self.store.hold(source)
+        return source
 
     def _refused(self, loading: Loading, error: HoldfastError) -> None:
         loading.reservation = None
@@ -266,15 +235,17 @@ class Loader:
         self, record: ExtentRecord, source: Placement, target: Placement, outcome: Outcome, started_ns: int
     ) -> None:
         waiting = self._reading.pop(record.extent.id, [])
-        self.store.unhold(source)
         if outcome.error is not None:
             if isinstance(outcome.error, CorruptExtent):
-                self.store.quarantine(record)
-            for loading in waiting:
-                self.fail(loading, outcome.error)
+                self.store.records.ledger.counts["quarantined"] += 1
+                self.store.fail_nvme(record, source)
+            self.store.unhold(source)
             target.holds -= 1
             self.store.fail(target)
+            for loading in waiting:
+                self.fail(loading, outcome.error)
             return
+        self.store.unhold(source)
         hop = Hop(Tier.NVME, Tier.DDR)
         now_ns = self.store.clock.monotonic_ns()
         self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
@@ -351,9 +322,7 @@ class Loader:
         now_ns = self.store.clock.monotonic_ns()
         self.store.records.ledger.moved(hop, outcome.size_bytes, outcome.busy_ns, started_ns, now_ns)
         self.store.planner.learn(hop, outcome.size_bytes, outcome.busy_ns)
-        loading.swap.hops.setdefault(hop, HopTime()).add(
-            outcome.size_bytes, outcome.busy_ns, started_ns, now_ns
-        )
+        loading.swap.hops.setdefault(hop, HopTime()).add(outcome.size_bytes, outcome.busy_ns, started_ns, now_ns)
         assert loading.shard is not None
         for record in records:
             extent = record.extent.id
@@ -369,13 +338,16 @@ class Loader:
         """Report newly complete leading layers, and the end."""
         if loading.phase is not Phase.MOVING:
             return
-        layers = min(loading.arrived.values(), default=0)
+        sizes = {record.extent.id: self.geometry(record).layers for record in loading.records}
+        wanted = max(sizes.values(), default=0)
+        # A layer group that has all of its layers does not keep a larger one back.
+        layers = min((n for extent, n in loading.arrived.items() if n < sizes[extent]), default=wanted)
         if layers > loading.layers:
             loading.layers = layers
             loading.layer_ready(layers)
-        wanted = max((self.geometry(record).layers for record in loading.records), default=0)
-        if layers >= wanted:
+        if layers >= wanted and loading.phase is Phase.MOVING:
             loading.phase = Phase.READY
+            self._active.remove(loading)
             loading.swap.reattach_ns = self.store.clock.monotonic_ns() - loading.started_ns
             loading.swap.outcome = "ready"
             loading.held += loading.sources.values()
@@ -388,6 +360,8 @@ class Loader:
         """End a loading with an error; what it holds is released once its moves have stopped."""
         if loading.phase in (Phase.READY, Phase.FAILED):
             return
+        self._active.remove(loading)
+        loading.kept = loading.phase is Phase.MOVING and loading.group is None and not loading.released
         loading.phase = Phase.FAILED
         loading.error = error
         loading.swap.outcome = error.code
@@ -404,9 +378,14 @@ class Loader:
         loading.ended(error)
         self._abandon(loading)
 
+    def fail_group(self, name: str, error: HoldfastError) -> None:
+        """The group is going: so are the loadings into it."""
+        for loading in [loading for loading in self._active if loading.group == name]:
+            self.fail(loading, error)
+
     def _abandon(self, loading: Loading) -> None:
         """A failed loading whose last move has ended lets go of everything, its shard included."""
-        if loading.phase is not Phase.FAILED or loading.in_flight:
+        if loading.phase is not Phase.FAILED or loading.in_flight or loading.kept:
             return
         self._let_go(loading)
         shard = loading.shard
@@ -418,8 +397,7 @@ class Loader:
         """The holder is done. A loading still under way goes on for the cache's sake and lets go at its end."""
         if loading.phase is Phase.WAITING:
             self.fail(loading, InUse("released before it was granted"))
-        elif loading.phase is Phase.READY and not loading.released:
-            loading.released = True
+        elif (loading.phase is Phase.READY or loading.kept) and not loading.released:
             self._let_go(loading)
         loading.released = True
 

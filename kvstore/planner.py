@@ -342,9 +342,7 @@ class Planner:
             if placement is None or placement.state is State.DRAINING:
                 continue
             found.append(
-                self._candidate(
-                    record, placement, record.extent.previous, stays=placement.tier is not Tier.NVME
-                )
+                self._candidate(record, placement, record.extent.previous, stays=placement.tier is not Tier.NVME)
             )
         return found
 
@@ -378,13 +376,15 @@ class Planner:
     ) -> tuple[Candidate, ...] | None:
         return choose_victims(candidates, self.policy, self.clock.monotonic_ns(), satisfied)
 
-    def _victim(
-        self, record: ExtentRecord, placement: Placement | None, candidate: Candidate
-    ) -> Victim:
+    def _victim(self, record: ExtentRecord, placement: Placement | None, candidate: Candidate) -> Victim:
         assert placement is not None
         extent = record.extent
         others = [copy for copy in record.placements() if copy is not placement and copy.readable]
-        stays = bool(others) or (placement.tier is Tier.DDR and self._goes_to_nvme(record))
+        stays = bool(others)
+        if not stays and placement.tier is Tier.DDR:
+            stays = self._goes_to_nvme(record)
+        elif not stays and placement.tier is Tier.HBM:
+            stays = self.state.ddr.fits({SlotClass(extent.tenant, extent.slot_bytes): 1})
         return Victim(
             extent=extent.id,
             start=extent.start,
@@ -402,8 +402,7 @@ class Planner:
         """Whether DDR eviction writes it out: some document wants it kept, and NVMe could take its size at all."""
         kind = SlotClass("", record.extent.slot_bytes)
         kept = any(
-            self.state.documents[document].document.write_policy != "memory-only"
-            for document in record.documents
+            self.state.documents[document].document.write_policy != "memory-only" for document in record.documents
         )
         return kept and self.state.nvme.largest(kind) > 0
 

@@ -17,7 +17,7 @@ from .document import Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
 from .ingest import Ingest
-from .loader import Loading
+from .loading import Loading
 from .planner import Victim
 from .residency import Placement, Tier
 from .service import NS, Service

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from .document import DocumentId
@@ -131,15 +131,16 @@ class Room:
         touched: dict[int, Shard] = {}
         for victim in victims:
             record = self.store.records.extents[victim.extent]
+            if victim.tier is Tier.HBM:
+                shard = next(s for s in self.store.records.shards() if s.id == victim.shard)
+                touched[shard.id] = shard
+                self._leave_hbm(shard, record, victim, reason)
+                continue
             self.store.verdict(victim, reason)
             if victim.tier is Tier.NVME:
                 self.store.drop_nvme(record)
-            elif victim.tier is Tier.DDR:
-                self._leave_ddr(record, victim)
             else:
-                shard = next(s for s in self.store.records.shards() if s.id == victim.shard)
-                self._leave_hbm(shard, record)
-                touched[shard.id] = shard
+                self._leave_ddr(record, victim)
         for shard in touched.values():
             self._trim(shard)
 
@@ -152,14 +153,17 @@ class Room:
         record.ddr.apply(Event.DRAIN)
         self._queue_write(record, Urgency.DEMOTE)
 
-    def _leave_hbm(self, shard: Shard, record: ExtentRecord) -> None:
-        """Out of HBM; into DDR first when DDR has no copy and a free slot, so that a return is cheap."""
+    def _leave_hbm(self, shard: Shard, record: ExtentRecord, victim: Victim, reason: str) -> None:
+        """Out of HBM; into DDR first when there is no other copy, and a free slot."""
         placement = shard.copies[record.extent.id]
         placement.apply(Event.DRAIN)
-        if record.ddr is None:
+        target = None
+        if victim.action == "demote" and not record.placements():
             target = self.store.take(record.extent, Tier.DDR)
-            if target is not None:
-                self._save(shard, record, placement, target)
+            victim = replace(victim, action="demote" if target is not None else "drop")
+        self.store.verdict(victim, reason)
+        if target is not None:
+            self._save(shard, record, placement, target)
 
     def _save(self, shard: Shard, record: ExtentRecord, source: Placement, target: Placement) -> None:
         record.ddr = target
@@ -178,6 +182,9 @@ class Room:
             else:
                 target.holds -= 1
                 self.store.fail(target)
+                if source.state is State.DRAINING and not record.placements():
+                    victim = self.store.planner.last_copy(record, source)
+                    self.store.verdict(victim, f"not saved: {outcome.error}")
             self._trim(shard)
 
         self.store.submit(order, saved)
@@ -185,9 +192,7 @@ class Room:
     def seal(self, record: ExtentRecord, target: Placement) -> None:
         """Checksum a filled DDR copy that the caller holds, then let it be read."""
         assert target.slot is not None
-        geometry = extent_geometry(
-            self.store.records.specs[record.extent.fingerprint], record.extent.group
-        )
+        geometry = extent_geometry(self.store.records.specs[record.extent.fingerprint], record.extent.group)
         order = Seal(id=self.store.new_id(), slot=target.slot, geometry=geometry)
 
         def sealed(outcome: Outcome) -> None:
@@ -263,8 +268,9 @@ class Room:
 
         def written(outcome: Outcome) -> None:
             if outcome.error is not None:
-                self.store.fail(target, )
-                failed(outcome)
+                failed()
+                self.store.fail(target)
+                self._write_failed(record, source, str(outcome.error))
                 return
             self._moved(Hop(Tier.DDR, Tier.NVME), target.size_bytes, outcome, started_ns)
             target.checksums = source.checksums
@@ -274,7 +280,9 @@ class Room:
 
         def committed(outcome: Outcome) -> None:
             if outcome.error is not None:
-                failed(outcome)
+                failed()
+                self.store.fail_nvme(record, target)  # the row may be there all the same
+                self._write_failed(record, source, str(outcome.error))
                 return
             self._writing -= 1
             target.holds -= 1
@@ -284,11 +292,10 @@ class Room:
             self._written(record, source)
             self.store.settle(target)
 
-        def failed(outcome: Outcome) -> None:
+        def failed() -> None:
             self._writing -= 1
             target.holds -= 1
             self.store.records.ledger.counts["write_failures"] += 1
-            self._write_failed(record, source, str(outcome.error))
 
         self.store.submit(order, written)
 
@@ -298,7 +305,9 @@ class Room:
 
     def _write_failed(self, record: ExtentRecord, source: Placement, reason: str) -> None:
         """The extent stays memory-only; one that had to leave DDR leaves all the same, as a verdict."""
-        if source.state is State.DRAINING and record.documents:
+        if source.state is State.DRAINING and not self.store.records.may_leave(record, source):
+            source.apply(Event.HIT)  # pinned meanwhile
+        elif source.state is State.DRAINING and record.documents:
             victim = self.store.planner.last_copy(record, source)
             self.store.verdict(victim, f"not written out: {reason}")
         self._written(record, source)

@@ -16,7 +16,16 @@ from .clock import Clock
 from .config import Config
 from .costs import PrefillPoint
 from .document import Document, DocumentId, WritePolicy, checked_name
-from .errors import ConfigError, DocumentTooLarge, HoldfastError, InUse, InvalidRequest, NoCapacity, SpecMismatch
+from .errors import (
+    ConfigError,
+    DocumentTooLarge,
+    GroupFailed,
+    HoldfastError,
+    InUse,
+    InvalidRequest,
+    NoCapacity,
+    SpecMismatch,
+)
 from .extent import Extent, cut
 from .geometry import arena_geometry, extent_geometry
 from .ingest import Ingest, Ingests
@@ -41,9 +50,7 @@ MAX_SECONDS = 1e7
 class Service:
     """All commands. `secret` gives a tenant's key secret; `effects` carries out orders."""
 
-    def __init__(
-        self, config: Config, clock: Clock, effects: Effects, secret: Callable[[str], bytes]
-    ) -> None:
+    def __init__(self, config: Config, clock: Clock, effects: Effects, secret: Callable[[str], bytes]) -> None:
         policy = POLICIES.get(config.eviction.policy)
         if policy is None:
             raise ConfigError(f"eviction.policy {config.eviction.policy!r} is unknown; use one of {sorted(POLICIES)}")
@@ -75,6 +82,7 @@ class Service:
 
     def tick(self) -> None:
         """Let time pass: deadlines of those who wait, ends of pins."""
+        self.store.retry_drops()
         self.room.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
         self._pump()
@@ -109,9 +117,7 @@ class Service:
         self.store.submit(Write(id=self.store.new_id(), records=(PutSpec(spec),)))
         return fingerprint
 
-    def register_rank(
-        self, client: int, name: str, rank: int, cp: int, tp: int, fingerprint: bytes, rows: int
-    ) -> None:
+    def register_rank(self, client: int, name: str, rank: int, cp: int, tp: int, fingerprint: bytes, rows: int) -> None:
         """Seat a client as one rank of a group, with an arena of `rows` token rows."""
         spec = self._spec(fingerprint)
         if cp < 1 or tp < 1 or not 0 <= rank < cp * tp or rows < 1:
@@ -149,7 +155,10 @@ class Service:
         """The client is gone for good: its groups, leases and ingests end, and everything it held is free."""
         for group in [g for g in self.state.groups.values() if client in g.seats.values()]:
             rank = next(rank for rank, seat in group.seats.items() if seat == client)
-            self.store.fail_group(group.name, f"rank {rank} is gone")
+            error = GroupFailed(f"group {group.name!r}: rank {rank} is gone")
+            self.loader.fail_group(group.name, error)
+            self.store.fail_group(group.name, error)
+            self.ingests.fail_group(group.name, error)
         for ingest in [i for i in self.ingests.open.values() if i.client == client]:
             self.ingests.abort(ingest)
         for attach in [a for a in self.attaches.open.values() if a.lease.owner == client]:
@@ -179,9 +188,7 @@ class Service:
         tokens = as_tokens(tokens, spec)
         if len(self.state.documents) >= self.config.limits.documents and document not in self.state.documents:
             raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
-        extents = cut(
-            block_keys(tokens, spec, self._secret(document.tenant)), len(tokens), spec, document.tenant
-        )
+        extents = cut(block_keys(tokens, spec, self._secret(document.tenant)), len(tokens), spec, document.tenant)
         missing = tuple(extent for extent in extents if not self._present(extent))
         cached = self._cached_tokens(extents, missing, len(tokens))
         placed = None
@@ -218,9 +225,7 @@ class Service:
         """Tokens in front of the first missing extent of any layer group."""
         return min((extent.start for extent in missing), default=token_count)
 
-    def commit_ingest(
-        self, client: int, ingest_id: int, done: Callable[[Document | HoldfastError], None]
-    ) -> None:
+    def commit_ingest(self, client: int, ingest_id: int, done: Callable[[Document | HoldfastError], None]) -> None:
         """Publish an ingest; `done` hears the document when it is complete and visible."""
         ingest = self.ingests.get(ingest_id, client)
 
@@ -260,9 +265,7 @@ class Service:
         self._pump()
         return attach
 
-    def wait_layers(
-        self, client: int, lease_id: int, layers: int, done: Callable[[int | HoldfastError], None]
-    ) -> None:
+    def wait_layers(self, client: int, lease_id: int, layers: int, done: Callable[[int | HoldfastError], None]) -> None:
         """See Attaches.wait_layers."""
         self.attaches.wait_layers(client, lease_id, layers, done)
 
@@ -290,9 +293,7 @@ class Service:
 
     # Upkeep ------------------------------------------------------------------------------------
 
-    def pin(
-        self, document: DocumentId, floor: Tier, ttl_seconds: float | None, owner: str, reason: str
-    ) -> Pin:
+    def pin(self, document: DocumentId, floor: Tier, ttl_seconds: float | None, owner: str, reason: str) -> Pin:
         """See Upkeep.pin."""
         pin = self.upkeep.pin(document, floor, ttl_seconds, owner, reason)
         self._pump()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .clock import Clock
-from .errors import GroupFailed, HoldfastError
+from .errors import HoldfastError
 from .extent import Extent
 from .ledger import Verdict
 from .orders import (
@@ -312,13 +312,12 @@ class Store:
         placement.apply(Event.RELEASE)
         self.records.ledger.left(placement.device, placement.size_bytes)
 
-    def fail_group(self, name: str, reason: str) -> None:
+    def fail_group(self, name: str, error: HoldfastError) -> None:
         """A rank died: the group's HBM is gone, and loads into it end. Saves out of it end when the effects say so.
 
         Until then the other ranks may still write to the slots.
         """
         group = self.records.groups[name]
-        error: HoldfastError = GroupFailed(f"group {name!r}: {reason}")
         for order_id in sorted(self._loads.pop(name, set())):
             self.finished(order_id, Outcome(error=error))
         for shard in group.shards.values():

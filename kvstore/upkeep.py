@@ -16,7 +16,8 @@ from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCa
 from .extent import Extent, named
 from .ingest import Ingests
 from .ledger import SwapRecord
-from .loader import Loader, Loading
+from .loader import Loader
+from .loading import Loading
 from .orders import DropDocument, DropExtent, DropPin, PutPin, PutPrefills, Record, Urgency, Write
 from .planner import Victim
 from .residency import Placement, State, Tier
@@ -81,7 +82,8 @@ class Upkeep:
         if copy.shard is not None:
             shard = next((s for s in self.state.shards() if s.id == copy.shard), None)
             return shard is not None and not self.state.may_leave_hbm(shard)
-        return not self.state.may_leave(self.state.extents[victim.extent], copy)
+        record = self.state.extents.get(victim.extent)
+        return record is not None and copy in record.placements() and not self.state.may_leave(record, copy)
 
     # Pins --------------------------------------------------------------------------------------
 

@@ -56,6 +56,7 @@ FLOOR_OF = {
     "attach": "service",
     "ingest": "service",
     "loader": "service",
+    "loading": "service",
     "room": "service",
     "service": "service",
     "store": "service",

@@ -1,0 +1,69 @@
+"""Loading: one document's extents on their way to DDR, or on into the rows of a group's shard. See loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from .document import DocumentId
+from .errors import DocumentIncomplete, HoldfastError
+from .extent import ExtentId
+from .layout import Layout
+from .ledger import SwapRecord
+from .orders import Urgency
+from .residency import Placement
+from .room import Reservation
+from .state import ExtentRecord, Shard
+
+
+class Phase(StrEnum):
+    """Where a loading is."""
+
+    WAITING = "waiting"
+    MOVING = "moving"
+    READY = "ready"
+    FAILED = "failed"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Loading:
+    """One document's extents on their way to DDR (`group` None) or to a shard.
+
+    `spans` are all extents that the shard makes rows for; `records` those of them that are loaded. `granted` is
+    called when all room is taken and moves begin, `layer_ready` when another leading layer has arrived everywhere,
+    `ended` once, with the error if any. The copies in `held` stay held until `Loader.release`.
+    """
+
+    document: DocumentId
+    records: Sequence[ExtentRecord]
+    spans: dict[ExtentId, tuple[int, int]]
+    group: str | None
+    layout: Layout | None
+    urgency: Urgency
+    swap: SwapRecord
+    started_ns: int
+    granted: Callable[[], None]
+    layer_ready: Callable[[int], None]
+    ended: Callable[[HoldfastError | None], None]
+    phase: Phase = Phase.WAITING
+    shard: Shard | None = None
+    generation: int = 0
+    reservation: Reservation | None = None
+    sources: dict[ExtentId, Placement] = field(default_factory=dict)
+    held: list[Placement] = field(default_factory=list)
+    arrived: dict[ExtentId, int] = field(default_factory=dict)  # leading layers at the target
+    layers: int = 0  # leading layers reported
+    in_flight: int = 0
+    released: bool = False
+    kept: bool = False  # failed, but its holder may still be reading what is in DDR
+    error: HoldfastError | None = None
+
+
+def incomplete(loading: Loading, record: ExtentRecord) -> DocumentIncomplete:
+    """Some of its KV is gone: the error that names the tokens."""
+    extent = record.extent
+    return DocumentIncomplete(
+        f"{loading.document}: tokens [{extent.start}, {extent.stop}) are gone; "
+        "ingest the document again to recompute them"
+    )
