@@ -24,7 +24,7 @@ from .demo_stage import DaemonProcess, Reference, Stage, compare
 from .engine_adapter.group import RankGroup
 from .engine_adapter.session import Session
 from .kvstore.client import Client
-from .kvstore.errors import DeadlineExceeded, InvalidRequest
+from .kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest
 from .kvstore.geometry import extent_geometry
 from .kvstore.spec import KVSpec
 from .kvstore.views import VerdictView
@@ -32,6 +32,7 @@ from .rest import Rest, left_address
 
 NEW_TOKENS: Final = 32
 PIPE_WIDTH: Final = 150
+LOG_CHARACTERS: Final = 2000
 MAIN: Final = "opticks"
 PINNED: Final = "pinned"
 EXTRA_DOCUMENTS: Final = 7
@@ -67,6 +68,9 @@ def run_demo(document: Path | None, tokens: int, json_wanted: bool, data_dir: Pa
         demo = Demo(text, min(tokens, len(text)), directory, screen, progress_screen)
         try:
             report = demo.run()
+        except HoldfastError:
+            progress_screen.print(f"[dim]the daemon's last words:\n{demo.daemon_log()}[/]", highlight=False)
+            raise
         finally:
             demo.close()
     if json_wanted:
@@ -148,6 +152,10 @@ class Demo:
             self._return_trip()
         fates, verdicts = self._pressure()
         return self._report(fates, verdicts)
+
+    def daemon_log(self) -> str:
+        """The end of what the daemon logged."""
+        return self._daemon.log()[-LOG_CHARACTERS:]
 
     def close(self) -> None:
         """End every process."""

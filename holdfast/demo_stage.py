@@ -53,9 +53,13 @@ class DaemonProcess:
                 return Client(self.socket)
             except DaemonUnavailable:
                 if self._process.poll() is not None or time.monotonic() > deadline:
-                    log_text = (self._data_dir / "daemon.log").read_text()[-2000:]
-                    raise DaemonUnavailable(f"the demo's daemon did not start:\n{log_text}") from None
+                    raise DaemonUnavailable("the demo's daemon did not start") from None
                 time.sleep(0.02)
+
+    def log(self) -> str:
+        """What it has logged."""
+        path = self._data_dir / "daemon.log"
+        return path.read_text() if path.exists() else ""
 
     def kill(self) -> None:
         """SIGKILL: no goodbye, no flush."""
