@@ -21,6 +21,7 @@ from .wire import (
     Refused,
     Reply,
     Request,
+    SlabMapped,
     Welcome,
 )
 
@@ -28,6 +29,7 @@ READ_BYTES: Final = 256 << 10
 DESCRIPTORS: Final = 8  # at most this many come with one read; the daemon sends one at a time
 FRAME_LIMIT: Final = 256 << 20  # we trust our daemon, but not a broken stream
 REPLY_SECONDS: Final = 30.0
+REASON_SECONDS: Final = 1.0
 
 
 class Connection:
@@ -51,6 +53,7 @@ class Connection:
         self._waiting: dict[int, Future[tuple[Reply, list[int]]]] = {}
         self._next_id = 1
         self._open = True
+        self._refusal: HoldfastError | None = None  # why the daemon hung up, where it said so
         self._descriptors: list[int] = []
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -108,7 +111,10 @@ class Connection:
             with self._lock:
                 self._sock.sendall(data)
         except OSError as error:
-            raise DaemonUnavailable(f"the connection to {self._path} broke: {error.strerror or error}") from error
+            if threading.current_thread() is not self._reader:
+                self._reader.join(REASON_SECONDS)  # the daemon may have said why before it hung up
+            broke = DaemonUnavailable(f"the connection to {self._path} broke: {error.strerror or error}")
+            raise self._refusal or broke from error
 
     def _read(self) -> None:
         frames = FrameBuffer(FRAME_LIMIT)
@@ -131,11 +137,14 @@ class Connection:
             if self._on_command is not None:
                 self._on_command(body)
             return
+        if answer.id == 0 and isinstance(body, Refused):
+            self._refusal = from_code(body.code, body.message)
+            return
         with self._lock:
             future = self._waiting.pop(answer.id, None)
-        # Descriptors arrive no later than the frame they belong to, and the daemon sends one such frame at a time
-        # per reply; a reply nobody waits for any more must still not leak them.
-        descriptors, self._descriptors = self._descriptors, []
+        # A descriptor arrives no later than the frame it belongs to, but perhaps together with frames before that one;
+        # each SlabMapped has exactly one, and a reply nobody waits for any more must still not leak it.
+        descriptors = [self._descriptors.pop(0)] if isinstance(body, SlabMapped) else []
         if future is not None:
             future.set_result((body, descriptors))
         else:
@@ -147,7 +156,7 @@ class Connection:
             self._open = False
             waiting, self._waiting = list(self._waiting.values()), {}
         for future in waiting:
-            future.set_exception(DaemonUnavailable(f"the daemon at {self._path} went away"))
+            future.set_exception(self._refusal or DaemonUnavailable(f"the daemon at {self._path} went away"))
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors = []

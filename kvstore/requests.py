@@ -6,7 +6,8 @@ Knows messages and commands, no sockets. Commands that wait become awaitables he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from .attach import Attach
 from .costs import PrefillPoint
 from .document import Document, DocumentId
-from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
+from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
 from .ingest import Ingest
 from .loading import Loading
@@ -123,7 +124,11 @@ class Requests:
                 )
                 return Receipt(swap_view(swap))
             case ObservePrefill(fingerprint, points):
-                measured = [PrefillPoint(cached_tokens=p, new_tokens=t, seconds=s) for p, t, s in points]
+                measured = [
+                    PrefillPoint(cached_tokens=cached, new_tokens=new, seconds=seconds)
+                    for cached, new, seconds in points
+                    if seconds >= 1 / NS  # a clock that saw no time pass has measured nothing
+                ]
                 service.observe_prefill(fingerprint, measured)
             case DeleteDocument(name=name):
                 service.delete(DocumentId(tenant, name))
@@ -169,7 +174,8 @@ class Requests:
             ),
             late=lambda ingest: self._service.abort_ingest(client, ingest.id),
         )
-        parts = [self._part(extent, opened.filled[extent.id]) for extent in opened.missing]
+        with self._taken_back(lambda: self._service.abort_ingest(client, opened.id)):
+            parts = [self._part(extent, opened.filled[extent.id]) for extent in opened.missing]
         return IngestOpened(opened.id, opened.cached_tokens, parts, _shard(opened.loading))
 
     async def _attach(self, client: int, tenant: str, body: AttachDocument) -> Reply:
@@ -187,14 +193,26 @@ class Requests:
             late=lambda attach: self._service.detach(client, attach.lease.id),
         )
         owner = self._service.state.documents[attach.lease.document].document
+        with self._taken_back(lambda: self._service.detach(client, attach.lease.id)):
+            parts = [] if body.group is not None else [self._part(r.extent, r.ddr) for r in attach.loading.records]
         return Attached(
             attach.lease.id,
             owner.fingerprint,
             owner.token_count,
             self._service.state.specs[owner.fingerprint],
-            [] if body.group is not None else [self._part(r.extent, r.ddr) for r in attach.loading.records],
+            parts,
             _shard(attach.loading),
         )
+
+    @contextmanager
+    def _taken_back(self, undo: Callable[[], None]) -> Iterator[None]:
+        """Undo a grant that cannot be handed over: a slab whose memory cannot be made is found out only here."""
+        try:
+            yield
+        except HoldfastError:
+            with suppress(ClaimNotFound):
+                undo()
+            raise
 
     async def _evict(self, tenant: str, body: EvictDocument) -> Reply:
         document = DocumentId(tenant, body.name)
@@ -226,12 +244,19 @@ class Requests:
 
     async def _call(self, start: Callable[[Answered[T]], object], late: Callable[[T], None] | None = None) -> T:
         """Await a command's callback. When the caller is gone meanwhile, `late` undoes what was granted after all."""
-        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def undo(result: T) -> None:
+            with suppress(ClaimNotFound):  # its client's end has ended it already
+                assert late is not None
+                late(result)
 
         def done(result: T | HoldfastError) -> None:
             if future.done():
                 if late is not None and not isinstance(result, HoldfastError):
-                    late(result)
+                    # Not from within the command that grants it.
+                    loop.call_soon(undo, result)
             elif isinstance(result, HoldfastError):
                 future.set_exception(result)
             else:

@@ -96,6 +96,8 @@ class Room:
         if not planner.fits(demand) and not planner.draining(demand):
             victims = planner.make_room(demand)
             if victims is None:
+                if self.store.orders_in_flight:
+                    return False  # what is being moved may leave when its move has ended
                 self._waiting.remove(reservation)
                 reservation.refused(NoCapacity(self._holders(demand)))
                 return True

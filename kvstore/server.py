@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Final
 from .arena import Arena
 from .config import LimitsConfig
 from .document import checked_name
-from .errors import Draining, HoldfastError, ProtocolError, VersionMismatch
+from .errors import ConfigError, Draining, HoldfastError, InUse, ProtocolError, Unavailable, VersionMismatch
 from .frames import Answer, Envelope, FrameBuffer, decode_request, encode
 from .ranks import Ranks
 from .requests import Requests
@@ -43,26 +43,61 @@ from .wire import (
 READ_BYTES: Final = 256 << 10
 OUTBOX_FRAMES: Final = 4096  # a peer that reads this little is taken for dead
 HELLO_SECONDS: Final = 10.0
+FAREWELL_SECONDS: Final = 1.0  # for a peer to take what it was sent last
+ACCEPT_RETRY_SECONDS: Final = 0.1
 PEER: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """A frame to be sent, and the descriptors beside it. A reply frees one of the connection's request places."""
+
+    data: bytes
+    descriptors: tuple[int, ...] = ()
+    is_reply: bool = False
 
 
 @dataclass(eq=False, slots=True)
 class Connection:
-    """One accepted socket. `client` is 0 until Hello."""
+    """One accepted socket. `client` is 0 until Hello; `process` is a pidfd of the peer, if it is one we can see.
+
+    `places` are how many more requests it may have that are not answered, or whose answers it has not taken.
+    """
 
     sock: socket.socket
     pid: int
+    process: int | None
+    places: asyncio.Semaphore
     client: int = 0
     tenant: str = ""
-    outbox: asyncio.Queue[tuple[bytes, tuple[int, ...]]] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
+    has_seat: bool = False
+    outbox: asyncio.Queue[_Frame | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
     requests: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def send(self, message: Answer, descriptors: tuple[int, ...] = ()) -> None:
+    def send(self, frame: _Frame) -> None:
         """Queue a frame; a full queue ends the connection."""
         try:
-            self.outbox.put_nowait((encode(message), descriptors))
+            self.outbox.put_nowait(frame)
         except asyncio.QueueFull:
+            _close_all(frame.descriptors)
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Let the reader find the end."""
+        with suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close everything but the pidfd, what was never sent included."""
+        self.sock.close()
+        while not self.outbox.empty():
+            frame = self.outbox.get_nowait()
+            _close_all(frame.descriptors if frame is not None else ())
+
+
+def _close_all(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 class Server:
@@ -75,7 +110,8 @@ class Server:
         self._limits = limits
         self._version = version
         self._requests = Requests(service, arena.serial)
-        self._connections: dict[int, Connection] = {}
+        self._accepted: set[Connection] = set()
+        self._connections: dict[int, Connection] = {}  # those that said hello
         self._zombies: dict[int, tuple[int, int]] = {}  # client -> (pid, pidfd): connection gone, process alive
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
@@ -84,12 +120,18 @@ class Server:
     # Life --------------------------------------------------------------------------------------
 
     async def start(self, path: Path) -> None:
-        """Listen; only this user may connect. The caller holds the data directory lock, so a left-over is ours."""
-        path.unlink(missing_ok=True)  # noqa: ASYNC240 - once, before anything is served
+        """Listen; only this user may connect. The caller holds the data directory lock, so a left-over is ours.
+
+        Raises ConfigError when the socket cannot be made.
+        """
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         old = os.umask(0o177)
         try:
+            path.unlink(missing_ok=True)  # noqa: ASYNC240 - once, before anything is served
             listener.bind(str(path))
+        except OSError as error:
+            listener.close()
+            raise ConfigError(f"cannot listen on daemon.socket = {path}: {error.strerror}") from error
         finally:
             os.umask(old)
         listener.listen(128)
@@ -106,9 +148,8 @@ class Server:
         self._draining = True
         if self._listener is not None:
             self._listener.close()
-        for connection in list(self._connections.values()):
-            with suppress(OSError):
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        for connection in self._accepted:
+            connection.hang_up()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -130,40 +171,69 @@ class Server:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(listener)
-            if len(self._tasks) > 4 * self._limits.connections or len(self._connections) >= self._limits.connections:
-                sock.close()
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError:  # no descriptor or memory left just now, or the peer is gone again
+                await asyncio.sleep(ACCEPT_RETRY_SECONDS)
                 continue
             sock.setblocking(False)  # noqa: FBT003 - the standard library's signature
-            pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-            self._spawn(self._serve(Connection(sock, pid)))
+            if len(self._accepted) >= self._limits.connections:
+                error = Unavailable(f"all of limits.connections = {self._limits.connections} connections are taken")
+                with suppress(OSError), sock:
+                    sock.send(encode(Answer(0, Refused(error.code, error.message))))
+                continue
+            self._spawn(self._serve(self._connected(sock)))
+
+    def _connected(self, sock: socket.socket) -> Connection:
+        pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+        try:
+            process = os.pidfd_open(pid)
+        except OSError:  # it has ended already, or lives in a container we cannot look into
+            process = None
+        return Connection(sock, pid, process, asyncio.Semaphore(self._limits.requests_per_connection))
 
     # One connection ----------------------------------------------------------------------------
 
     async def _serve(self, connection: Connection) -> None:
-        writer = asyncio.get_running_loop().create_task(self._write(connection))
+        loop = asyncio.get_running_loop()
+        serving = asyncio.current_task()
+        assert serving is not None
+        self._accepted.add(connection)
+        reader = loop.create_task(self._read(connection))
+        writer = loop.create_task(self._write(connection))
+        if connection.process is not None:  # the reader may be busy, and then does not see the end of the stream
+            loop.add_reader(connection.process, reader.cancel)
         try:
-            await self._read(connection)
+            await reader
         except (OSError, TimeoutError):
             pass
-        except ProtocolError as error:
-            connection.send(Answer(0, Refused(error.code, error.message)))
+        except HoldfastError as error:
+            connection.send(_Frame(encode(Answer(0, Refused(error.code, error.message)))))
+        except asyncio.CancelledError:
+            if serving.cancelling():
+                raise  # our end, not the peer's
         finally:
+            if connection.process is not None:
+                loop.remove_reader(connection.process)
             for task in connection.requests:
                 task.cancel()
             with suppress(asyncio.QueueFull):
-                connection.outbox.put_nowait((b"", ()))
-            await asyncio.wait([writer], timeout=1.0)
+                connection.outbox.put_nowait(None)
+            await asyncio.wait([writer], timeout=FAREWELL_SECONDS)
             writer.cancel()
-            connection.sock.close()
+            await asyncio.wait([writer])
+            connection.close()
+            self._accepted.discard(connection)
             self._ended(connection)
 
     async def _read(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         frames = FrameBuffer(self._limits.frame_bytes)
+        deadline = loop.time() + HELLO_SECONDS
         while True:
             waiting = loop.sock_recv(connection.sock, READ_BYTES)
-            data = await (waiting if connection.client else asyncio.wait_for(waiting, HELLO_SECONDS))
+            left = max(0.0, deadline - loop.time())
+            data = await (waiting if connection.client else asyncio.wait_for(waiting, left))
             if not data:
                 return
             for frame in frames.feed(data):
@@ -179,9 +249,8 @@ class Server:
                     await self._start(connection, envelope)
 
     async def _start(self, connection: Connection, envelope: Envelope) -> None:
-        """Run a request beside the others; a client with too many has to wait until some have ended."""
-        while len(connection.requests) >= self._limits.requests_per_connection:
-            await asyncio.wait(connection.requests, return_when=asyncio.FIRST_COMPLETED)
+        """Run a request beside the others, as soon as the client has a place for it."""
+        await connection.places.acquire()
         task = asyncio.get_running_loop().create_task(self._answer(connection, envelope))
         connection.requests.add(task)
         task.add_done_callback(lambda ended: self._request_ended(connection, ended))
@@ -196,12 +265,15 @@ class Server:
         loop = asyncio.get_running_loop()
         with suppress(OSError):
             while True:
-                data, descriptors = await connection.outbox.get()
-                if not data:
+                frame = await connection.outbox.get()
+                if frame is None:
                     return
-                if descriptors:
-                    data = await self._send_descriptors(connection.sock, data, descriptors)
+                data = frame.data
+                if frame.descriptors:
+                    data = await self._send_descriptors(connection.sock, data, frame.descriptors)
                 await loop.sock_sendall(connection.sock, data)
+                if frame.is_reply:
+                    connection.places.release()
 
     async def _send_descriptors(self, sock: socket.socket, data: bytes, descriptors: tuple[int, ...]) -> bytes:
         """Send the first byte with the descriptors beside it, and close ours; returns what is left to send."""
@@ -217,8 +289,7 @@ class Server:
                 finally:
                     loop.remove_writer(sock)
         finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
+            _close_all(descriptors)
 
     def _hello(self, connection: Connection, envelope: Envelope) -> None:
         hello = envelope.body
@@ -230,13 +301,23 @@ class Server:
             )
         checked_name(hello.tenant, "tenant")
         for client in hello.resume:
-            pid, descriptor = self._zombies.get(client, (0, -1))
-            if pid == connection.pid:
-                self._buried(client, descriptor)
+            self._resumed(client, connection.pid)
         connection.client = self._service.store.new_id()
         connection.tenant = hello.tenant
         self._connections[connection.client] = connection
-        connection.send(Answer(envelope.id, Welcome(connection.client, PROTOCOL_VERSION, self._version)))
+        welcome = Welcome(connection.client, PROTOCOL_VERSION, self._version)
+        connection.send(_Frame(encode(Answer(envelope.id, welcome))))
+
+    def _resumed(self, client: int, pid: int) -> None:
+        """A process holds nothing any more of what it held as `client`; its old connection may still seem to live."""
+        old = self._connections.get(client)
+        if old is not None and old.pid == pid:
+            del self._connections[client]
+            old.hang_up()
+            self._gone(client)
+        zombie_pid, descriptor = self._zombies.get(client, (0, -1))
+        if zombie_pid == pid:
+            self._buried(client, descriptor)
 
     async def _answer(self, connection: Connection, envelope: Envelope) -> None:
         body = envelope.body
@@ -253,7 +334,7 @@ class Server:
                 reply = await self._requests.handle(connection.client, connection.tenant, body)
         except HoldfastError as error:
             reply = Refused(error.code, error.message)
-        connection.send(Answer(envelope.id, reply), descriptors)
+        connection.send(_Frame(encode(Answer(envelope.id, reply)), descriptors, is_reply=True))
 
     def _map(self, connection: Connection, body: MapSlab) -> tuple[Reply, tuple[int, ...]]:
         """A tenant may see the slabs it owns, no others."""
@@ -263,12 +344,16 @@ class Server:
         return SlabMapped(body.slab, self._arena.serial(body.slab), self._arena.slab_bytes), (descriptor,)
 
     def _register(self, connection: Connection, body: RegisterRank) -> Reply:
+        if connection.has_seat:
+            raise InUse("this connection is a rank already; each rank has one of its own")
+
         def command(message: Command) -> None:
-            connection.send(Answer(0, message))
+            connection.send(_Frame(encode(Answer(0, message))))
 
         self._service.register_rank(
             connection.client, body.group, body.rank, body.cp, body.tp, body.fingerprint, body.rows
         )
+        connection.has_seat = True
         self._ranks.add(connection.client, body.group, body.rank, command)
         return Done()
 
@@ -277,22 +362,23 @@ class Server:
     def _goodbye(self, connection: Connection, envelope: Envelope) -> None:
         self._connections.pop(connection.client, None)
         self._gone(connection.client)
-        connection.send(Answer(envelope.id, Done()))
+        connection.send(_Frame(encode(Answer(envelope.id, Done()))))
 
     def _ended(self, connection: Connection) -> None:
-        """The connection broke: wait for the process to end before anything it held is reused."""
-        if self._connections.pop(connection.client, None) is None:
+        """The connection broke: nothing it held is reused before the process behind it has ended."""
+        client, process = connection.client, connection.process
+        known = self._connections.pop(client, None) is not None
+        if known:
+            self._ranks.lost(client)
+        if known and process is not None and self._service.holds(client):
+            self._zombies[client] = (connection.pid, process)
+            bury: Callable[[int, int], None] = self._buried
+            asyncio.get_running_loop().add_reader(process, bury, client, process)
             return
-        client = connection.client
-        self._ranks.lost(client)
-        try:
-            descriptor = os.pidfd_open(connection.pid)
-        except OSError:
+        if process is not None:
+            os.close(process)
+        if known:
             self._gone(client)
-            return
-        self._zombies[client] = (connection.pid, descriptor)
-        bury: Callable[[int, int], None] = self._buried
-        asyncio.get_running_loop().add_reader(descriptor, bury, client, descriptor)
 
     def _buried(self, client: int, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)

@@ -151,6 +151,14 @@ class Service:
         known = self.planner.observe_prefills(fingerprint, points)
         self.upkeep.remember_prefills(fingerprint, known)
 
+    def holds(self, client: int) -> bool:
+        """Whether a client has a seat, a lease or an ingest: bytes of ours that it may be reading or writing."""
+        return (
+            any(client in group.seats.values() for group in self.state.groups.values())
+            or any(ingest.client == client for ingest in self.ingests.open.values())
+            or any(attach.lease.owner == client for attach in self.attaches.open.values())
+        )
+
     def disconnect(self, client: int) -> None:
         """The client is gone for good: its groups, leases and ingests end, and everything it held is free."""
         for group in [g for g in self.state.groups.values() if client in g.seats.values()]:

@@ -6,7 +6,7 @@ whose descriptors are sent beside a SlabMapped reply.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -17,6 +17,12 @@ from .spec import KVSpec
 from .views import DocumentView, PinView, SwapView, TierView, VictimView
 
 PROTOCOL_VERSION: Final = 1
+
+# What a peer may claim. No machine has more, and sums of these still fit the 64 bits that a message can carry.
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
+Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=10**6)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -90,11 +96,11 @@ class RegisterRank(Message, frozen=True):
     """This connection is one rank of a group, with an HBM arena."""
 
     group: str
-    rank: int
-    cp: int
-    tp: int
+    rank: Count
+    cp: Count
+    tp: Count
     fingerprint: bytes
-    rows: int
+    rows: Count
 
 
 class BeginIngest(Message, frozen=True):
@@ -105,7 +111,7 @@ class BeginIngest(Message, frozen=True):
     tokens: bytes
     write_policy: WritePolicy
     group: str | None
-    chunk_tokens: int
+    chunk_tokens: Count
     deadline_seconds: float
 
 
@@ -148,10 +154,10 @@ class Report(Message, frozen=True):
     """What the engine saw of an attach."""
 
     lease: int
-    exposed_ns: int
-    prefill_ns: int
-    decode_ns: int
-    answer_tokens: int
+    exposed_ns: Nanoseconds
+    prefill_ns: Nanoseconds
+    decode_ns: Nanoseconds
+    answer_tokens: Count
 
 
 class Detach(Message, frozen=True):
@@ -164,7 +170,7 @@ class ObservePrefill(Message, frozen=True):
     """Measured prefills: (cached tokens, new tokens, seconds)."""
 
     fingerprint: bytes
-    points: list[tuple[int, int, float]]
+    points: list[tuple[Count, Count, Seconds]]
 
 
 class MapSlab(Message, frozen=True):
@@ -222,9 +228,9 @@ class MoveDone(Message, frozen=True):
     """A rank carried an order out; `code` is empty, or an error's."""
 
     order: int
-    size_bytes: int
-    busy_ns: int
-    elapsed_ns: int
+    size_bytes: Size
+    busy_ns: Nanoseconds
+    elapsed_ns: Nanoseconds
     code: str = ""
     message: str = ""
 
