@@ -5,10 +5,10 @@ STAMP := $(VENV)/.stamp
 ROOMS := kvstore eviction engine_adapter ring_attention
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format links clean
+.PHONY: help setup demo test check format links clean bench-reattach
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install holdfast with its pinned dependencies
 
@@ -34,6 +34,9 @@ links:
 	@rm -rf .links && mkdir -p .links/holdfast
 	@for path in holdfast/*; do ln -s ../../$$path .links/holdfast/; done
 	@for room in $(ROOMS); do ln -s ../../$$room .links/holdfast/; done
+
+bench-reattach: $(STAMP) ## Measure a reattach against the bare operations (benchmarks/results/reattach.json)
+	$(BIN)/python benchmarks/reattach.py
 
 format: $(STAMP) ## Format the code and fix what can be fixed safely
 	$(BIN)/ruff format
