@@ -169,7 +169,9 @@ class DaemonProcess:
         return self.start()
 
     def close(self) -> None:
-        """End it and its clients; remove its directories."""
+        """End it and its clients; remove its directories. What it said of a bug is shown with a test that failed."""
+        if "bug: stopping" in self.events():
+            print(self.log_text().replace("\\n", "\n"))  # noqa: T201 - pytest shows it
         if self.alive:
             os.kill(self.pid, signal.SIGKILL)
             self.wait()
