@@ -124,6 +124,8 @@ def striped(token_count: int, cp: int, tp: int = 1, stripe: int = 1, first_rank:
     """Stripes of `stripe` tokens dealt round-robin, the first to `first_rank`; stripe 1 is decode's append."""
     if stripe < 1:
         raise LayoutError(f"a stripe has at least one token, not {stripe}")
+    if cp < 1:
+        raise LayoutError(f"the cp degree must be positive, not {cp}")
     runs = [
         Run(start, min(start + stripe, token_count), (first_rank + index) % cp)
         for index, start in enumerate(range(0, token_count, stripe))

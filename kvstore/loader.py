@@ -240,6 +240,8 @@ class Loader:
                 self.store.records.ledger.counts["quarantined"] += 1
                 self.store.fail_nvme(record, source)
             self.store.unhold(source)
+            for loading in waiting:  # its first layers may be in use
+                loading.held.append(self.store.hold(target))
             target.holds -= 1
             self.store.fail(target)
             for loading in waiting:

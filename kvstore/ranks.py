@@ -87,33 +87,37 @@ class Ranks:
         pending = self._pending.get(answer.order)
         if pending is None or client not in pending.waiting:
             return
-        pending.waiting.discard(client)
         outcome = pending.outcome
         error = outcome.error
         if answer.code and error is None:
             error = from_code(answer.code, answer.message)
-        pending.outcome = replace(
+        outcome = replace(
             outcome,
             size_bytes=outcome.size_bytes + answer.size_bytes,
             busy_ns=max(outcome.busy_ns, answer.busy_ns),
             elapsed_ns=max(outcome.elapsed_ns, answer.elapsed_ns),
             error=error,
         )
+        self._answered(answer.order, client, outcome)
+
+    def _answered(self, order_id: int, client: int, outcome: Outcome) -> None:
+        pending = self._pending[order_id]
+        pending.waiting.discard(client)
+        pending.outcome = outcome
         if not pending.waiting:
-            del self._pending[answer.order]
-            self._finished(answer.order, pending.outcome)
+            del self._pending[order_id]
+            self._finished(order_id, outcome)
 
     def lost(self, client: int) -> None:
-        """A rank's connection ended: the whole group is out of service, and its orders end in error."""
-        seat = self._seats.get(client)
-        if seat is None:
-            return
-        group, rank, _ = seat
+        """A rank's connection ended: the whole group is out of service.
+
+        Its orders end in error, each when the other ranks have answered too: until then they may be using its slots.
+        """
+        group, rank, _ = self._seats.get(client, ("", 0, None))
         self._seats = {c: other for c, other in self._seats.items() if other[0] != group}
         error = GroupFailed(f"rank {rank} of group {group!r} is gone")
-        for order_id in [order_id for order_id, pending in self._pending.items() if pending.group == group]:
-            del self._pending[order_id]
-            self._finished(order_id, Outcome(error=error))
+        for order_id in [order_id for order_id, pending in self._pending.items() if client in pending.waiting]:
+            self._answered(order_id, client, replace(self._pending[order_id].outcome, error=error))
 
     def _parts(self, parts: Sequence[Part]) -> list[PartMessage]:
         return [PartMessage(*p.slot, self._serial(p.slot.slab), p.start, p.valid_tokens) for p in parts]

@@ -175,6 +175,8 @@ class Requests:
             late=lambda ingest: self._service.abort_ingest(client, ingest.id),
         )
         with self._taken_back(lambda: self._service.abort_ingest(client, opened.id)):
+            if opened.error is not None:  # since the grant
+                raise opened.error
             parts = [self._part(extent, opened.filled[extent.id]) for extent in opened.missing]
         return IngestOpened(opened.id, opened.cached_tokens, parts, _shard(opened.loading))
 
@@ -194,6 +196,8 @@ class Requests:
         )
         owner = self._service.state.documents[attach.lease.document].document
         with self._taken_back(lambda: self._service.detach(client, attach.lease.id)):
+            if attach.loading.error is not None:  # since the grant
+                raise attach.loading.error
             parts = [] if body.group is not None else [self._part(r.extent, r.ddr) for r in attach.loading.records]
         return Attached(
             attach.lease.id,

@@ -15,7 +15,7 @@ from .document import DocumentId
 from .errors import DeadlineExceeded, HoldfastError, NoCapacity
 from .geometry import extent_geometry
 from .ledger import Hop
-from .orders import Outcome, Part, PutDocument, PutExtent, SaveShard, Seal, Urgency, Write, WriteOut
+from .orders import Outcome, Part, PutDocument, PutExtent, PutSpec, SaveShard, Seal, Urgency, Write, WriteOut
 from .planner import Demand, Victim
 from .residency import Event, Placement, State, Tier
 from .slots import SlotClass
@@ -324,7 +324,8 @@ class Room:
         owner = self.store.records.documents.get(document)
         if owner is None or owner.volatile or owner.durable:
             return
-        write = Write(id=self.store.new_id(), records=(PutDocument(owner.document),))
+        spec = self.store.records.specs[owner.document.fingerprint]  # with it, lest an earlier commit of it failed
+        write = Write(id=self.store.new_id(), records=(PutSpec(spec), PutDocument(owner.document)))
 
         def committed(outcome: Outcome) -> None:
             owner.durable = outcome.error is None

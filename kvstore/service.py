@@ -30,7 +30,7 @@ from .extent import Extent, cut
 from .geometry import arena_geometry, extent_geometry
 from .ingest import Ingest, Ingests
 from .keys import Tokens, as_tokens, block_keys
-from .layout import Layout, chunked, zigzag
+from .layout import Layout, chunked, heads_of, zigzag
 from .ledger import Ledger, SwapRecord
 from .loader import Loader
 from .orders import Effects, Outcome, PutSpec, Write
@@ -118,13 +118,17 @@ class Service:
         return fingerprint
 
     def register_rank(self, client: int, name: str, rank: int, cp: int, tp: int, fingerprint: bytes, rows: int) -> None:
-        """Seat a client as one rank of a group, with an arena of `rows` token rows."""
+        """Seat a client as one rank of a group, with an arena of `rows` token rows.
+
+        Raises InvalidRequest, LayoutError (heads that `tp` cannot share), SpecMismatch or InUse.
+        """
         spec = self._spec(fingerprint)
         if cp < 1 or tp < 1 or not 0 <= rank < cp * tp or rows < 1:
             raise InvalidRequest(f"rank {rank} of cp={cp} tp={tp} with {rows} rows is no seat")
         if len(spec.groups) != 1:
             raise InvalidRequest("managed HBM holds models with one layer group; this one has several")
         checked_name(name, "group")
+        heads_of(0, tp, spec.groups[0].kv_heads)
         group = self.state.groups.get(name)
         if group is None:
             geometry = arena_geometry(spec, 1, tp)

@@ -74,12 +74,13 @@ class KVSpec:
         numbers = [self.vocabulary_size, self.block_tokens, self.extent_blocks]
         for group in self.groups:
             numbers += [group.kv_heads, group.key_dim, len(group.layers)]
+            numbers += [group.window] if group.window is not None else []
             if group.value_dim < (0 if group.kind is GroupKind.MLA else 1):
                 raise InvalidSpec(f"value_dim {group.value_dim} is too small for a {group.kind} group")
             if (group.window is None) == (group.kind is GroupKind.SLIDING):
                 raise InvalidSpec("exactly the sliding-window groups have a window")
         if min(numbers) < 1:
-            raise InvalidSpec("layers, heads, dims, block and vocabulary sizes must be positive")
+            raise InvalidSpec("layers, heads, dims, windows, block and vocabulary sizes must be positive")
         layers = [layer for group in self.groups for layer in group.layers]
         if len(set(layers)) != len(layers):
             raise InvalidSpec("a layer belongs to exactly one group")

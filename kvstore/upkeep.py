@@ -258,8 +258,12 @@ class Upkeep:
                 record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
                 record.documents.add(document.id)
         for pin in pins:
-            if pin.document in self.state.documents:
+            try:
+                self.state.document(pin.document)
                 self.state.pins.add(pin)
+            except HoldfastError:  # the document was never durable, or the budget shrank
+                self.state.ledger.counts["pins_not_restored"] += 1
+                self._write(DropPin(*pin.document))
         for document in [record.document for record in self.state.documents.values()]:
             pin_of = self.state.pins.get(document.id)
             if pin_of is not None and pin_of.floor is not Tier.NVME:

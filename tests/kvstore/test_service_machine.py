@@ -1,0 +1,549 @@
+"""The service against a naive model, under every order of events that hypothesis finds.
+
+The model knows documents as tokens, and bytes as labels: what a slot or a shard's tokens hold is the whole prefix that
+they were computed from. Reads, writes, loads and saves move labels; each must move the right one.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+from fakes import FAR_NS, ManualEffects, tiny_config, tiny_spec
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from holdfast.kvstore.clock import ManualClock
+from holdfast.kvstore.document import DocumentId, WritePolicy
+from holdfast.kvstore.errors import CorruptExtent, HoldfastError, StorageFailed
+from holdfast.kvstore.extent import cut
+from holdfast.kvstore.keys import block_keys
+from holdfast.kvstore.orders import (
+    CloseShard,
+    LoadShard,
+    OpenShard,
+    Outcome,
+    ReadIn,
+    RetireSlab,
+    SaveShard,
+    Seal,
+    Write,
+    WriteOut,
+)
+from holdfast.kvstore.residency import State, Tier
+from holdfast.kvstore.service import Service
+
+STEP = 32  # tokens per extent
+LAYERS = 2
+WRITERS = (1, 2)
+RANKS = (11, 12)
+NAMES = ("a", "b", "c", "d")
+LENGTHS = (1, 31, 32, 33, 64, 90, 128)
+SELDOM = st.sampled_from([False] * 5 + [True])
+NOT_ANSWERED = (OpenShard, CloseShard, RetireSlab)
+
+
+def stream(number, length):
+    """Three streams that share their first 40 tokens."""
+    return tuple(i if i < 40 else 100 * number + i % 50 for i in range(length))
+
+
+def prefixes(tokens):
+    """What each extent of a document holds, by its first token."""
+    return {start: tokens[: start + STEP] for start in range(0, len(tokens), STEP)}
+
+
+def small_config():
+    """Eight extents fill DDR, and eight NVMe."""
+    config = tiny_config()
+    ddr = replace(config.ddr, capacity_bytes=128 << 10, slab_bytes=32 << 10)
+    nvme = replace(config.nvme, capacity_bytes=128 << 10, segment_bytes=64 << 10)
+    return replace(config, ddr=ddr, nvme=nvme)
+
+
+class Machine(RuleBasedStateMachine):
+    """Rules are commands, reports and accidents; what follows each rule must hold whatever came before."""
+
+    @initialize()
+    def start(self):
+        self.clock = ManualClock()
+        self.nvme = {}
+        self.rows = {"extents": {}, "documents": {}, "pins": {}}
+        self.boot()
+
+    def boot(self):
+        self.effects = ManualEffects(self.submitted)
+        self.ddr = {}
+        self.hbm = {}
+        self.shards = {}  # shard -> what its document's extents hold
+        self.labels = {}  # extent id -> what it holds
+        self.expected = {}  # order id -> label that it moves
+        self.documents = {}
+        self.policies = {}
+        self.ingests = {}  # id -> (ingest, tokens, name, group)
+        self.leases = {}  # id -> (attach, name, group, {slot: extent id})
+        self.pins = {}
+        self.floored = set()
+        self.has_group = False
+        self.service = Service(small_config(), self.clock, self.effects, lambda _: bytes(32))
+        self.fingerprint = self.service.register_spec(tiny_spec())
+
+    # What orders do ----------------------------------------------------------------------------
+
+    def label_at(self, slot, tier):
+        found = [
+            copy.extent
+            for copy in self.service.state.all_placements()
+            if copy.slot == slot and copy.tier is tier and copy.state is not State.LOST
+        ]
+        assert len(found) == 1, f"{tier} {slot} belongs to {found}"
+        return self.labels[found[0]]
+
+    def submitted(self):
+        order = self.effects.orders[-1]
+        state = self.service.state if hasattr(self, "service") else None
+        match order:
+            case ReadIn(source=source, target=target):
+                # The record takes its copy before it asks for the bytes.
+                self.expected[order.id] = self.label_at(target, Tier.DDR)
+                assert self.nvme[source] == self.expected[order.id], "reads another extent's bytes"
+            case WriteOut(source=source, target=target):
+                self.expected[order.id] = self.ddr[source]
+                assert all(slot != target for _, _, slot in self.rows["extents"].values()), "cataloged slot reused"
+                self.nvme[target] = "torn"
+            case OpenShard(shard=shard, resident_tokens=resident):
+                if shard not in self.shards:
+                    found = next(s for s in state.shards() if s.id == shard)
+                    self.shards[shard] = {start: self.labels[e] for e, (start, _) in found.spans.items()}
+                    assert resident == 0
+                here = {start for number, start in self.hbm if number == shard}
+                for start in here:
+                    if start >= resident:
+                        del self.hbm[shard, start]
+                front = {start for start in self.shards[shard] if start < resident}
+                assert all((shard, start) in self.hbm for start in front), "rows said to be resident are not"
+            case CloseShard(shard=shard):
+                if not any(s.id == shard for s in state.shards()):
+                    self.hbm = {key: label for key, label in self.hbm.items() if key[0] != shard}
+            case RetireSlab(slab=slab):
+                assert state.ddr.owner(slab) is None
+
+    def carry_out(self, order):
+        """What the order does to memory when it ends well."""
+        match order:
+            case ReadIn(source=source, target=target):
+                assert self.nvme[source] == self.expected[order.id], "its source was overwritten"
+                self.ddr[target] = self.nvme[source]
+            case WriteOut(source=source, target=target):
+                assert self.ddr[source] == self.expected[order.id], "its source was overwritten"
+                self.nvme[target] = self.ddr[source]
+            case Seal(slot=slot):
+                assert self.ddr[slot] == self.label_at(slot, Tier.DDR)
+            case LoadShard(shard=shard, parts=parts, layer_stop=stop):
+                for part in parts:
+                    if any(s.id == shard for s in self.service.state.shards()):
+                        assert self.ddr[part.slot] == self.shards[shard][part.start], "loads another extent's bytes"
+                        if stop == LAYERS:
+                            self.hbm[shard, part.start] = self.ddr[part.slot]
+            case SaveShard(shard=shard, parts=parts):
+                for part in parts:
+                    self.ddr[part.slot] = self.hbm.get((shard, part.start), "torn")
+            case Write(records=records):
+                for record in records:
+                    self.apply(record)
+
+    def apply(self, record):
+        match record.kind:
+            case "put-extent":
+                taken = [i for i, (_, _, slot) in self.rows["extents"].items() if slot == record.slot]
+                assert taken in ([], [record.extent.id]), "two rows for one slot"
+                self.rows["extents"][record.extent.id] = (record.extent, record.checksums, record.slot)
+            case "drop-extent":
+                self.rows["extents"].pop(record.extent, None)
+            case "put-document":
+                self.rows["documents"][record.document.id] = record.document
+            case "drop-document":
+                self.rows["documents"].pop((record.tenant, record.name), None)
+            case "put-pin":
+                self.rows["pins"][record.pin.document] = record.pin
+            case "drop-pin":
+                self.rows["pins"].pop((record.tenant, record.name), None)
+
+    def endable(self):
+        """Orders that could end next: catalog writes and each group's commands keep their order, the rest does not."""
+        found = []
+        seen = set()
+        for order in self.effects.orders:
+            lane = "catalog" if isinstance(order, Write) else getattr(order, "group", None)
+            if lane is None or lane not in seen:
+                found.append(order)
+            seen.add(lane)
+        return found
+
+    def end(self, order):
+        self.carry_out(order)
+        self.effects.complete(self.service, order)
+
+    def drain(self):
+        while self.effects.orders:
+            self.end(self.endable()[0])
+
+    @rule(data=st.data())
+    def order_ends(self, data):
+        if self.endable():
+            self.end(data.draw(st.sampled_from(self.endable()), label="order"))
+
+    @rule()
+    def all_orders_end(self):
+        self.drain()
+
+    @rule(data=st.data())
+    def layer_arrives(self, data):
+        reads = [order for order in self.effects.orders if isinstance(order, ReadIn)]
+        if reads:
+            order = data.draw(st.sampled_from(reads))
+            self.ddr[order.target] = self.nvme[order.source]
+            self.service.advanced(order.id, 1)
+
+    @rule(data=st.data())
+    def order_fails(self, data):
+        orders = [o for o in self.endable() if not isinstance(o, NOT_ANSWERED) and not self.has_spec(o)]
+        if not orders:
+            return
+        order = data.draw(st.sampled_from(orders), label="order")
+        error = StorageFailed("planted")
+        if isinstance(order, ReadIn) and data.draw(st.booleans(), label="corrupt"):
+            error = CorruptExtent("planted")
+            self.floored = {(name, label) for name, label in self.floored if label != self.expected[order.id]}
+        if isinstance(order, ReadIn):
+            self.ddr[order.target] = "torn"
+        if isinstance(order, SaveShard):
+            for part in order.parts:
+                self.ddr[part.slot] = "torn"
+                self.floored = {(n, x) for n, x in self.floored if x != self.shards[order.shard][part.start]}
+        self.effects.fail(self.service, order, error)
+
+    def has_spec(self, order):
+        return isinstance(order, Write) and any(record.kind == "put-spec" for record in order.records)
+
+    # Commands ----------------------------------------------------------------------------------
+
+    @rule(
+        client=st.sampled_from(WRITERS),
+        name=st.sampled_from(NAMES),
+        tokens=st.builds(stream, st.integers(1, 3), st.sampled_from(LENGTHS)),
+        policy=st.sampled_from(WritePolicy),
+        grouped=st.booleans(),
+    )
+    def begin(self, client, name, tokens, policy, grouped):
+        self.begin_one(client, name, tokens, policy, grouped)
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        tokens=st.builds(stream, st.integers(1, 3), st.sampled_from(LENGTHS)),
+        policy=st.sampled_from(WritePolicy),
+        grouped=st.booleans(),
+    )
+    def store(self, name, tokens, policy, grouped):
+        """An ingest from begin to end, so that there is something to have accidents with."""
+        known = set(self.ingests)
+        self.begin_one(1, name, tokens, policy, grouped)
+        self.drain()
+        for ingest in set(self.ingests) - known:
+            self.commit_one(ingest)
+        self.drain()
+
+    def begin_one(self, client, name, tokens, policy, grouped):
+        document = DocumentId("t", name)
+        group = "g" if grouped else None
+        array = np.array(tokens, dtype=np.uint32)
+        deadline_ns = self.clock.monotonic_ns() + 50
+
+        def granted(result):
+            if not isinstance(result, HoldfastError):
+                self.ingests[result.id] = (result, tokens, name, group)
+
+        cuts = cut(block_keys(array, tiny_spec(), bytes(32)), len(tokens), tiny_spec(), "t")
+        for extent, label in zip(cuts, prefixes(tokens).values(), strict=True):
+            assert self.labels.setdefault(extent.id, label) == label, "one id for two contents"
+        before = self.service.state.used_bytes()
+        try:
+            self.service.begin_ingest(
+                client, document, self.fingerprint, array, policy, group, 48, deadline_ns, granted
+            )
+        except HoldfastError:
+            assert self.service.state.used_bytes() == before
+            return
+
+    @precondition(lambda self: self.ingests)
+    @rule(data=st.data())
+    def commit(self, data):
+        self.commit_one(data.draw(st.sampled_from(sorted(self.ingests))))
+
+    def commit_one(self, number):
+        ingest, tokens, name, _ = self.ingests[number]
+        labels = prefixes(tokens)
+        for extent in ingest.missing:
+            if ingest.stage != "filling":
+                continue
+            if ingest.shard is not None:
+                self.hbm[ingest.shard.id, extent.start] = labels[extent.start]
+            else:
+                self.ddr[ingest.filled[extent.id].slot] = labels[extent.start]
+
+        def done(result):
+            if not isinstance(result, HoldfastError):
+                self.documents[name] = tokens
+
+        try:
+            self.service.commit_ingest(ingest.client, ingest.id, done)
+        except HoldfastError:
+            assert ingest.stage != "filling"
+
+    @precondition(lambda self: self.ingests)
+    @rule(data=st.data())
+    def abort(self, data):
+        ingest, *_ = self.ingests[data.draw(st.sampled_from(sorted(self.ingests)))]
+        self.abort_one(ingest)
+
+    def abort_one(self, ingest):
+        try:
+            self.service.abort_ingest(ingest.client, ingest.id)
+        except HoldfastError:
+            assert ingest.stage == "ended"
+
+    @rule(client=st.sampled_from(WRITERS), name=st.sampled_from(NAMES), grouped=st.booleans())
+    def attach(self, client, name, grouped):
+        self.attach_one(client, name, grouped)
+
+    @rule(name=st.sampled_from(NAMES), grouped=st.booleans())
+    def sink_and_ask(self, name, grouped):
+        """A document goes down to NVMe, and somebody wants it back."""
+        self.drain()
+        self.evict_one(name, Tier.DDR)
+        self.drain()
+        self.attach_one(2, name, grouped)
+
+    def attach_one(self, client, name, grouped):
+        group = "g" if grouped else None
+
+        def granted(result):
+            if isinstance(result, HoldfastError):
+                return
+            records = [] if grouped else result.loading.records
+            self.leases[result.lease.id] = (result, name, group, {r.ddr.slot: r.extent.id for r in records})
+
+        deadline_ns = self.clock.monotonic_ns() + 50
+        try:
+            self.service.attach(client, DocumentId("t", name), None, group, None, deadline_ns, granted)
+        except HoldfastError as error:
+            if error.code == "document-not-found":
+                assert name not in self.documents
+            elif error.code == "document-incomplete":
+                assert not self.all_there(name, group)
+
+    def all_there(self, name, group):
+        devices = {"ddr", "nvme", f"hbm:{group}"}
+        have = {
+            self.labels[copy.extent]
+            for copy in self.service.state.all_placements()
+            if copy.device in devices and copy.readable and copy not in self.service.state.leaving
+        }
+        return set(prefixes(self.documents[name]).values()) <= have
+
+    @precondition(lambda self: self.leases)
+    @rule(data=st.data())
+    def detach(self, data):
+        self.detach_one(data.draw(st.sampled_from(sorted(self.leases))))
+
+    def detach_one(self, lease):
+        attach, *_ = self.leases.pop(lease)
+        self.service.detach(attach.lease.owner, lease)
+
+    @rule(name=st.sampled_from(NAMES), floor=st.sampled_from(Tier), seconds=st.sampled_from([None, 1e-6]))
+    def pin(self, name, floor, seconds):
+        try:
+            self.service.pin(DocumentId("t", name), floor, seconds, "me", "test")
+        except HoldfastError as error:
+            assert name not in self.documents or error.code == "pins-overcommitted"
+            return
+        self.floored = {(other, label) for other, label in self.floored if other != name}
+        self.pins[name] = floor
+
+    @rule(name=st.sampled_from(NAMES))
+    def unpin(self, name):
+        try:
+            self.service.unpin(DocumentId("t", name))
+        except HoldfastError:
+            assert name not in self.pins
+            return
+        del self.pins[name]
+
+    @rule(name=st.sampled_from(NAMES), tier=st.sampled_from(Tier))
+    def evict(self, name, tier):
+        self.evict_one(name, tier)
+
+    def evict_one(self, name, tier):
+        document = DocumentId("t", name)
+        try:
+            plan = self.service.upkeep.plan_eviction(document, tier, 0)
+            assert self.service.evict(document, tier, 0, self.clock.monotonic_ns() + 50, lambda _: None) == plan
+        except HoldfastError:
+            leased = any(other == name for _, other, *_ in self.leases.values())
+            waiting = any(a.lease.document == document for a in self.service.attaches.open.values())
+            assert name not in self.documents or leased or waiting or name in self.pins
+
+    @rule(tier=st.sampled_from([Tier.DDR, Tier.NVME]), count=st.integers(1, 4))
+    def evict_bytes(self, tier, count):
+        try:
+            plan = self.service.evict(None, tier, count << 14, self.clock.monotonic_ns() + 50, lambda _: None)
+            assert len(plan) == count
+        except HoldfastError as error:
+            assert error.code == "no-capacity"
+
+    @rule(name=st.sampled_from(NAMES), accident=SELDOM)
+    def delete(self, name, accident):
+        if not accident:
+            return
+        try:
+            self.service.delete(DocumentId("t", name))
+        except HoldfastError:
+            return
+        del self.documents[name]
+
+    @rule(nanoseconds=st.sampled_from([1, 60, 2000]))
+    def tick(self, nanoseconds):
+        self.clock.advance(nanoseconds)
+        self.service.tick()
+        self.pins = {name: floor for name, floor in self.pins.items() if self.service.state.pins.get(("t", name))}
+
+    # Accidents ---------------------------------------------------------------------------------
+
+    @rule()
+    def group_comes(self):
+        if not self.has_group:  # eighty rows on each of two ranks
+            for rank, client in enumerate(RANKS):
+                self.service.register_rank(client, "g", rank, 2, 1, self.fingerprint, 80)
+            self.has_group = True
+
+    @rule(client=st.sampled_from(WRITERS), accident=SELDOM)
+    def writer_goes(self, client, accident):
+        if not accident:
+            return
+        self.service.disconnect(client)
+        self.leases = {i: item for i, item in self.leases.items() if item[0].lease.owner != client}
+
+    @rule(client=st.sampled_from(RANKS), accident=SELDOM)
+    def rank_goes(self, client, accident):
+        if not self.has_group or not accident:
+            return
+        self.has_group = False
+        self.service.disconnect(client)
+        self.hbm.clear()
+        failed = [i for i, (a, _, group, _) in self.leases.items() if group and a.loading.phase == "moving"]
+        assert not failed, "an attach waits for a group that is gone"
+        for order in [o for o in self.effects.orders if isinstance(o, LoadShard)]:
+            self.effects.fail(self.service, order, StorageFailed("gone"))  # late, and heard by nobody
+
+    @rule(accident=SELDOM)
+    def restart(self, accident):
+        if not accident:
+            return
+        rows = self.rows
+        needed = {extent for document in rows["documents"].values() for extent in document.extents}
+        rows["extents"] = {i: row for i, row in rows["extents"].items() if i in needed}  # orphans go
+        durable = {document.name: self.tokens_of(document) for document in rows["documents"]}
+        labels = self.labels
+        self.boot()
+        self.documents = durable
+        self.labels = labels
+        self.service.upkeep.restore(
+            [tiny_spec()], list(rows["extents"].values()), list(rows["documents"].values()), list(rows["pins"].values())
+        )
+        self.pins = {pin.document.name: pin.floor for pin in self.service.state.pins.all()}
+        for row in rows["extents"].values():
+            assert self.nvme[row[2]] == labels[row[0].id], "a cataloged slot holds something else"
+
+    def tokens_of(self, document):
+        return self.labels[self.rows["documents"][document].extents[-1]]
+
+    @rule(accident=SELDOM)
+    def everybody_goes(self, accident):
+        """With no claims and no orders left, nothing is held, waits or lingers."""
+        if not accident:
+            return
+        self.drain()
+        for lease in list(self.leases):
+            self.detach_one(lease)
+        for client in WRITERS:
+            self.service.disconnect(client)
+        self.drain()
+        self.service.tick()
+        self.drain()
+        service = self.service
+        assert not service.room.waiting
+        assert not service.room.writes_queued
+        assert not service.loader._reading
+        assert not service.loader._active
+        assert not service.store.orders_in_flight
+        assert not service.state.leases
+        assert not service.state.private
+        for copy in service.state.all_placements():
+            assert copy.holds == 0, copy
+            assert copy.state is State.RESIDENT, copy
+
+    # What always holds -------------------------------------------------------------------------
+
+    @invariant()
+    def state_agrees_with_itself(self):
+        if hasattr(self, "service"):
+            self.service.state.check()
+
+    @invariant()
+    def the_model_and_the_service_know_the_same_documents(self):
+        if hasattr(self, "service"):
+            assert {document.name for document in self.service.state.documents} == set(self.documents)
+
+    @invariant()
+    def leased_bytes_stay(self):
+        if not hasattr(self, "service"):
+            return
+        live = {c.slot: c for c in self.service.state.all_placements() if c.tier is Tier.DDR}
+        for attach, name, group, slots in self.leases.values():
+            ready = attach.loading.phase == "ready"
+            for slot, extent in slots.items():
+                assert slot in live, "a leased slot was freed"
+                assert live[slot].extent == extent, "a leased slot was reused"
+                assert not ready or self.ddr[slot] == self.labels[extent]
+            if group and ready and self.has_group and attach.loading.shard.copies:
+                shard = attach.loading.shard.id
+                for start, label in prefixes(self.documents[name]).items():
+                    assert self.hbm[shard, start] == label
+
+    @invariant()
+    def pinned_documents_do_not_sink(self):
+        if not hasattr(self, "service"):
+            return
+        high = {}
+        for copy in self.service.state.all_placements():
+            if copy.readable and copy.tier is not Tier.HBM and copy not in self.service.state.leaving:
+                label = self.labels[copy.extent]
+                high[label] = min(high.get(label, Tier.NVME), copy.tier)
+        for name, floor in self.pins.items():
+            lowest = max(floor, Tier.DDR)
+            for label in prefixes(self.documents[name]).values():
+                if label in high and high[label] <= lowest:
+                    self.floored.add((name, label))
+                else:
+                    assert (name, label) not in self.floored, f"{name} sank below {floor}"
+        self.floored = {(name, label) for name, label in self.floored if name in self.pins}
+
+
+Machine.TestCase.settings = settings(
+    max_examples=300,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    report_multiple_bugs=False,
+)
+TestService = Machine.TestCase
