@@ -240,12 +240,10 @@ class Loader:
                 self.store.records.ledger.counts["quarantined"] += 1
                 self.store.fail_nvme(record, source)
             self.store.unhold(source)
-            for loading in waiting:  # its first layers may be in use
-                loading.held.append(self.store.hold(target))
-            target.holds -= 1
-            self.store.fail(target)
             for loading in waiting:
                 self.fail(loading, outcome.error)
+            target.holds -= 1
+            self.store.fail(target)
             return
         self.store.unhold(source)
         hop = Hop(Tier.NVME, Tier.DDR)
@@ -364,6 +362,8 @@ class Loader:
             return
         self._active.remove(loading)
         loading.kept = loading.phase is Phase.MOVING and loading.group is None and not loading.released
+        if loading.kept:  # what other reads still bring stays too
+            loading.held += [self.store.hold(r.ddr) for r in loading.records if r.ddr is not None]
         loading.phase = Phase.FAILED
         loading.error = error
         loading.swap.outcome = error.code
