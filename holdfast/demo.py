@@ -31,7 +31,7 @@ from .kvstore.views import VerdictView
 from .rest import Rest, left_address
 
 NEW_TOKENS: Final = 32
-PIPE_WIDTH: Final = 150
+PIPE_WIDTH: Final = 120
 LOG_CHARACTERS: Final = 2000
 MAIN: Final = "opticks"
 PINNED: Final = "pinned"
@@ -61,7 +61,7 @@ def run_demo(document: Path | None, tokens: int, json_wanted: bool, data_dir: Pa
     """Run the demo; returns the exit status. `tokens` of `document` (or of the shipped text) are used."""
     screen = Console(stderr=json_wanted)
     if not screen.is_terminal:
-        screen = Console(stderr=json_wanted, width=PIPE_WIDTH)  # a pipe has no width, and 80 columns break the tables
+        screen = Console(stderr=json_wanted, width=PIPE_WIDTH)  # a pipe has no width
     progress_screen = Console(stderr=True)
     text = read_text(document)
     with scratch(data_dir) as directory:
@@ -372,7 +372,7 @@ class Demo:
         if lowest is not None:
             chance = lowest.scores.get("reuse_probability", 0.0)
             cost = f"{lowest.restore_ns / 1e6:.0f} ms to {'recompute' if lowest.action == 'drop' else 'reload'}"
-            why += f"; left {TIER_NAMES[lowest.tier]} for others: {chance:.0%} chance of reuse x {cost}"
+            why += f"; left {TIER_NAMES[lowest.tier]} for others: {chance:.0%} reuse x {cost}"
         return DocumentFate(
             name=name,
             role=role,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -111,13 +112,11 @@ def hop_text(hops: Sequence[HopView]) -> str:
     return "\n".join(f"{hop.hop} {duration(hop.elapsed_ns / 1e9)}" for hop in hops) or "nothing moved"
 
 
-def question_table(records: Sequence[QuestionRecord]) -> Table:
-    """One row per question and group."""
-    table = Table(title="Questions", title_justify="left")
-    left = ("asked", "from", "by hop", "same")
-    for name in ("asked", "from", "moved", "reattach", "by hop", "exposed", "first token", "decode", "recompute",
-                 "speed-up", "logit error", "same"):  # fmt: skip
-        table.add_column(name, justify="left" if name in left else "right", no_wrap=name != "by hop")
+def swap_table(records: Sequence[QuestionRecord]) -> Table:
+    """What each answer needed to be moved. Narrow enough for 80 columns, as the next one."""
+    table = Table(title="Questions: what had to move", title_justify="left", box=box.SIMPLE)
+    for name in ("asked", "from", "moved", "reattach", "by hop", "exposed"):
+        table.add_column(name, justify="right" if name in ("moved", "reattach", "exposed") else "left")
     for r in once(records):
         table.add_row(
             f"{r.label} cp={r.cp}",
@@ -126,6 +125,19 @@ def question_table(records: Sequence[QuestionRecord]) -> Table:
             duration(r.reattach_seconds),
             hop_text(r.hops),
             duration(r.exposed_seconds),
+        )
+    return table
+
+
+def answer_table(records: Sequence[QuestionRecord]) -> Table:
+    """How fast each answer came, what it saved, and whether it is right."""
+    table = Table(title="Questions: what it saved", title_justify="left", box=box.SIMPLE)
+    for name in ("asked", "from", "first token", "decode", "recompute", "speed-up", "logit error", "same"):
+        table.add_column(name, justify="left" if name in ("asked", "from", "same") else "right")
+    for r in once(records):
+        table.add_row(
+            f"{r.label} cp={r.cp}",
+            TIER_NAMES[r.source_tier],
             duration(r.first_token_seconds),
             duration(r.decode_seconds),
             duration(r.recompute_seconds),
@@ -138,7 +150,7 @@ def question_table(records: Sequence[QuestionRecord]) -> Table:
 
 def fate_table(fates: Sequence[DocumentFate]) -> Table:
     """One row per document."""
-    table = Table(title="Under pressure", title_justify="left")
+    table = Table(title="Under pressure", title_justify="left", box=box.SIMPLE)
     for name in ("document", "role", "asked", "size", "now in", "why"):
         table.add_column(name, justify="right" if name in ("asked", "size") else "left", no_wrap=name != "why")
     for f in fates:
@@ -152,7 +164,7 @@ def fate_table(fates: Sequence[DocumentFate]) -> Table:
 def metric_table(report: DemoReport) -> Table:
     """The four metrics."""
     m = report.metrics
-    table = Table(title="The four costs of long context", title_justify="left")
+    table = Table(title="The four costs of long context", title_justify="left", box=box.SIMPLE)
     table.add_column("metric")
     table.add_column("measured")
     fits = ", ".join(f"{count} in {TIER_NAMES[tier]}" for tier, count in m.concurrency_documents.items())
@@ -167,7 +179,8 @@ def metric_table(report: DemoReport) -> Table:
 
 def show(report: DemoReport, console: Console) -> None:
     """Print the tables and the conclusion."""
-    console.print(Group(question_table(report.questions), fate_table(report.pressure), metric_table(report)))
+    questions = (swap_table(report.questions), answer_table(report.questions))
+    console.print(Group(*questions, fate_table(report.pressure), metric_table(report)))
     degrees = ", ".join(str(cp) for cp in report.cp_degrees)
     verdict = "[green]passed[/]" if report.passed else "[red]FAILED[/]"
     console.print(
