@@ -118,12 +118,14 @@ class Room:
         records = self.store.records
         leases = sorted({str(lease.document) for lease in records.leases.values()})
         pins = [str(pin.document) for pin in records.pins.all()]
+        filling = sum(copy.size_bytes for copies in records.private.values() for copy in copies)
         wanted = sum(kind.slot_bytes * count for kind, count in demand.slots.items())
         rows = f" and {max(demand.rows)} rows per rank in group {demand.group}" if demand.rows else ""
         return (
             f"{wanted} B of DDR{rows} are needed and cannot be freed "
             f"(DDR {records.ddr.used_bytes} of {records.ddr.capacity_bytes} B used); "
-            f"leased: {', '.join(leases[:5]) or 'none'}; pinned: {', '.join(pins[:5]) or 'none'}"
+            f"leased: {', '.join(leases[:5]) or 'none'}; pinned: {', '.join(pins[:5]) or 'none'}; "
+            f"being filled by ingests: {filling} B"
         )
 
     # Verdicts ----------------------------------------------------------------------------------

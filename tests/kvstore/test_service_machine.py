@@ -139,16 +139,23 @@ class Machine(RuleBasedStateMachine):
                 assert self.ddr[slot] == self.label_at(slot, Tier.DDR)
             case LoadShard(shard=shard, parts=parts, layer_stop=stop):
                 for part in parts:
-                    if any(s.id == shard for s in self.service.state.shards()):
-                        assert self.ddr[part.slot] == self.shards[shard][part.start], "loads another extent's bytes"
-                        if stop == LAYERS:
-                            self.hbm[shard, part.start] = self.ddr[part.slot]
+                    if not self.is_open(shard) or self.is_lost(part.slot):
+                        continue  # nobody will use it
+                    assert self.ddr[part.slot] == self.shards[shard][part.start], "loads another extent's bytes"
+                    if stop == LAYERS:
+                        self.hbm[shard, part.start] = self.ddr[part.slot]
             case SaveShard(shard=shard, parts=parts):
                 for part in parts:
                     self.ddr[part.slot] = self.hbm.get((shard, part.start), "torn")
             case Write(records=records):
                 for record in records:
                     self.apply(record)
+
+    def is_open(self, shard):
+        return any(other.id == shard for other in self.service.state.shards())
+
+    def is_lost(self, slot):
+        return any(copy.slot == slot and copy.tier is Tier.DDR for copy in self.service.state.leaving)
 
     def apply(self, record):
         match record.kind:
@@ -345,11 +352,14 @@ class Machine(RuleBasedStateMachine):
                 assert not self.all_there(name, group)
 
     def all_there(self, name, group):
-        devices = {"ddr", "nvme", f"hbm:{group}"}
+        """Whether every extent has a copy outside HBM, or in the document's own shard."""
+        state = self.service.state
+        own = state.groups[group].shards.get(DocumentId("t", name)) if group in state.groups else None
+        shard = own.id if own is not None else None
         have = {
             self.labels[copy.extent]
-            for copy in self.service.state.all_placements()
-            if copy.device in devices and copy.readable and copy not in self.service.state.leaving
+            for copy in state.all_placements()
+            if copy.readable and copy not in state.leaving and (copy.tier is not Tier.HBM or copy.shard == shard)
         }
         return set(prefixes(self.documents[name]).values()) <= have
 

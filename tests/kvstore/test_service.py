@@ -1,0 +1,830 @@
+"""The service, scene by scene: effects end when the test says so, and the state agrees with itself after each step."""
+
+from dataclasses import replace
+
+import pytest
+from holdfast.kvstore.clock import ManualClock
+from holdfast.kvstore.document import DocumentId, WritePolicy
+from holdfast.kvstore.errors import (
+    ClaimNotFound,
+    CorruptExtent,
+    DeadlineExceeded,
+    DocumentExists,
+    DocumentIncomplete,
+    DocumentNotFound,
+    DocumentTooLarge,
+    EmptyDocument,
+    GroupFailed,
+    GroupNotFound,
+    HoldfastError,
+    InUse,
+    LayoutError,
+    NoCapacity,
+    PinsOvercommitted,
+    SpecMismatch,
+    StorageFailed,
+    TokenOutOfRange,
+)
+from holdfast.kvstore.layout import contiguous
+from holdfast.kvstore.orders import (
+    CloseShard,
+    LoadShard,
+    OpenShard,
+    ReadIn,
+    RetireSlab,
+    SaveShard,
+    Seal,
+    Write,
+    WriteOut,
+)
+from holdfast.kvstore.residency import Tier
+from holdfast.kvstore.service import NS, Service
+
+from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, tiny_config, tiny_spec
+
+SPEC = tiny_spec()
+FINGERPRINT = SPEC.fingerprint()
+RANKS = (21, 22)
+
+
+def tokens(seed, extents):
+    """So many full extents of tokens; documents of one seed share their front."""
+    return [(seed * 101 + i * 7) % 1000 for i in range(32 * extents)]
+
+
+class Scene:
+    """A service with room for so many extents in DDR and on NVMe."""
+
+    def __init__(self, ddr=8, nvme=8, **limits):
+        config = tiny_config(**{f"limits__{key}": str(value) for key, value in limits.items()})
+        tiers = {
+            "ddr": replace(config.ddr, capacity_bytes=ddr * EXTENT_BYTES, slab_bytes=EXTENT_BYTES * 2),
+            "nvme": replace(config.nvme, capacity_bytes=nvme * EXTENT_BYTES, segment_bytes=EXTENT_BYTES * 2),
+        }
+        self.config = replace(config, **tiers)
+        self.clock = ManualClock()
+        self.effects = ManualEffects()
+        self.service = Service(self.config, self.clock, self.effects, lambda _: bytes(32))
+        self.service.register_spec(SPEC)
+        self.settle()
+
+    @property
+    def state(self):
+        return self.service.state
+
+    def settle(self):
+        """All that is under way ends well."""
+        while self.effects.orders:
+            self.end(self.effects.orders[0])
+
+    def end(self, order, error=None):
+        """This order ends."""
+        if error is None:
+            self.effects.complete(self.service, order)
+        else:
+            self.effects.fail(self.service, order, error)
+        self.state.check()
+
+    def pending(self, kind):
+        """Orders of that kind."""
+        return [order for order in self.effects.orders if isinstance(order, kind)]
+
+    def group(self, rows=160):
+        """Two ranks of `rows` token rows."""
+        for rank, client in enumerate(RANKS):
+            self.service.register_rank(client, "g", rank, 2, 1, FINGERPRINT, rows)
+
+    def begin(self, name, ids, policy=WritePolicy.THROUGH, group=None, deadline_ns=FAR_NS):
+        """Open an ingest; returns it and what was heard of it."""
+        heard = []
+        document = DocumentId("t", name)
+        ingest = self.service.begin_ingest(
+            CLIENT, document, FINGERPRINT, ids, policy, group, 64, deadline_ns, heard.append
+        )
+        self.state.check()
+        return ingest, heard
+
+    def commit(self, ingest):
+        """Returns what will be heard of the commit."""
+        heard = []
+        self.service.commit_ingest(CLIENT, ingest.id, heard.append)
+        self.state.check()
+        return heard
+
+    def store(self, name, ids, policy=WritePolicy.THROUGH, group=None):
+        """A committed document, everything settled."""
+        ingest, _ = self.begin(name, ids, policy, group)
+        self.settle()
+        heard = self.commit(ingest)
+        self.settle()
+        assert heard == [ingest.document]
+        return DocumentId("t", name)
+
+    def attach(self, document, group=None, client=CLIENT, deadline_ns=FAR_NS, layout=None):
+        """Ask for a document; returns what was heard."""
+        heard = []
+        self.service.attach(client, document, FINGERPRINT, group, layout, deadline_ns, heard.append)
+        self.state.check()
+        return heard
+
+    def detach(self, attach):
+        """End a lease."""
+        self.service.detach(attach.lease.owner, attach.lease.id)
+        self.state.check()
+
+    def evict(self, document, tier, size_bytes=0):
+        """Take it out of a tier, and let that happen."""
+        heard = []
+        plan = self.service.evict(document, tier, size_bytes, FAR_NS, heard.append)
+        self.settle()
+        assert heard == [None]
+        return plan
+
+    def tiers(self, document):
+        """Tiers of each extent's copies outside HBM."""
+        extents = self.state.documents[document].document.extents
+        return [{copy.tier for copy in self.state.extents[e].placements() if copy.readable} for e in extents]
+
+    def empty(self):
+        """Nothing is held or taken."""
+        used = self.state.used_bytes()
+        return (
+            not +used and not self.state.private and not self.state.leases and not self.service.store.orders_in_flight
+        )
+
+
+# Ingest ----------------------------------------------------------------------------------------------
+
+
+def test_a_document_is_visible_when_it_is_complete():
+    """Not before its last seal; the acknowledgement is the first sight of it."""
+    scene = Scene()
+    ingest, heard = scene.begin("a", tokens(1, 2))
+    assert heard == [ingest]
+    done = scene.commit(ingest)
+    seals = scene.pending(Seal)
+    assert len(seals) == 2
+    for seal in seals:
+        assert not scene.state.documents
+        assert not done
+        scene.end(seal)
+    assert done == [ingest.document]
+    assert not scene.state.document(ingest.document.id).durable
+    scene.settle()
+    assert scene.state.document(ingest.document.id).durable
+    assert scene.tiers(ingest.document.id) == [{Tier.DDR, Tier.NVME}] * 2
+
+
+@pytest.mark.parametrize("stage", ["opened", "sealing", "saving", "loading", "waiting"])
+@pytest.mark.parametrize("how", ["abort", "disconnect"])
+def test_an_ingest_that_ends_early_leaves_nothing(stage, how):
+    """Whatever it was doing, its slots, rows, holds and orders are gone once its moves have ended."""
+    scene = Scene(ddr=4)
+    scene.group()
+    group = "g" if stage in ("saving", "loading") else None
+    if stage == "waiting":
+        blocker = scene.store("blocker", tokens(9, 4), WritePolicy.BACK)
+    ingest, heard = scene.begin("a", tokens(1, 3), group=group)
+    assert bool(heard) == (stage != "waiting")
+    done = scene.commit(ingest) if stage in ("sealing", "saving") else []
+    if stage == "sealing":
+        scene.end(scene.pending(Seal)[0])
+    if how == "abort":
+        scene.service.abort_ingest(CLIENT, ingest.id)
+    else:
+        scene.service.disconnect(CLIENT)
+    scene.state.check()
+    scene.settle()
+    if stage == "waiting":
+        scene.service.delete(blocker)
+        scene.settle()
+    assert scene.empty()
+    assert all(isinstance(error, HoldfastError) for error in done)
+    assert not scene.state.documents
+    with pytest.raises(ClaimNotFound):
+        scene.service.commit_ingest(CLIENT, ingest.id, done.append)
+
+
+def test_two_ingests_of_one_prefix_share_it():
+    """Neither waits for the other; the second to commit gives its duplicates back, and deleting one keeps the other."""
+    scene = Scene()
+    first, _ = scene.begin("a", tokens(1, 2))
+    second, _ = scene.begin("b", tokens(1, 3))
+    assert len(second.missing) == 3
+    for ingest in (first, second):
+        scene.commit(ingest)
+        scene.settle()
+    assert scene.state.used_bytes()["ddr"] == 3 * EXTENT_BYTES
+    assert len(scene.state.extents) == 3
+    scene.service.delete(first.document.id)
+    scene.settle()
+    assert scene.tiers(second.document.id) == [{Tier.DDR, Tier.NVME}] * 3
+    scene.service.delete(second.document.id)
+    scene.settle()
+    assert scene.empty()
+
+
+def test_a_known_prefix_is_not_written_again():
+    """Only what is missing takes slots; the same document again takes none."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 2))
+    longer, _ = scene.begin("b", tokens(1, 3))
+    assert (len(longer.missing), longer.cached_tokens) == (1, 64)
+    again, _ = scene.begin("a", tokens(1, 2))
+    assert not again.missing
+    assert scene.commit(again) == [again.document]
+    assert list(scene.state.documents) == [document]
+
+
+def test_bad_documents_are_refused_at_once():
+    """Each for its own reason, and nothing is left behind."""
+    scene = Scene(ddr=4, documents=1)
+    for ids, error in ([], EmptyDocument), ([1000], TokenOutOfRange), (tokens(1, 5), DocumentTooLarge):
+        with pytest.raises(error):
+            scene.begin("a", ids)
+    with pytest.raises(SpecMismatch):
+        scene.service.begin_ingest(
+            CLIENT, DocumentId("t", "a"), bytes(16), [1], WritePolicy.BACK, None, 64, FAR_NS, [].append
+        )
+    with pytest.raises(GroupNotFound):
+        scene.begin("a", [1], group="g")
+    scene.store("a", tokens(1, 1))
+    with pytest.raises(DocumentExists):
+        scene.begin("a", tokens(2, 1))
+    with pytest.raises(NoCapacity, match="documents"):
+        scene.begin("b", tokens(2, 1))
+
+
+def test_one_ingest_per_name_at_a_time():
+    """A second one is refused while the first is open."""
+    scene = Scene()
+    ingest, _ = scene.begin("a", tokens(1, 1))
+    with pytest.raises(InUse):
+        scene.begin("a", tokens(1, 1))
+    with pytest.raises(ClaimNotFound):
+        scene.service.commit_ingest(CLIENT + 1, ingest.id, [].append)
+
+
+# Attach ----------------------------------------------------------------------------------------------
+
+
+def test_an_attach_from_nvme_brings_layers_in_order():
+    """It is granted when the moves begin, and its layers count up as the slowest extent's do."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 2))
+    scene.evict(document, Tier.DDR)
+    (attach,) = scene.attach(document)
+    reads = scene.pending(ReadIn)
+    ready = []
+    for layers in (1, 2):
+        scene.service.wait_layers(CLIENT, attach.lease.id, layers, ready.append)
+    scene.service.advanced(reads[0].id, 1)
+    assert not ready
+    scene.service.advanced(reads[1].id, 1)
+    assert ready == [1]
+    scene.end(reads[1])
+    assert ready == [1]
+    scene.end(reads[0])
+    assert ready == [1, 2]
+    assert attach.loading.swap.source_bytes == {"nvme": 2 * EXTENT_BYTES}
+    with pytest.raises(InUse):
+        scene.service.evict(document, Tier.DDR, 0, FAR_NS, [].append)
+    with pytest.raises(InUse):
+        scene.service.delete(document)
+
+
+def test_an_attach_from_ddr_moves_nothing():
+    """All layers are ready at once."""
+    scene = Scene()
+    (attach,) = scene.attach(scene.store("a", tokens(1, 2)))
+    assert attach.loading.phase == "ready"
+    assert not scene.effects.orders
+    assert attach.loading.swap.moved_bytes == 0
+
+
+@pytest.mark.parametrize("from_nvme", [False, True])
+def test_an_attach_to_a_group_opens_a_shard_and_loads_it(from_nvme):
+    """The ranks hear of the rows first, then of the bytes; a second attach moves nothing."""
+    scene = Scene()
+    scene.group()
+    document = scene.store("a", tokens(1, 3))
+    if from_nvme:
+        scene.evict(document, Tier.DDR)
+    (attach,) = scene.attach(document, "g")
+    opened = scene.effects.orders[0]
+    assert isinstance(opened, OpenShard)
+    assert opened.resident_tokens == 0
+    assert sum(count for _, count in attach.loading.shard.rows) == 96
+    scene.settle()
+    assert attach.loading.phase == "ready"
+    (again,) = scene.attach(document, "g")
+    assert again.loading.phase == "ready"
+    assert not scene.pending(LoadShard)
+    assert scene.pending(OpenShard)[0].resident_tokens == 96
+    assert again.loading.swap.source_tier == "hbm"
+
+
+def test_an_early_layer_goes_on_to_hbm_at_once():
+    """Layer 0 is loaded into the group while layer 1 is still being read."""
+    scene = Scene()
+    scene.group()
+    document = scene.store("a", tokens(1, 1))
+    scene.evict(document, Tier.DDR)
+    (attach,) = scene.attach(document, "g")
+    (read,) = scene.pending(ReadIn)
+    scene.service.advanced(read.id, 1)
+    (load,) = scene.pending(LoadShard)
+    assert (load.layer_start, load.layer_stop) == (0, 1)
+    scene.end(load)
+    assert attach.loading.layers == 1
+    scene.end(read)
+    (load,) = scene.pending(LoadShard)
+    assert (load.layer_start, load.layer_stop) == (1, 2)
+    scene.settle()
+    assert attach.loading.phase == "ready"
+
+
+def test_bad_attaches_are_refused_at_once():
+    """Unknown documents, models and groups, and layouts that do not fit."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 2))
+    with pytest.raises(DocumentNotFound):
+        scene.attach(DocumentId("t", "nobody"))
+    with pytest.raises(GroupNotFound):
+        scene.attach(document, "g")
+    with pytest.raises(SpecMismatch):
+        scene.service.attach(CLIENT, document, bytes(16), None, None, FAR_NS, [].append)
+    scene.service.register_rank(RANKS[0], "g", 0, 2, 1, FINGERPRINT, 160)
+    with pytest.raises(GroupNotFound, match="1 of 2"):
+        scene.attach(document, "g")
+    scene.service.register_rank(RANKS[1], "g", 1, 2, 1, FINGERPRINT, 160)
+    with pytest.raises(LayoutError):
+        scene.attach(document, "g", layout=contiguous(63, 2))
+    with pytest.raises(InUse):
+        scene.service.register_rank(RANKS[0], "g", 0, 2, 1, FINGERPRINT, 160)
+    assert not scene.state.leases
+
+
+# HBM pressure ----------------------------------------------------------------------------------------
+
+
+def attached(scene, document):
+    """Bring a document into the group and let go of it."""
+    (attach,) = scene.attach(document, "g")
+    scene.settle()
+    scene.detach(attach)
+    return attach
+
+
+def test_hbm_pressure_takes_the_tail_of_another_document():
+    """It is freed where DDR has it, a front stays, and the next attach brings back only the tail."""
+    scene = Scene()
+    scene.group(rows=80)
+    first, second = scene.store("a", tokens(1, 3)), scene.store("b", tokens(2, 3))
+    attached(scene, first)
+    scene.clock.advance(NS)
+    (attach,) = scene.attach(second, "g")
+    assert not scene.pending(SaveShard)
+    scene.settle()
+    assert attach.loading.phase == "ready"
+    shards = scene.state.groups["g"].shards
+    kept = len(shards[first].copies) if first in shards else 0
+    assert kept < 3
+    scene.detach(attach)
+    scene.clock.advance(NS)
+    (back,) = scene.attach(first, "g")
+    assert back.loading.swap.source_bytes.get("hbm", 0) == kept * EXTENT_BYTES
+    scene.settle()
+    assert back.loading.phase == "ready"
+
+
+def test_what_only_hbm_has_is_saved_to_ddr():
+    """A memory-only document whose DDR copy is gone goes back to DDR when HBM needs the room."""
+    scene = Scene(ddr=4)
+    scene.group(rows=32)
+    first = scene.store("a", tokens(1, 2), WritePolicy.MEMORY)
+    attached(scene, first)
+    scene.evict(None, Tier.DDR, 2 * EXTENT_BYTES)
+    assert scene.tiers(first) == [set(), set()]
+    scene.service.evict(first, Tier.HBM, 0, FAR_NS, [].append)
+    assert scene.pending(SaveShard)
+    scene.settle()
+    assert scene.tiers(first) == [{Tier.DDR}, {Tier.DDR}]
+    assert not scene.state.groups["g"].shards
+    assert {v.action for v in scene.state.ledger.verdicts if v.tier == "hbm"} == {"demote"}
+
+
+def test_an_attach_to_ddr_waits_for_a_save_out_of_hbm():
+    """Bytes that are on their way from HBM are used when they have arrived."""
+    scene = Scene(ddr=4)
+    scene.group(rows=32)
+    document = scene.store("a", tokens(1, 1), WritePolicy.MEMORY)
+    attached(scene, document)
+    scene.evict(None, Tier.DDR, EXTENT_BYTES)
+    scene.service.evict(document, Tier.HBM, 0, FAR_NS, [].append)
+    heard = scene.attach(document)
+    assert not heard
+    scene.settle()
+    assert heard[0].loading.phase == "ready"
+
+
+def test_a_lost_rank_fails_the_attach_and_frees_everything():
+    """At once, for whoever waits; late answers are ignored."""
+    scene = Scene()
+    scene.group()
+    document = scene.store("a", tokens(1, 2))
+    (attach,) = scene.attach(document, "g")
+    ready = []
+    scene.service.wait_layers(CLIENT, attach.lease.id, 2, ready.append)
+    scene.service.disconnect(RANKS[1])
+    scene.state.check()
+    assert isinstance(ready[0], GroupFailed)
+    scene.settle()
+    assert not scene.state.groups
+    assert all(copy.holds == 0 for copy in scene.state.all_placements())
+    scene.detach(attach)
+
+
+def test_a_group_that_goes_takes_all_who_wait_for_it():
+    """Ingests and attaches in the queue, and attaches whose bytes are still being read."""
+    scene = Scene(ddr=4)
+    scene.group()
+    document = scene.store("a", tokens(1, 2))
+    scene.evict(document, Tier.DDR)
+    (reading,) = scene.attach(document, "g")
+    blocker, _ = scene.begin("b", tokens(2, 2))
+    _, heard = scene.begin("c", tokens(3, 2), group="g")
+    assert not heard
+    scene.service.disconnect(RANKS[0])
+    scene.state.check()
+    assert isinstance(heard[0], GroupFailed)
+    assert isinstance(reading.loading.error, GroupFailed)
+    scene.settle()
+    scene.service.abort_ingest(CLIENT, blocker.id)
+    assert all(copy.holds == 0 for copy in scene.state.all_placements())
+
+
+def test_slots_of_a_save_stay_until_the_ranks_have_answered():
+    """A rank that is still there may write to them after another was lost."""
+    scene = Scene()
+    scene.group()
+    ingest, _ = scene.begin("a", tokens(1, 2), group="g")
+    scene.settle()
+    done = scene.commit(ingest)
+    (save,) = scene.pending(SaveShard)
+    scene.service.disconnect(RANKS[0])
+    scene.state.check()
+    assert isinstance(done[0], GroupFailed)
+    assert scene.state.ddr.used_bytes == 2 * EXTENT_BYTES
+    scene.end(save, GroupFailed("gone"))
+    assert scene.state.ddr.used_bytes == 0
+
+
+# DDR pressure ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "left"),
+    [(WritePolicy.THROUGH, {Tier.NVME}), (WritePolicy.BACK, {Tier.NVME}), (WritePolicy.MEMORY, set())],
+)
+def test_ddr_pressure_by_write_policy(policy, left):
+    """Written-through KV is there already, write-back KV is written first, memory-only KV is dropped, by verdict."""
+    scene = Scene(ddr=4)
+    first = scene.store("a", tokens(1, 3), policy)
+    scene.clock.advance(NS)
+    ingest, heard = scene.begin("b", tokens(2, 3))
+    assert bool(heard) == (policy is not WritePolicy.BACK)
+    scene.settle()
+    assert heard == [ingest]
+    assert scene.tiers(first) == [{Tier.DDR} | (left if policy is WritePolicy.THROUGH else set()), left, left]
+    starts = [v.start for v in scene.state.ledger.verdicts]
+    assert starts == [64, 32], "the tail goes first"
+    assert {v.last_copy for v in scene.state.ledger.verdicts} == {not left}
+
+
+def test_pinned_and_leased_documents_stay_and_the_refusal_names_them():
+    """A demand that no set of victims can meet is refused at once, not queued."""
+    scene = Scene(ddr=4)
+    pinned, leased = scene.store("pinned", tokens(1, 2)), scene.store("leased", tokens(2, 2))
+    scene.service.pin(pinned, Tier.DDR, None, "me", "demo")
+    scene.attach(leased)
+    _, heard = scene.begin("b", tokens(3, 1))
+    assert isinstance(heard[0], NoCapacity)
+    assert "t/pinned" in str(heard[0])
+    assert "t/leased" in str(heard[0])
+    assert not scene.state.private
+
+
+def test_a_hit_cancels_a_drain():
+    """A document that is on its way out stays when it is asked for."""
+    scene = Scene(ddr=4)
+    document = scene.store("a", tokens(1, 2), WritePolicy.BACK)
+    scene.service.evict(document, Tier.DDR, 0, FAR_NS, [].append)
+    assert scene.pending(WriteOut)
+    (attach,) = scene.attach(document)
+    scene.settle()
+    assert attach.loading.phase == "ready"
+    assert scene.tiers(document) == [{Tier.DDR, Tier.NVME}] * 2
+    assert scene.state.ledger.counts["drains_cancelled"] == 2
+
+
+def test_popular_documents_stay():
+    """Of two documents the one that is asked for more often survives pressure."""
+    scene = Scene(ddr=4)
+    popular, rare = scene.store("a", tokens(1, 2)), scene.store("b", tokens(2, 2))
+    for _ in range(8):
+        (attach,) = scene.attach(popular)
+        scene.detach(attach)
+    scene.store("c", tokens(3, 2))
+    assert scene.tiers(popular) == [{Tier.DDR, Tier.NVME}] * 2
+    assert scene.tiers(rare) == [{Tier.NVME}] * 2
+
+
+# NVMe ------------------------------------------------------------------------------------------------
+
+
+def test_a_full_nvme_makes_room_after_the_catalog_forgot():
+    """No slot is written to before the deletion of what it held is committed."""
+    scene = Scene(nvme=2)
+    first = scene.store("a", tokens(1, 2))
+    scene.evict(first, Tier.DDR)
+    scene.clock.advance(NS)
+    ingest, _ = scene.begin("b", tokens(2, 2))
+    scene.commit(ingest)
+    for order in scene.pending(Seal):
+        scene.end(order)
+    drops = [r.kind for write in scene.pending(Write) for r in write.records]
+    assert drops == ["drop-extent"]
+    assert not scene.pending(WriteOut)
+    scene.end(scene.pending(Write)[0])
+    assert scene.pending(WriteOut)
+    scene.settle()
+    assert scene.tiers(ingest.document.id) == [{Tier.DDR, Tier.NVME}] * 2
+    assert scene.tiers(first) == [set()] * 2
+
+
+def test_a_copy_on_its_way_out_of_nvme_is_not_read():
+    """It counts as gone from the moment that its deletion was asked for; a new one may be written meanwhile."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 1))
+    scene.evict(document, Tier.DDR)
+    scene.service.evict(document, Tier.NVME, 0, FAR_NS, [].append)
+    with pytest.raises(DocumentIncomplete):
+        scene.attach(document)
+    ingest, _ = scene.begin("a", tokens(1, 1))
+    scene.commit(ingest)
+    scene.end(scene.pending(Seal)[0])
+    assert scene.pending(WriteOut)
+    scene.settle()
+    assert scene.tiers(document) == [{Tier.DDR, Tier.NVME}]
+    assert scene.state.nvme.used_bytes == EXTENT_BYTES
+
+
+def test_a_deletion_that_the_catalog_refused_is_tried_again():
+    """The slot stays taken until the row is known to be gone."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 1))
+    scene.service.delete(document)
+    scene.end(scene.pending(Write)[0])
+    scene.end(scene.pending(Write)[0], StorageFailed("full"))
+    assert scene.state.nvme.used_bytes == EXTENT_BYTES
+    scene.service.tick()
+    scene.settle()
+    assert scene.empty()
+
+
+@pytest.mark.parametrize("kind", [WriteOut, Write])
+def test_a_write_that_fails_leaves_the_document_in_memory(kind):
+    """It is acknowledged all the same, is not durable, and no slot is lost."""
+    scene = Scene()
+    ingest, _ = scene.begin("a", tokens(1, 1))
+    heard = scene.commit(ingest)
+    scene.end(scene.pending(Seal)[0])
+    if kind is Write:
+        scene.end(scene.pending(WriteOut)[0])
+    scene.end(scene.pending(kind)[0], StorageFailed("broken"))
+    scene.settle()
+    assert heard == [ingest.document]
+    assert not scene.state.document(ingest.document.id).durable
+    assert scene.tiers(ingest.document.id) == [{Tier.DDR}]
+    assert scene.state.nvme.used_bytes == 0
+    scene.service.write_back()
+    scene.settle()
+    assert scene.state.document(ingest.document.id).durable
+
+
+def test_a_demotion_that_cannot_be_written_is_a_verdict():
+    """Who needs the room gets it; the document loses its tail, and the ledger says why."""
+    scene = Scene(ddr=2)
+    document = scene.store("a", tokens(1, 2), WritePolicy.BACK)
+    _, heard = scene.begin("b", tokens(2, 1))
+    scene.end(scene.pending(WriteOut)[0], StorageFailed("broken"))
+    scene.settle()
+    assert heard
+    assert scene.tiers(document) == [{Tier.DDR}, set()]
+    assert scene.state.ledger.verdicts[-1].last_copy
+    assert "broken" in scene.state.ledger.verdicts[-1].reason
+
+
+def test_corruption_is_quarantined_and_only_the_hole_is_filled():
+    """The attach hears of it, the document names what it lost, and what lies behind is kept."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 3))
+    scene.evict(document, Tier.DDR)
+    (attach,) = scene.attach(document)
+    scene.end(scene.pending(ReadIn)[1], CorruptExtent("bad"))
+    assert isinstance(attach.loading.error, CorruptExtent)
+    scene.settle()
+    scene.detach(attach)
+    with pytest.raises(DocumentIncomplete, match=r"\[32, 64\)"):
+        scene.attach(document)
+    ingest, _ = scene.begin("a", tokens(1, 3))
+    assert [(e.start, e.stop) for e in ingest.missing] == [(32, 64)]
+    assert ingest.cached_tokens == 32
+    scene.commit(ingest)
+    scene.settle()
+    assert all(Tier.NVME in tiers for tiers in scene.tiers(document))
+    assert scene.attach(document)[0].loading.phase in ("ready", "moving")
+
+
+def test_a_failed_attach_keeps_its_slots_until_it_is_detached():
+    """Its holder may be reading the layers that did arrive."""
+    scene = Scene(ddr=2)
+    document = scene.store("a", tokens(1, 2))
+    scene.evict(document, Tier.DDR)
+    (attach,) = scene.attach(document)
+    for read in scene.pending(ReadIn):
+        scene.end(read, StorageFailed("broken"))
+    assert scene.state.ddr.used_bytes == 2 * EXTENT_BYTES
+    _, heard = scene.begin("b", tokens(2, 1))
+    assert not heard
+    scene.detach(attach)
+    assert heard
+
+
+# Waiting ---------------------------------------------------------------------------------------------
+
+
+def test_who_waits_is_served_in_order():
+    """Nobody overtakes the first; each is granted as soon as its room is free."""
+    scene = Scene(ddr=4)
+    scene.store("a", tokens(1, 4), WritePolicy.BACK)
+    large, first = scene.begin("large", tokens(2, 3))
+    small, second = scene.begin("small", tokens(3, 1))
+    assert not first
+    for _ in range(2):
+        scene.end(scene.pending(WriteOut)[0])
+        scene.end(scene.pending(Write)[0])
+    assert scene.state.ddr.used_bytes == 2 * EXTENT_BYTES
+    assert not second
+    scene.settle()
+    assert (first, second) == ([large], [small])
+
+
+def test_open_ingests_are_counted_among_the_holders():
+    """They cannot be evicted, so the next is refused at once and told why."""
+    scene = Scene(ddr=4)
+    scene.begin("blocker", tokens(1, 4))
+    _, heard = scene.begin("a", tokens(2, 1))
+    assert isinstance(heard[0], NoCapacity)
+    assert "ingests: 65536 B" in str(heard[0])
+
+
+def test_the_queue_has_a_limit_and_a_deadline():
+    """Too many are refused at once, the others when their time is up."""
+    scene = Scene(ddr=2, pending_reservations=1)
+    scene.store("a", tokens(1, 2), WritePolicy.BACK)
+    _, heard = scene.begin("b", tokens(2, 2), deadline_ns=scene.clock.monotonic_ns() + 10)
+    assert not heard
+    with pytest.raises(NoCapacity, match="wait"):
+        scene.begin("c", tokens(3, 1))
+    scene.clock.advance(10)
+    scene.service.tick()
+    scene.state.check()
+    assert isinstance(heard[0], DeadlineExceeded)
+    scene.settle()
+    assert not scene.state.private
+
+
+# Claims ----------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_goes_gives_everything_back():
+    """Leases, ingests and groups."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 1))
+    scene.attach(document, client=5)
+    scene.service.disconnect(5)
+    scene.state.check()
+    assert not scene.state.leases
+    assert all(copy.holds == 0 for copy in scene.state.all_placements())
+
+
+def test_pins_have_a_budget_and_an_end():
+    """Over budget nothing changes; a pin whose time is up is gone at the next tick."""
+    scene = Scene(pin_bytes=2 * EXTENT_BYTES)
+    first, second = scene.store("a", tokens(1, 2)), scene.store("b", tokens(2, 1))
+    scene.service.pin(first, Tier.NVME, 2.0, "me", "")
+    with pytest.raises(PinsOvercommitted):
+        scene.service.pin(second, Tier.NVME, None, "me", "")
+    scene.clock.advance(2 * NS)
+    scene.service.tick()
+    assert not scene.state.pins.all()
+    scene.service.pin(second, Tier.NVME, None, "me", "")
+    with pytest.raises(ClaimNotFound):
+        scene.service.unpin(first)
+    with pytest.raises(InUse, match="pinned"):
+        scene.service.delete(second)
+
+
+@pytest.mark.parametrize("floor", [Tier.HBM, Tier.DDR])
+def test_a_pin_brings_the_document_to_ddr_and_keeps_it_there(floor):
+    """A document pinned in HBM stays in DDR too, because HBM goes with its process."""
+    scene = Scene(ddr=4)
+    document = scene.store("a", tokens(1, 2))
+    scene.evict(document, Tier.DDR)
+    scene.service.pin(document, floor, None, "me", "")
+    scene.settle()
+    assert scene.tiers(document) == [{Tier.DDR, Tier.NVME}] * 2
+    _, heard = scene.begin("b", tokens(2, 3))
+    assert isinstance(heard[0], NoCapacity)
+
+
+def snapshot(scene):
+    """All that a look must not change."""
+    state = scene.state
+    copies = sorted((c.extent, c.device, c.state, c.holds, c.slot or ()) for c in state.all_placements())
+    return copies, dict(state.ledger.counts), len(state.ledger.verdicts), len(scene.effects.orders)
+
+
+@pytest.mark.parametrize("tier", Tier)
+def test_a_dry_run_changes_nothing_and_says_what_happens(tier):
+    """The plan is the one that evict then carries out."""
+    scene = Scene()
+    scene.group()
+    document = scene.store("a", tokens(1, 3))
+    attached(scene, document)
+    before = snapshot(scene)
+    plan = scene.service.upkeep.plan_eviction(document, tier, 0)
+    assert snapshot(scene) == before
+    assert scene.evict(document, tier) == plan
+    verdicts = list(scene.state.ledger.verdicts)
+    assert [(v.extent, v.tier, v.action) for v in verdicts] == [(p.extent, p.tier.label, p.action) for p in plan]
+    left = {Tier.HBM: {Tier.DDR, Tier.NVME}, Tier.DDR: {Tier.NVME}, Tier.NVME: set()}[tier]
+    assert scene.tiers(document) == [left] * 3
+
+
+# Restart ---------------------------------------------------------------------------------------------
+
+
+def rows(scene):
+    """What the catalog would hold."""
+    found = [r for r in scene.state.extents.values() if r.cataloged]
+    extents = [(r.extent, r.nvme.checksums, r.nvme.slot) for r in found]
+    documents = [owner.document for owner in scene.state.documents.values() if owner.durable]
+    return [SPEC], extents, documents, scene.state.pins.all()
+
+
+def test_a_restart_brings_back_what_was_durable():
+    """And only that; missing extents are named, pins and NVMe bytes are accounted."""
+    scene = Scene()
+    durable = scene.store("a", tokens(1, 2))
+    scene.store("b", tokens(2, 2), WritePolicy.MEMORY)
+    scene.service.pin(durable, Tier.NVME, None, "me", "")
+    specs, extents, documents, pins = rows(scene)
+    again = Scene()
+    again.service.upkeep.restore(specs, extents, documents, pins)
+    again.settle()
+    again.state.check()
+    assert again.tiers(durable) == [{Tier.NVME}] * 2
+    assert list(again.state.documents) == [durable]
+    assert again.state.pins.get(durable)
+    holed = Scene()
+    holed.service.upkeep.restore(specs, extents[:1], documents, ())
+    with pytest.raises(DocumentIncomplete, match=r"\[32, 64\)"):
+        holed.attach(durable)
+    assert [e.start for e in holed.begin("a", tokens(1, 2))[0].missing] == [32]
+
+
+def test_a_restart_with_less_room_gives_up_visibly():
+    """Slots outside the budget, and pins beyond theirs, go; the daemon starts all the same."""
+    scene = Scene()
+    first, second = scene.store("a", tokens(1, 3)), scene.store("b", tokens(2, 3))
+    for document in (first, second):
+        scene.service.pin(document, Tier.NVME, None, "me", "")
+    less = Scene(nvme=4, pin_bytes=4 * EXTENT_BYTES)
+    less.service.upkeep.restore(*rows(scene))
+    less.settle()
+    less.state.check()
+    assert less.state.ledger.counts["not_restored"] == 2
+    assert less.state.ledger.counts["pins_not_restored"] == 1
+    assert less.state.nvme.used_bytes == 4 * EXTENT_BYTES
+
+
+def test_emptied_slabs_are_retired_once():
+    """The memory of a slab goes when its last slot is free."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 2), WritePolicy.MEMORY)
+    scene.service.delete(document)
+    assert len(scene.pending(RetireSlab)) == 1
+    assert not scene.pending(CloseShard)
