@@ -117,8 +117,8 @@ class Agent:
     def _await(self, shard: int, generation: int, deadline_ns: int, reached: Callable[[_Shard], bool]) -> _Shard:
         with self._changed:
             while True:
-                if self._lost.is_set():
-                    raise DaemonUnavailable("the daemon went away while a shard was loading")
+                if self._lost.is_set() or generation < self._client.number:  # numbers grow over all daemons' lives
+                    raise DaemonUnavailable("the daemon that opened this shard went away")
                 state = self._shards.get(shard)
                 if state is not None and state.generation == generation:
                     if state.error:
@@ -238,6 +238,7 @@ class Agent:
     def _reconnect(self) -> None:
         """The daemon is gone, and with it all that it opened here. Come back, empty, when it does."""
         old = self._client.number
+        self._client.close()
         with self._changed:
             self._shards.clear()
         while not self._closing.wait(RETRY_SECONDS):

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self, TypeVar
@@ -35,7 +35,6 @@ from .control import (
     Prefilled,
     Progress,
     Quit,
-    Ready,
     Recompute,
     Rejoin,
     Rejoined,
@@ -86,7 +85,7 @@ class RankGroup:
             init_method = self._new_init_method()
             for rank in range(options.cp):
                 self._ranks.append(self._start(rank, init_method))
-            self._collect(Ready, START_SECONDS)
+            self._await_ready()
         except HoldfastError:
             self.close()
             raise
@@ -143,6 +142,13 @@ class RankGroup:
         )
         theirs.close()
         return _Process(rank, process, Channel(ours))
+
+    def _await_ready(self) -> None:
+        """Raises the first refusal at once: the other ranks would wait in vain for the one that refused."""
+        for rank, report in self._told(START_SECONDS):
+            if isinstance(report, Failed):
+                self._fail(f"rank {rank} did not start")
+                raise from_code(report.code, report.message)
 
     def close(self) -> None:
         """Ask the ranks to quit; kill those that do not."""
@@ -201,36 +207,58 @@ class RankGroup:
             exposed_ns=max(answer.exposed_ns for answer in answers),
         )
 
-    def _call(self, order: AnyOrder, kind: type[R], progress: Callable[[int], None] | None = None) -> list[R]:
+    def _call(self, order: AnyOrder, kind: type[R], progress: Callable[[int], None] = lambda _: None) -> list[R]:
         """Give all ranks an order and collect their reports; a failed call leaves the group joined anew."""
         if self._broken:
             raise GroupFailed(f"group {self.group!r}: {self._broken}")
-        for rank in self._ranks:
-            rank.channel.send(order)
+        self._send(order)
         try:
             return self._collect(kind, CALL_SECONDS, progress)
-        except GroupFailed:
+        except HoldfastError:
             if not self._broken:
                 self._rejoin()
-            raise
-        except HoldfastError:
-            self._rejoin()
             raise
 
     def _rejoin(self) -> None:
         """The ranks' process group does not survive a failed call: make a new one."""
         init_method = self._new_init_method()
-        for rank in self._ranks:
-            rank.channel.send(Rejoin(init_method))
-        self._collect(Rejoined, START_SECONDS)
+        self._send(Rejoin(init_method))
+        try:
+            self._collect(Rejoined, START_SECONDS)
+        except HoldfastError as error:
+            self._fail(self._broken or f"it could not start anew: {error}")
 
     def _collect(
-        self, kind: type[R], deadline_seconds: float, progress: Callable[[int], None] | None = None
+        self, kind: type[R], deadline_seconds: float, progress: Callable[[int], None] = lambda _: None
     ) -> list[R]:
         """One report of that kind from every rank. Raises the first failure, after all ranks have reported."""
+        reports: dict[int, AnyReport] = {}
+        told = self._told(deadline_seconds)
+        try:
+            for rank, report in told:
+                if isinstance(report, Progress):
+                    progress(report.tokens)
+                else:
+                    reports[rank] = report
+        finally:
+            # Whatever `progress` raised: a rank that still computes writes into rows that are about to be given away,
+            # and what it says at last is no answer to the next call.
+            try:
+                reports.update((rank, report) for rank, report in told if not isinstance(report, Progress))
+            finally:
+                if len(reports) < len(self._ranks) and not self._broken:
+                    self._fail("a call was abandoned")
+        failures = [from_code(r.code, r.message) for r in reports.values() if isinstance(r, Failed)]
+        if failures:
+            # Ranks that only lost a peer say GroupFailed; the rank with the cause says more.
+            raise next((f for f in failures if not isinstance(f, GroupFailed)), failures[0])
+        found: list[R] = [report for _, report in sorted(reports.items()) if isinstance(report, kind)]
+        assert len(found) == len(self._ranks), reports
+        return found
+
+    def _told(self, deadline_seconds: float) -> Iterator[tuple[int, AnyReport]]:
+        """What the ranks say, as it comes, until each has said its last. Raises GroupFailed or DeadlineExceeded."""
         deadline = time.monotonic() + deadline_seconds
-        reports: dict[int, R] = {}
-        failures: list[HoldfastError] = []
         waiting = {rank.rank for rank in self._ranks}
         with selectors.DefaultSelector() as selector:
             for rank in self._ranks:
@@ -242,27 +270,28 @@ class RankGroup:
                     raise DeadlineExceeded(f"group {self.group!r}: {self._broken}")
                 for key, _ in ready:
                     for report in self._reports(key.data):
-                        if isinstance(report, Progress):
-                            if progress is not None:
-                                progress(report.tokens)
-                            continue
-                        waiting.discard(key.data.rank)
-                        if isinstance(report, kind):
-                            reports[key.data.rank] = report
-                        elif isinstance(report, Failed):
-                            failures.append(from_code(report.code, report.message))
-        if failures:
-            # Ranks that only lost a peer say GroupFailed; the rank with the cause says more.
-            raise next((f for f in failures if not isinstance(f, GroupFailed)), failures[0])
-        return [reports[rank] for rank in sorted(reports)]
+                        if not isinstance(report, Progress):
+                            waiting.discard(key.data.rank)
+                        yield key.data.rank, report
 
     def _reports(self, rank: _Process) -> list[AnyReport]:
         """What a rank has said. Raises GroupFailed when it is gone."""
         reports = rank.channel.receive_reports()
         if reports is None:
-            self._fail(f"rank {rank.rank} died ({self._status(rank)})")
-            raise GroupFailed(f"group {self.group!r}: {self._broken}")
+            raise self._died(rank)
         return reports
+
+    def _died(self, rank: _Process) -> GroupFailed:
+        self._fail(f"rank {rank.rank} died ({self._status(rank)})")
+        return GroupFailed(f"group {self.group!r}: {self._broken}")
+
+    def _send(self, order: AnyOrder) -> None:
+        """Give all ranks an order. Raises GroupFailed when one is gone, and then no rank waits for it."""
+        for rank in self._ranks:
+            try:
+                rank.channel.send(order)
+            except GroupFailed as error:
+                raise self._died(rank) from error
 
     def _status(self, rank: _Process) -> str:
         try:

@@ -44,7 +44,7 @@ class Store:
         self.planner = planner
         self.clock = clock
         self._effects = effects
-        self._next_id = 1
+        self._next_id = clock.wall_ns() // 1000  # nobody may take a number of an earlier daemon for one of ours
         self._then: dict[int, Then] = {}
         self._progress: dict[int, Callable[[int], None]] = {}
         self._loads: dict[str, set[int]] = {}  # orders that read into a group's HBM
@@ -53,7 +53,7 @@ class Store:
     # Orders ------------------------------------------------------------------------------------
 
     def new_id(self) -> int:
-        """A number never used before in this process."""
+        """A number greater than any before, those of earlier daemons on this machine included."""
         self._next_id += 1
         return self._next_id
 

@@ -1,0 +1,368 @@
+"""The engine contract: what a session promises over any engine, proven with a real daemon that is killed on the way.
+
+A subclass gives `make(stage, cp)` and `SETTINGS`; the stage keeps daemon and groups over the tests of a class.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from contextlib import suppress
+from itertools import count
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from holdfast.engine_adapter.session import Session
+from holdfast.kvstore.client import Client
+from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.errors import (
+    DaemonUnavailable,
+    DocumentNotFound,
+    HoldfastError,
+    InvalidRequest,
+    SpecMismatch,
+    TokenOutOfRange,
+    Unavailable,
+)
+
+from daemon_process import DaemonProcess, until
+
+CHUNK = 48
+ROWS = 512  # of a group, over its ranks
+NEW = 6
+
+
+class Stage:
+    """A daemon, and the engines that were asked for so far."""
+
+    def __init__(self, suite) -> None:
+        self.daemon = DaemonProcess(**suite.SETTINGS).start()
+        self._suite = suite
+        self._engines = {}
+
+    def engine(self, cp):
+        if cp not in self._engines:
+            self._engines[cp] = self._suite.make(self, cp)
+        return self._engines[cp]
+
+    def rows(self, cp):
+        return -(-ROWS // cp)
+
+    def session(self, cp):
+        """A new session with a group whose ranks are all there."""
+        engine = self.engine(cp)
+        until(lambda: self.is_complete(engine.group), f"{engine.group} has registered")
+        return Session(self.client(), engine)
+
+    def is_complete(self, group):
+        return any(found["name"] == group and found["complete"] for found in self.daemon.groups())
+
+    def client(self):
+        client = Client(self.daemon.socket)
+        self.daemon._clients.append(client)
+        return client
+
+    def forget(self, cp):
+        engine = self._engines.pop(cp, None)
+        if engine is not None:
+            engine.close()
+
+    def is_idle(self):
+        """No lease, and no byte outside of what documents own: no ingest is open."""
+        return not self.daemon.leases() and all(self.daemon.used(tier) == 0 for tier in ("hbm", "ddr", "nvme"))
+
+    def close(self):
+        for engine in self._engines.values():
+            engine.close()
+        self.daemon.close()
+
+    def flip(self):
+        """Change a byte of every extent on NVMe; the daemon must be down."""
+        with sqlite3.connect(self.daemon.data_dir / "catalog.sqlite") as database:
+            rows = list(database.execute("SELECT segment, segment_offset FROM extents"))
+        database.close()
+        assert rows
+        for segment, offset in rows:
+            with (self.daemon.data_dir / "nvme" / f"segment-{segment}").open("r+b") as file:
+                file.seek(offset + 8)
+                byte = file.read(1)
+                file.seek(offset + 8)
+                file.write(bytes([byte[0] ^ 0x55]))
+
+
+class EngineContract:
+    """Inherit, give SETTINGS, VOCABULARY, CPS, `make` and `other_spec`."""
+
+    SETTINGS: ClassVar[dict[str, str]]
+    VOCABULARY = 64
+    CPS: ClassVar[tuple[int, ...]]
+    _seeds = count(1)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def stage(cls):
+        stage = Stage(cls())
+        yield stage
+        stage.close()
+
+    @pytest.fixture(autouse=True)
+    def _nothing_is_left(self, stage):
+        """Whatever happened: when its documents are deleted, the daemon holds nothing, and it had no bug."""
+        if not stage.daemon.alive:
+            stage.daemon.start()
+        yield
+        assert stage.daemon.alive, "the test leaves a daemon"
+        assert stage.daemon.leases() == []
+        client = stage.client()
+        for document in client.documents():
+            client.delete(document.name)
+        client.close()
+        until(stage.is_idle, f"the daemon is idle: {stage.daemon.rest().get('/v1/status')}")
+        assert "bug: stopping" not in stage.daemon.events()
+
+    @pytest.fixture(params=[0, 1, 2])
+    def cp(self, request):
+        if request.param >= len(self.CPS):
+            pytest.skip("fewer degrees")
+        return self.CPS[request.param]
+
+    def tokens(self, number):
+        return np.random.default_rng(next(self._seeds)).integers(0, self.VOCABULARY, number).tolist()
+
+    def check(self, reply, engine, document, question):
+        """The reply is the one that the engine gives without any cache."""
+        wanted = engine.recompute(document, question, NEW, CHUNK)
+        assert reply.answer.tokens == wanted.tokens
+        assert reply.answer.logits.shape == wanted.logits.shape
+        assert np.abs(reply.answer.logits - wanted.logits).max() < 1e-4
+
+    def stored(self, stage, session, name, number=200):
+        """A durable document."""
+        document = self.tokens(number)
+        session.ingest(name, document, chunk_tokens=CHUNK)
+        client = stage.client()
+        until(lambda: client.document(name).durable, f"{name} is durable")
+        client.close()
+        return document
+
+    # The answer is the recomputed one, from wherever ------------------------------------------
+
+    def test_stored_is_recomputed_moved_once_and_evicted_without_loss(self, stage, cp):
+        session, engine, client = stage.session(cp), stage.engine(cp), stage.client()
+        document, question = self.stored(stage, session, "report"), self.tokens(9)
+        seen = []
+        self.check(session.ask("report", question, NEW), engine, document, question)
+        client.evict("report", "hbm")
+        warm = session.ask("report", question, NEW)
+        self.check(warm, engine, document, question)
+        assert (warm.swap.source_tier, warm.swap.moved_bytes > 0) == ("ddr", True)
+        again = session.ask("report", question, NEW)
+        self.check(again, engine, document, question)
+        assert (again.swap.source_tier, again.swap.moved_bytes) == ("hbm", 0)
+        client.evict("report", "ddr")
+        cold = session.ask("report", question, NEW)
+        self.check(cold, engine, document, question)
+        assert cold.swap.source_tier == "nvme"
+        assert cold.swap.answer_tokens == NEW
+        session.ingest("report", document, chunk_tokens=CHUNK, progress=seen.append)
+        self.check(session.ask("report", question, NEW), engine, document, question)
+        assert seen == [], "nothing was missing, nothing is prefilled"
+
+    def test_every_degree_reads_what_any_degree_stored(self, stage):
+        question = self.tokens(7)
+        for writer in self.CPS:
+            document = self.stored(stage, stage.session(writer), f"by-{writer}", 150)
+            for reader in self.CPS:
+                reply = stage.session(reader).ask(f"by-{writer}", question, NEW)
+                self.check(reply, stage.engine(reader), document, question)
+
+    def test_a_longer_document_takes_its_front_from_a_shorter_one(self, stage, cp):
+        session = stage.session(cp)
+        document, question = self.stored(stage, session, "short", 160), self.tokens(5)
+        seen = []
+        longer = [*document, *self.tokens(100)]
+        session.ingest("long", longer, chunk_tokens=CHUNK, progress=seen.append)
+        self.check(session.ask("long", question, NEW), stage.engine(cp), longer, question)
+        self.check(session.ask("short", question, NEW), stage.engine(cp), document, question)
+        assert seen[-1] == len(longer)
+
+    def test_documents_that_do_not_fit_together_take_turns(self, stage, cp):
+        """Each takes over half of the group's rows."""
+        session, question = stage.session(cp), self.tokens(5)
+        first = self.stored(stage, session, "first", 300)
+        second = self.stored(stage, session, "second", 320)
+        for name, document in (("first", first), ("second", second), ("first", first)):
+            reply = session.ask(name, question, NEW)
+            assert reply.swap.moved_bytes > 0 or name == "second"
+            self.check(reply, stage.engine(cp), document, question)
+
+    def test_sessions_in_turn_from_many_threads_all_get_their_own_answer(self, stage):
+        cp = self.CPS[0]
+        session, engine = stage.session(cp), stage.engine(cp)
+        documents = {f"d{i}": self.stored(stage, session, f"d{i}", 120) for i in range(3)}
+        questions = {name: self.tokens(4) for name in documents}
+        turn, wrong = threading.Lock(), []
+
+        def asks(name):
+            try:
+                for _ in range(3):
+                    with session.attached(name) as attached, turn:
+                        answer = engine.answer(attached.shard, questions[name], NEW)
+                        if answer.tokens != engine.recompute(documents[name], questions[name], NEW, CHUNK).tokens:
+                            wrong.append(name)
+            except HoldfastError as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=asks, args=(name,)) for name in documents]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert wrong == []
+
+    # Refusals -----------------------------------------------------------------------------------
+
+    def test_bad_questions_are_refused_and_the_group_goes_on(self, stage, cp):
+        session, engine = stage.session(cp), stage.engine(cp)
+        document, question = self.stored(stage, session, "report"), self.tokens(5)
+        for bad in ([self.VOCABULARY], [-1], [2**40]):
+            with pytest.raises(TokenOutOfRange):
+                session.ask("report", bad, NEW)
+        with pytest.raises(InvalidRequest):
+            session.ask("report", [], NEW)
+        with pytest.raises(InvalidRequest):
+            session.ask("report", question, 0)
+        with pytest.raises(DocumentNotFound):
+            session.ask("nothing", question, NEW)
+        with pytest.raises(TokenOutOfRange):
+            session.ingest("bad", [self.VOCABULARY])
+        assert stage.daemon.leases() == []
+        self.check(session.ask("report", question, NEW), engine, document, question)
+
+    def test_a_document_of_another_model_is_refused(self, stage):
+        session, client = stage.session(self.CPS[0]), stage.client()
+        other = client.register_spec(self.other_spec())
+        opened = client.begin_ingest("foreign", other, [1, 2, 3], write_policy=WritePolicy.MEMORY)
+        client.commit_ingest(opened.ingest)
+        with pytest.raises(SpecMismatch):
+            session.ask("foreign", [1], NEW)
+        with pytest.raises(SpecMismatch):
+            session.ask_or_recompute("foreign", [1, 2, 3], [1], NEW)
+
+    def test_a_failing_prefill_leaves_nothing(self, stage, cp):
+        class TestError(Exception):
+            pass
+
+        def fails(_):
+            raise TestError
+
+        session, client = stage.session(cp), stage.client()
+        with pytest.raises(TestError):
+            session.ingest("report", self.tokens(100), chunk_tokens=CHUNK, progress=fails)
+        assert client.documents() == []
+        until(stage.is_idle, "nothing is held")
+
+    # A daemon that dies -------------------------------------------------------------------------
+
+    def test_a_killed_daemon_costs_a_recompute_and_the_group_comes_back(self, stage, cp):
+        session, engine = stage.session(cp), stage.engine(cp)
+        document, question = self.stored(stage, session, "report"), self.tokens(5)
+        stage.daemon.kill()
+        with pytest.raises(DaemonUnavailable):
+            session.ask("report", question, NEW)
+        reply = session.ask_or_recompute("report", document, question, NEW)
+        assert (reply.swap, reply.reason) == (None, "daemon-unavailable")
+        self.check(reply, engine, document, question)
+        stage.daemon.start()
+        session = stage.session(cp)
+        self.check(session.ask("report", question, NEW), engine, document, question)
+
+    @pytest.mark.parametrize("comes_back", [False, True])
+    def test_a_daemon_killed_in_the_middle_of_a_question_is_noticed(self, stage, cp, comes_back):
+        """Even when another daemon is up, and the ranks with it, before the question reaches them."""
+        session, engine = stage.session(cp), stage.engine(cp)
+        document, question = self.stored(stage, session, "report"), self.tokens(5)
+        with session.attached("report") as attached:
+            stage.daemon.kill()
+            if comes_back:
+                stage.daemon.start()
+                stage.session(cp).ask("report", question, NEW)
+            with pytest.raises(Unavailable):
+                engine.answer(attached.shard, question, NEW)
+        if not comes_back:
+            stage.daemon.start()
+        self.check(stage.session(cp).ask("report", question, NEW), engine, document, question)
+
+    def test_a_daemon_killed_at_any_time_gives_the_right_answer_or_an_error(self, stage):
+        cp = self.CPS[-1]
+        session, engine = stage.session(cp), stage.engine(cp)
+        document, question = self.stored(stage, session, "report"), self.tokens(5)
+        wanted = engine.recompute(document, question, NEW, CHUNK).tokens
+        for delay_questions in (1, 3):
+            stage.client().evict("report", "ddr")
+            asked, outcomes = threading.Semaphore(0), []
+
+            def asks(session=session, asked=asked, outcomes=outcomes):
+                with suppress(Unavailable):
+                    while True:
+                        asked.release()
+                        outcomes.append(session.ask("report", question, NEW).answer.tokens)
+
+            thread = threading.Thread(target=asks)
+            thread.start()
+            for _ in range(delay_questions):
+                assert asked.acquire(timeout=30)
+            stage.daemon.kill()
+            thread.join(60)
+            assert not thread.is_alive(), "the question hangs"
+            assert all(tokens == wanted for tokens in outcomes)
+            stage.daemon.start()
+            session = stage.session(cp)
+        self.check(session.ask("report", question, NEW), engine, document, question)
+
+    def test_a_daemon_killed_in_the_middle_of_an_ingest_leaves_nothing_visible(self, stage, cp):
+        session, document, question = stage.session(cp), self.tokens(200), self.tokens(5)
+        killed = []
+
+        def kills(done):
+            if done >= CHUNK * 2 and not killed:
+                killed.append(done)
+                stage.daemon.kill()
+
+        with pytest.raises(Unavailable):
+            session.ingest("report", document, chunk_tokens=CHUNK, progress=kills)
+        assert killed
+        stage.daemon.start()
+        session = stage.session(cp)
+        assert stage.client().documents() == []
+        session.ingest("report", document, chunk_tokens=CHUNK)
+        self.check(session.ask("report", question, NEW), stage.engine(cp), document, question)
+
+    def test_corruption_is_an_error_or_a_recompute_never_an_answer(self, stage, cp):
+        session, engine = stage.session(cp), stage.engine(cp)
+        document, question = self.stored(stage, session, "report"), self.tokens(5)
+        stage.daemon.kill()
+        stage.flip()
+        stage.daemon.start()
+        session = stage.session(cp)
+        with pytest.raises(HoldfastError):
+            session.ask("report", question, NEW)
+        reply = session.ask_or_recompute("report", document, question, NEW)
+        assert reply.swap is None
+        self.check(reply, engine, document, question)
+        assert not stage.client().document("report").complete
+        session.ingest("report", document, chunk_tokens=CHUNK)
+        self.check(session.ask("report", question, NEW), engine, document, question)
+
+    def test_a_closed_group_frees_its_memory_and_its_name(self, stage):
+        cp = self.CPS[-1]
+        session = stage.session(cp)
+        document, question = self.stored(stage, session, "report"), self.tokens(5)
+        session.ask("report", question, NEW)
+        name = stage.engine(cp).group
+        stage.forget(cp)
+        until(lambda: not stage.is_complete(name), "the group is gone")
+        assert stage.daemon.used("hbm") == 0
+        session = stage.session(cp)
+        self.check(session.ask("report", question, NEW), stage.engine(cp), document, question)

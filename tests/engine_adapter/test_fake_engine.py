@@ -1,0 +1,38 @@
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+from engine_contract import EngineContract
+from holdfast.engine_adapter.fake import FakeEngine
+from holdfast.kvstore.spec import KVSpec, LayerGroup
+
+SPEC = KVSpec(
+    groups=(LayerGroup(layers=(0, 1), kv_heads=2, key_dim=8, value_dim=4),),
+    dtype="bfloat16",
+    model="fake@1",
+    vocabulary_size=64,
+    block_tokens=16,
+    extent_blocks=2,
+)
+
+
+class TestFakeEngine(EngineContract):
+    CPS = (1, 2, 3)
+    SETTINGS: ClassVar = {}
+
+    def make(self, stage, cp):
+        return FakeEngine(f"fake-{cp}", SPEC, cp=cp, rows=stage.rows(cp) + 8, daemon_socket=stage.daemon.socket)
+
+    def other_spec(self):
+        return replace(SPEC, model="fake@2")
+
+
+def test_one_wrong_byte_changes_the_answer():
+    """The control: equality of answers means something."""
+    engine = FakeEngine("alone", SPEC, cp=0, rows=0, daemon_socket=Path("/nowhere"))
+    planes = engine._made([1, 2, 3])
+    before = engine._answered(planes, [4], 3, 0)
+    planes[1, 1][1, 2, 3] ^= 1
+    assert engine._answered(planes, [4], 3, 0).tokens != before.tokens
+    assert engine.recompute([1, 2, 3], [4], 3, 64).tokens == before.tokens
+    assert engine.recompute([1, 2, 5], [4], 3, 64).tokens != before.tokens
