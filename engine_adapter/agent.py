@@ -142,13 +142,17 @@ class Agent:
     # Commands ----------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._closing.is_set():
-            command = self._commands.get()
-            if command is None:
-                if not self._closing.is_set():
+        try:
+            while not self._closing.is_set():
+                command = self._commands.get()
+                if command is not None:
+                    self._carry_out(command)
+                elif not self._closing.is_set():
                     self._reconnect()
-                continue
-            self._carry_out(command)
+        finally:
+            if not self._closing.is_set():  # a bug of ours: nobody may wait for what will never be carried out
+                self._on_lost()
+                self._client.close()
 
     def _carry_out(self, command: Command) -> None:
         match command:

@@ -1,9 +1,14 @@
+import threading
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+from daemon_process import DaemonProcess, until
 from engine_contract import EngineContract
 from holdfast.engine_adapter.fake import FakeEngine
+from holdfast.engine_adapter.session import Session
+from holdfast.kvstore.client import Client
 from holdfast.kvstore.spec import KVSpec, LayerGroup
 
 SPEC = KVSpec(
@@ -36,3 +41,22 @@ def test_one_wrong_byte_changes_the_answer():
     assert engine._answered(planes, [4], 3, 0).tokens != before.tokens
     assert engine.recompute([1, 2, 3], [4], 3, 64).tokens == before.tokens
     assert engine.recompute([1, 2, 5], [4], 3, 64).tokens != before.tokens
+
+
+def test_an_agent_that_hits_a_bug_leaves_nobody_waiting(monkeypatch):
+    """Its group ends, the question is answered without the cache, and the daemon frees what the group held."""
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    with DaemonProcess() as daemon, closing(Client(daemon.start().socket)) as client:
+        engine = FakeEngine("fake", SPEC, cp=2, rows=200, daemon_socket=daemon.socket)
+        session = Session(client, engine)
+        session.ingest("report", [1, 2, 3] * 30)
+        client.evict("report", "hbm")
+        monkeypatch.setattr(engine._arenas[1], "load", lambda *_: 1 / 0)
+        reply = session.ask_or_recompute("report", [1, 2, 3] * 30, [4], 3)
+        assert reply.swap is None
+        assert reply.answer.tokens == engine.recompute([1, 2, 3] * 30, [4], 3, 64).tokens
+        assert [error.exc_type for error in seen] == [ZeroDivisionError]
+        until(lambda: daemon.used("hbm") == 0, "the group is gone")
+        assert daemon.leases() == []
+        engine.close()
