@@ -83,8 +83,4 @@ class Pins:
 
     def expired(self, wall_ns: int) -> list[Pin]:
         """The pins whose time is up."""
-        return [
-            pin
-            for pin in self.all()
-            if pin.expires_wall_ns is not None and pin.expires_wall_ns <= wall_ns
-        ]
+        return [pin for pin in self.all() if pin.expires_wall_ns is not None and pin.expires_wall_ns <= wall_ns]

@@ -33,9 +33,7 @@ def as_tokens(ids: Sequence[int] | npt.NDArray[np.integer], spec: KVSpec) -> Tok
     lowest, highest = int(array.min()), int(array.max())
     if lowest < 0 or highest >= spec.vocabulary_size:
         bad = lowest if lowest < 0 else highest
-        raise TokenOutOfRange(
-            f"token id {bad} is outside the vocabulary of {spec.vocabulary_size} tokens"
-        )
+        raise TokenOutOfRange(f"token id {bad} is outside the vocabulary of {spec.vocabulary_size} tokens")
     return array.astype(np.uint32, copy=False)
 
 

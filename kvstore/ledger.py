@@ -128,9 +128,7 @@ class Ledger:
         """Bytes in minus bytes out."""
         return self.bytes_in[device] - self.bytes_out[device]
 
-    def moved(
-        self, hop: Hop, size_bytes: int, busy_ns: int, started_ns: int, ended_ns: int
-    ) -> None:
+    def moved(self, hop: Hop, size_bytes: int, busy_ns: int, started_ns: int, ended_ns: int) -> None:
         """Account one move in the totals."""
         self.hops.setdefault(hop, HopTime()).add(size_bytes, busy_ns, started_ns, ended_ns)
         self.counts["moves"] += 1

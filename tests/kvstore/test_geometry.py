@@ -1,7 +1,6 @@
 """Where rows lie in a buffer."""
 
 import pytest
-
 from holdfast.kvstore.geometry import PLANE_ALIGN_BYTES, Geometry, arena_geometry, extent_geometry
 from holdfast.kvstore.spec import GroupKind, KVSpec, LayerGroup
 

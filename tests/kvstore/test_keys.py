@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fakes import tiny_spec
+from holdfast.kvstore.errors import EmptyDocument, TokenOutOfRange
+from holdfast.kvstore.keys import as_tokens, block_keys, token_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.kvstore.errors import EmptyDocument, TokenOutOfRange
-from holdfast.kvstore.keys import as_tokens, block_keys, token_list
+from fakes import tiny_spec
 
 SPEC = tiny_spec()  # blocks of 16 tokens
 SECRET = b"s" * 32

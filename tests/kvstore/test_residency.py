@@ -1,7 +1,6 @@
 """The states of a copy: what is not in this table is a bug."""
 
 import pytest
-
 from holdfast.kvstore.residency import Event, IllegalTransition, Placement, State, Tier, after
 
 LEGAL = {

@@ -3,7 +3,6 @@
 from dataclasses import fields, replace
 
 import pytest
-
 from holdfast.kvstore.errors import InvalidSpec
 from holdfast.kvstore.spec import GroupKind, KVSpec, LayerGroup, sized
 

@@ -1,11 +1,11 @@
 """Evictions asked for by operators: what they may take, and what pins and other documents keep."""
 
 import numpy as np
-from fakes import CLIENT, FAR_NS, tiny_service, tiny_spec
-
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import InUse
 from holdfast.kvstore.residency import Tier
+
+from fakes import CLIENT, FAR_NS, tiny_service, tiny_spec
 
 
 def stored(service, effects, name, tokens, write_policy=WritePolicy.THROUGH):
@@ -14,9 +14,7 @@ def stored(service, effects, name, tokens, write_policy=WritePolicy.THROUGH):
     array = np.asarray(tokens, dtype=np.uint32)
     fingerprint = tiny_spec().fingerprint()
     answers = []
-    opened = service.begin_ingest(
-        CLIENT, document, fingerprint, array, write_policy, None, 64, FAR_NS, answers.append
-    )
+    opened = service.begin_ingest(CLIENT, document, fingerprint, array, write_policy, None, 64, FAR_NS, answers.append)
     service.commit_ingest(CLIENT, opened.id, answers.append)
     effects.complete_all(service)
     service.state.check()
