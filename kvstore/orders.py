@@ -118,7 +118,7 @@ class CloseShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetireSlab:
-    """The slab has no slot in use: drop its memory, so that its next owner cannot see old bytes."""
+    """The slab goes to another owner: drop its memory first, so that the new one cannot see old bytes."""
 
     slab: int
 
@@ -195,9 +195,7 @@ class Write:
     records: tuple[Record, ...]
 
 
-Order = (
-    Seal | ReadIn | WriteOut | OpenShard | LoadShard | SaveShard | CloseShard | RetireSlab | Write
-)
+Order = Seal | ReadIn | WriteOut | OpenShard | LoadShard | SaveShard | CloseShard | RetireSlab | Write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Allocators, pure: fixed-size slots in slabs (DDR) and segments (NVMe), and rows in a rank's arena (HBM).
 
 They hand out numbers and touch no memory. A slab serves one class (owner, slot size) while any of its slots is in
-use, and goes back to the pool when the last is freed, so sizes of different models do not fragment each other.
+use, and goes back to the pool when the last is freed, so sizes of different models do not fragment each other. Its
+memory is kept: touching fresh pages costs more than copying into them. Only another owner must not see it.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class SlabPool:
         self._unused = list(range(self.slab_count))[::-1]
         self._slabs: dict[int, _Slab] = {}
         self._open: dict[SlotClass, set[int]] = defaultdict(set)
+        self._wrote: dict[int, str] = {}  # whose bytes are in a slab that is unused
+        self._foreign: set[int] = set()  # slabs in use that hold another owner's bytes
         self.used_bytes = 0
 
     @property
@@ -59,14 +62,12 @@ class SlabPool:
         return self.per_slab(kind) * self.slab_count
 
     def allocate(self, kind: SlotClass) -> Slot | None:
-        """A free slot, or None. The fullest-numbered open slab of the class goes first."""
+        """A free slot, or None: of the lowest open slab of the class, else of a slab that its owner used last."""
         if self._open[kind]:
             number = min(self._open[kind])
         elif self._unused and self.per_slab(kind):
-            number = self._unused.pop()
-            count = self.per_slab(kind)
-            self._slabs[number] = _Slab(kind, list(range(count))[::-1], count)
-            self._open[kind].add(number)
+            number = next((n for n in reversed(self._unused) if self._wrote.get(n) == kind.owner), self._unused[-1])
+            self._dedicate(number, kind)
         else:
             return None
         slab = self._slabs[number]
@@ -80,16 +81,22 @@ class SlabPool:
         """Mark a given slot as used (restart: the catalog says where extents lie)."""
         if slot.slab not in self._slabs:
             assert slot.slab in self._unused, f"segment {slot.slab} is outside the pool"
-            self._unused.remove(slot.slab)
-            count = self.per_slab(kind)
-            self._slabs[slot.slab] = _Slab(kind, list(range(count))[::-1], count)
-            self._open[kind].add(slot.slab)
+            self._dedicate(slot.slab, kind)
         slab = self._slabs[slot.slab]
         assert slab.kind == kind, f"segment {slot.slab} serves {slab.kind}, not {kind}"
         slab.free.remove(slot.offset // kind.slot_bytes)
         if not slab.free:
             self._open[kind].discard(slot.slab)
         self.used_bytes += kind.slot_bytes
+
+    def _dedicate(self, number: int, kind: SlotClass) -> None:
+        """Let an unused slab serve this class."""
+        self._unused.remove(number)
+        if self._wrote.pop(number, kind.owner) != kind.owner:
+            self._foreign.add(number)
+        count = self.per_slab(kind)
+        self._slabs[number] = _Slab(kind, list(range(count))[::-1], count)
+        self._open[kind].add(number)
 
     def fits_in(self, kind: SlotClass, slot: Slot) -> bool:
         """Whether `slot` could be claimed for this class."""
@@ -101,8 +108,15 @@ class SlabPool:
             return slot.slab in self._unused and index < self.per_slab(kind)
         return slab.kind == kind and index in slab.free
 
-    def free(self, slot: Slot) -> int | None:
-        """Give a slot back. Returns the slab's number when it was the last one in use there."""
+    def must_retire(self, slot: Slot) -> bool:
+        """Whether the slab holds another owner's bytes, so that its memory has to go before use. True once."""
+        if slot.slab not in self._foreign:
+            return False
+        self._foreign.discard(slot.slab)
+        return True
+
+    def free(self, slot: Slot) -> None:
+        """Give a slot back."""
         slab = self._slabs[slot.slab]
         index = slot.offset // slab.kind.slot_bytes
         assert index not in slab.free, f"{slot} is freed twice"
@@ -110,11 +124,11 @@ class SlabPool:
         self.used_bytes -= slab.kind.slot_bytes
         if len(slab.free) < slab.slots:
             self._open[slab.kind].add(slot.slab)
-            return None
+            return
         del self._slabs[slot.slab]
         self._open[slab.kind].discard(slot.slab)
         self._unused.append(slot.slab)
-        return slot.slab
+        self._wrote[slot.slab] = slab.kind.owner
 
     def owner(self, slab: int) -> str | None:
         """Whose slots the slab serves now; None when unused."""

@@ -100,6 +100,8 @@ class Store:
         slot = pool.allocate(SlotClass(owner, extent.slot_bytes))
         if slot is None:
             return None
+        if pool.must_retire(slot):
+            self.submit(RetireSlab(slab=slot.slab))
         return self._opened(
             Placement(extent=extent.id, tier=tier, device=device, size_bytes=extent.slot_bytes, slot=slot)
         )
@@ -227,9 +229,7 @@ class Store:
         self.records.ledger.left(placement.device, placement.size_bytes)
         if placement.slot is not None:
             pool = self.records.ddr if placement.tier is Tier.DDR else self.records.nvme
-            slab = pool.free(placement.slot)
-            if slab is not None and placement.tier is Tier.DDR:
-                self.submit(RetireSlab(slab=slab))
+            pool.free(placement.slot)
         for copies in (*self.records.private.values(), self.records.leaving):
             copies[:] = [copy for copy in copies if copy is not placement]
         record = self.records.extents.get(placement.extent)

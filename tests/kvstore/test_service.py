@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.document import DocumentId, WritePolicy
@@ -27,7 +28,6 @@ from holdfast.kvstore.errors import (
 )
 from holdfast.kvstore.layout import contiguous
 from holdfast.kvstore.orders import (
-    CloseShard,
     LoadShard,
     OpenShard,
     ReadIn,
@@ -40,7 +40,7 @@ from holdfast.kvstore.orders import (
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.service import NS, Service
 
-from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, tiny_config, tiny_spec
+from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, tiny_config, tiny_service, tiny_spec
 
 SPEC = tiny_spec()
 FINGERPRINT = SPEC.fingerprint()
@@ -821,10 +821,24 @@ def test_a_restart_with_less_room_gives_up_visibly():
     assert less.state.nvme.used_bytes == 4 * EXTENT_BYTES
 
 
-def test_emptied_slabs_are_retired_once():
-    """The memory of a slab goes when its last slot is free."""
+def test_a_slab_keeps_its_memory_for_its_owner():
+    """Nothing is retired when a tenant's slab empties, nor when the same tenant fills it again."""
     scene = Scene()
     document = scene.store("a", tokens(1, 2), WritePolicy.MEMORY)
     scene.service.delete(document)
-    assert len(scene.pending(RetireSlab)) == 1
-    assert not scene.pending(CloseShard)
+    scene.store("b", tokens(3, 2), WritePolicy.MEMORY)
+    assert not scene.pending(RetireSlab)
+
+
+def test_another_tenant_gets_a_slab_without_its_old_memory():
+    """What one tenant wrote is gone before another's first slot of that slab is handed out."""
+    service, effects, _ = tiny_service(tiny_config(ddr__slab_bytes="1 MiB"))  # one slab is all of DDR
+    for tenant, retired in (("one", []), ("two", [0])):
+        answers = []
+        name = DocumentId(tenant, "a")
+        array = np.asarray(tokens(1, 2), dtype=np.uint32)
+        begun = service.begin_ingest(
+            CLIENT, name, FINGERPRINT, array, WritePolicy.MEMORY, None, 64, FAR_NS, answers.append
+        )
+        assert [order.slab for order in effects.orders if isinstance(order, RetireSlab)] == retired
+        service.abort_ingest(CLIENT, begun.id)

@@ -17,6 +17,7 @@ class Slabs(RuleBasedStateMachine):
         super().__init__()
         self.pool = SlabPool(170, 50)
         self.held = []
+        self.wrote = {}  # slab -> owner of the bytes in it
 
     def fits(self, kind):
         """Naively: a free place in a slab of the class, or an unused slab that is large enough."""
@@ -33,7 +34,14 @@ class Slabs(RuleBasedStateMachine):
         slot = self.pool.allocate(kind)
         assert (slot is not None) == expected
         if slot is not None:
-            self.held.append((kind, slot))
+            self.took(kind, slot)
+
+    def took(self, kind, slot):
+        before = self.wrote.get(slot.slab, kind.owner)
+        assert self.pool.must_retire(slot) == (before != kind.owner), "only another owner's memory goes"
+        assert not self.pool.must_retire(slot), "and only once"
+        self.wrote[slot.slab] = kind.owner
+        self.held.append((kind, slot))
 
     @precondition(lambda self: self.held)
     @rule(data=st.data())
@@ -41,7 +49,7 @@ class Slabs(RuleBasedStateMachine):
         kind, slot = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
         emptied = all(other.slab != slot.slab for _, other in self.held)
         assert self.pool.owner(slot.slab) == kind.owner
-        assert self.pool.free(slot) == (slot.slab if emptied else None)
+        self.pool.free(slot)
         assert (self.pool.owner(slot.slab) is None) == emptied
 
     @rule(kind=st.sampled_from(KINDS[:3]), slab=st.integers(0, 4), index=st.integers(0, 5))
@@ -54,7 +62,7 @@ class Slabs(RuleBasedStateMachine):
         assert self.pool.fits_in(kind, slot) == free
         if free:
             self.pool.claim(kind, slot)
-            self.held.append((kind, slot))
+            self.took(kind, slot)
 
     @invariant()
     def nothing_overlaps(self):
