@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from daemon_process import DaemonProcess, until
 from engine_contract import EngineContract
 from holdfast.engine_adapter.fake import FakeEngine
 from holdfast.engine_adapter.session import Session
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.spec import KVSpec, LayerGroup
+
+from daemon_process import DaemonProcess, until
 
 SPEC = KVSpec(
     groups=(LayerGroup(layers=(0, 1), kv_heads=2, key_dim=8, value_dim=4),),
