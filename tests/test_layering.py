@@ -207,10 +207,7 @@ def leaves(path: str, source: str) -> Iterator[str]:
                 allowed = ", ".join(table[name]) or "nowhere"
                 yield f"{path}:{found.line}: imports {name}; allowed: {allowed}"
         elif name not in sys.stdlib_module_names:
-            yield (
-                f"{path}:{found.line}: imports {name}, which THIRD_PARTY in "
-                "tests/test_layering.py does not list"
-            )
+            yield (f"{path}:{found.line}: imports {name}, which THIRD_PARTY in tests/test_layering.py does not list")
 
 
 def clocks(path: str, source: str) -> Iterator[str]:
@@ -299,9 +296,7 @@ def test_the_whole_house_is_read():
 
 
 def test_no_permission_outlives_its_handler():
-    places = {
-        place for path, source in product().items() for place, _ in broad_handlers(path, source)
-    }
+    places = {place for path, source in product().items() for place, _ in broad_handlers(path, source)}
     assert set(BROAD_HANDLERS) <= places
 
 

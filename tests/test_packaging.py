@@ -48,18 +48,14 @@ def expected_content(files: list[str]) -> dict[str, bytes]:
 def build_wheel(source: Path, target: Path) -> zipfile.ZipFile:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check"]
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(target)]
-    done = subprocess.run(
-        [*command, *options, str(source)], check=False, capture_output=True, text=True
-    )
+    done = subprocess.run([*command, *options, str(source)], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (wheel,) = target.glob("*.whl")
     return zipfile.ZipFile(wheel)
 
 
 def package_content(wheel: zipfile.ZipFile) -> dict[str, bytes]:
-    return {
-        name: wheel.read(name) for name in wheel.namelist() if name.startswith(f"{FRONT_DOOR}/")
-    }
+    return {name: wheel.read(name) for name in wheel.namelist() if name.startswith(f"{FRONT_DOOR}/")}
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from daemon_process import DaemonProcess
 
 import holdfast
+from daemon_process import DaemonProcess
 
 ROOT = Path(__file__).parent.parent
 
