@@ -125,9 +125,11 @@ def demo(
 ) -> None:
     """Prefill, evict, reattach and decode a document, and show that nothing was lost."""
     from .demo import run_demo
+    from .demo_report import Output
 
     session = session_of(ctx)
-    raise typer.Exit(run_demo(document, tokens, session.as_json, session.data_dir))
+    output = Output.MACHINES if session.as_json else Output.PEOPLE
+    raise typer.Exit(run_demo(document, tokens, output, session.data_dir))
 
 
 @config_app.command("show")

@@ -19,7 +19,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .demo_report import TIER_NAMES, DemoReport, DocumentFate, Metrics, QuestionRecord, as_json, show, size
+from .cli_tables import size
+from .demo_report import TIER_NAMES, DemoReport, DocumentFate, Metrics, Output, QuestionRecord, as_json, show
 from .demo_stage import DaemonProcess, Reference, Stage, compare
 from .engine_adapter.group import RankGroup
 from .engine_adapter.session import Session
@@ -57,11 +58,12 @@ class Story:
     asked: dict[str, int] = field(default_factory=dict)
 
 
-def run_demo(document: Path | None, tokens: int, json_wanted: bool, data_dir: Path | None) -> int:  # noqa: FBT001
+def run_demo(document: Path | None, tokens: int, output: Output, data_dir: Path | None) -> int:
     """Run the demo; returns the exit status. `tokens` of `document` (or of the shipped text) are used."""
-    screen = Console(stderr=json_wanted)
+    aside = output is Output.MACHINES  # then stdout is for the report alone
+    screen = Console(stderr=aside)
     if not screen.is_terminal:
-        screen = Console(stderr=json_wanted, width=PIPE_WIDTH)  # a pipe has no width
+        screen = Console(stderr=aside, width=PIPE_WIDTH)  # a pipe has no width
     progress_screen = Console(stderr=True)
     text = read_text(document)
     with scratch(data_dir) as directory:
@@ -73,7 +75,7 @@ def run_demo(document: Path | None, tokens: int, json_wanted: bool, data_dir: Pa
             raise
         finally:
             demo.close()
-    if json_wanted:
+    if aside:
         print(as_json(report))
     else:
         show(report, screen)

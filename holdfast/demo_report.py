@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -10,7 +11,15 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from .cli_tables import duration, size
 from .kvstore.views import HopView, VerdictView
+
+
+class Output(StrEnum):
+    """For whom a report is printed."""
+
+    PEOPLE = "people"
+    MACHINES = "machines"
 
 
 class QuestionRecord(msgspec.Struct, kw_only=True):
@@ -78,22 +87,6 @@ class DemoReport(msgspec.Struct, kw_only=True):
     metrics: Metrics
     elapsed_seconds: float
     passed: bool
-
-
-def size(size_bytes: float) -> str:
-    """Bytes for people, binary units spelled."""
-    for unit in ("B", "KiB", "MiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.0f} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.2f} GiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 TIER_NAMES = {"hbm": "HBM", "ddr": "DDR", "nvme": "NVMe"}

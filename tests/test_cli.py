@@ -458,7 +458,7 @@ def test_demo_hears_its_options(tmp_path, monkeypatch):
     text.write_text("x")
     result = run("demo", "--document", str(text), "--tokens", "2048", "--json", "--data-dir", str(tmp_path))
     assert result.exit_code == 3
-    assert seen == [(text, 2048, True, tmp_path)]
+    assert seen == [(text, 2048, "machines", tmp_path)]
     refused(2, "demo", "--document", str(tmp_path / "missing"))
 
 
