@@ -8,7 +8,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
     "put_vs_memcpy",
-    "put_vs_warm_memcpy",
     "put_commit_vs_memcpy",
     "commit_ms",
     "attach_resident_p50_ms",
