@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from .claims import Lease
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, HoldfastError, LayoutError, SpecMismatch
-from .layout import Layout, scheme
+from .layout import RUNS_LIMIT, Layout, scheme
 from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
@@ -39,6 +39,8 @@ def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int
     if group.fingerprint != fingerprint:
         raise SpecMismatch(f"group {name!r} runs another model than the one that made this document")
     made = layout if layout is not None else scheme("contiguous", token_count, group.cp, group.tp)
+    if len(made.runs) > RUNS_LIMIT:
+        raise LayoutError(f"a layout of {len(made.runs)} runs is too fine; at most {RUNS_LIMIT}, so use longer stripes")
     if (made.cp, made.tp, made.token_count) != (group.cp, group.tp, token_count):
         raise LayoutError(
             f"the layout covers {made.token_count} tokens over cp={made.cp} tp={made.tp}; "

@@ -11,9 +11,13 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Final
 
 from .errors import LayoutError
 from .geometry import Geometry
+
+# A million tokens in stripes of four; the daemon plans on one thread, and what is finer would hold up everybody.
+RUNS_LIMIT: Final = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +141,8 @@ def chunked(front: Layout, token_count: int, chunk_tokens: int) -> Layout:
     """The layout that chunked prefill ends with: `front` is there already, each chunk behind it is zigzag by itself."""
     if chunk_tokens < 1:
         raise LayoutError(f"a chunk has at least one token, not {chunk_tokens}")
+    if 2 * front.cp * (token_count // chunk_tokens) > RUNS_LIMIT:
+        raise LayoutError(f"{token_count} tokens in chunks of {chunk_tokens} make too many runs; use larger chunks")
     if front.token_count > token_count:
         raise LayoutError(f"{front.token_count} cached tokens are no start of a document of {token_count}")
     runs = list(front.runs)

@@ -44,6 +44,7 @@ from .store import Store
 from .upkeep import Upkeep
 
 NS = 1_000_000_000
+MODELS_LIMIT = 4096  # of any tenant and adapter; far more than a machine serves
 MAX_SECONDS = 1e7
 
 
@@ -107,6 +108,8 @@ class Service:
         fingerprint = spec.fingerprint()
         if fingerprint in self.state.specs:
             return fingerprint
+        if len(self.state.specs) >= MODELS_LIMIT:
+            raise NoCapacity(f"{MODELS_LIMIT} models are registered; a spec whose fields change from call to call?")
         for extent_bytes in (extent_geometry(spec, group).size_bytes for group in range(len(spec.groups))):
             for pool, what in ((self.state.ddr, "ddr.slab_bytes"), (self.state.nvme, "nvme.segment_bytes")):
                 if pool.slab_count and not pool.per_slab(SlotClass("", extent_bytes)):

@@ -11,7 +11,7 @@ from typing import Final
 
 from .claims import Pin
 from .costs import PrefillPoint
-from .document import Document, DocumentId
+from .document import NAME_LIMIT, Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCapacity
 from .extent import Extent, named
 from .ingest import Ingests
@@ -93,6 +93,8 @@ class Upkeep:
         now_ns = self.store.clock.wall_ns()
         if ttl_seconds is not None and not 0 < ttl_seconds < 10**9:
             raise InvalidRequest(f"ttl_seconds must be positive, not {ttl_seconds}")
+        if max(len(owner), len(reason)) > NAME_LIMIT:
+            raise InvalidRequest(f"a pin's owner and reason have at most {NAME_LIMIT} characters")
         pin = Pin(
             document=document,
             floor=floor,

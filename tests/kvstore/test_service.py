@@ -19,6 +19,7 @@ from holdfast.kvstore.errors import (
     GroupNotFound,
     HoldfastError,
     InUse,
+    InvalidRequest,
     LayoutError,
     NoCapacity,
     PinsOvercommitted,
@@ -26,7 +27,7 @@ from holdfast.kvstore.errors import (
     StorageFailed,
     TokenOutOfRange,
 )
-from holdfast.kvstore.layout import contiguous
+from holdfast.kvstore.layout import chunked, contiguous, zigzag
 from holdfast.kvstore.orders import (
     LoadShard,
     OpenShard,
@@ -40,6 +41,7 @@ from holdfast.kvstore.orders import (
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.service import NS, Service
 
+import fakes
 from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, tiny_config, tiny_service, tiny_spec
 
 SPEC = tiny_spec()
@@ -842,3 +844,18 @@ def test_another_tenant_gets_a_slab_without_its_old_memory():
         )
         assert [order.slab for order in effects.orders if isinstance(order, RetireSlab)] == retired
         service.abort_ingest(CLIENT, begun.id)
+
+
+def test_what_could_grow_without_end_is_refused():
+    """Endless layouts, endless reasons and endless models get a typed error, and nothing is left of them."""
+    with pytest.raises(LayoutError, match="larger chunks"):
+        chunked(zigzag(0, 2), 10**7, 1)
+    service, effects, _ = tiny_service()
+    document = fakes.ingest(service, effects, "a")
+    with pytest.raises(InvalidRequest, match="at most 255"):
+        service.pin(document, Tier.DDR, None, "me", "x" * 256)
+    assert not service.state.pins.all()
+    for number in range(4095):  # the scene's own is the first
+        service.register_spec(replace(SPEC, model=f"model-{number}"))
+    with pytest.raises(NoCapacity, match="4096 models"):
+        service.register_spec(replace(SPEC, model="one too many"))
