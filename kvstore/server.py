@@ -320,6 +320,8 @@ class Server:
             self._buried(client, descriptor)
 
     async def _answer(self, connection: Connection, envelope: Envelope) -> None:
+        if self._connections.get(connection.client) is not connection:
+            return  # its claims have ended already, by goodbye or resume: nobody would end new ones
         body = envelope.body
         descriptors: tuple[int, ...] = ()
         reply: Reply

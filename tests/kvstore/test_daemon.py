@@ -35,7 +35,16 @@ from holdfast.kvstore.errors import (
 )
 from holdfast.kvstore.frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, encode
 from holdfast.kvstore.requests import Requests
-from holdfast.kvstore.wire import PROTOCOL_VERSION, Hello, ListDocuments, MapSlab, Refused, Welcome
+from holdfast.kvstore.wire import (
+    PROTOCOL_VERSION,
+    AttachDocument,
+    Goodbye,
+    Hello,
+    ListDocuments,
+    MapSlab,
+    Refused,
+    Welcome,
+)
 
 from daemon_clients import client_process, floods, holds_lease, ingests, reads, waits_for_room, writes
 from daemon_process import (
@@ -531,6 +540,17 @@ def test_a_client_that_comes_back_says_what_it_lets_go_of(daemon, abruptly):
     assert daemon.leases() == []
     until(lambda: daemon.used("ddr") == 4 * 16384, "the open ingest is gone")
     assert fetch(again, "report") == expected("report", 100)
+
+
+def test_a_request_that_was_overtaken_by_a_goodbye_leaves_no_lease(daemon):
+    """Two threads of a client: one still asks when the other closes, and nobody would ever end what was granted."""
+    put(daemon.client(), "report", 100)
+    late = encode(Envelope(2, AttachDocument("report", None, None, None, 5.0))) + encode(Envelope(3, Goodbye()))
+    with closing(Raw(daemon, HELLO)) as raw:
+        raw.sock.recv(1 << 16)
+        raw.sock.sendall(late)
+        raw.answers()
+    assert daemon.leases() == []
 
 
 def test_nobody_resumes_the_claims_of_another_process(daemon):
