@@ -1,7 +1,7 @@
 """Ranks: hands HBM orders to the rank processes of a group, and joins their answers into one outcome.
 
 Each rank has a connection of its own and carries out commands in order. An order ends when every rank has answered; a
-rank that is lost ends all of its group's orders with an error.
+rank that is lost ends its group: what it has not answered fails as soon as it can no longer touch the slots.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RankOrder = OpenShard | LoadShard | SaveShard | CloseShard
 @dataclass(eq=False, slots=True)
 class _Pending:
     group: str
-    waiting: set[int]
+    waiting: dict[int, int]  # clients that have not answered, and their ranks
     outcome: Outcome = field(default_factory=Outcome)
 
 
@@ -78,7 +78,7 @@ class Ranks:
             error = GroupFailed(f"group {order.group!r} has lost its ranks")
             self._finished(order.id, Outcome(error=error))
             return
-        self._pending[order.id] = _Pending(order.group, set(seats))
+        self._pending[order.id] = _Pending(order.group, {client: rank for client, (rank, _) in seats.items()})
         for _, send in seats.values():
             send(command)
 
@@ -102,22 +102,29 @@ class Ranks:
 
     def _answered(self, order_id: int, client: int, outcome: Outcome) -> None:
         pending = self._pending[order_id]
-        pending.waiting.discard(client)
+        del pending.waiting[client]
         pending.outcome = outcome
         if not pending.waiting:
             del self._pending[order_id]
             self._finished(order_id, outcome)
 
     def lost(self, client: int) -> None:
-        """A rank's connection ended: the whole group is out of service.
+        """A rank's connection ended: its group takes no more orders. It may still be carrying out earlier ones."""
+        if client in self._seats:
+            group = self._seats[client][0]
+            self._seats = {c: other for c, other in self._seats.items() if other[0] != group}
 
-        Its orders end in error, each when the other ranks have answered too: until then they may be using its slots.
-        """
-        group, rank, _ = self._seats.get(client, ("", 0, None))
-        self._seats = {c: other for c, other in self._seats.items() if other[0] != group}
-        error = GroupFailed(f"rank {rank} of group {group!r} is gone")
-        for order_id in [order_id for order_id, pending in self._pending.items() if client in pending.waiting]:
-            self._answered(order_id, client, replace(self._pending[order_id].outcome, error=error))
+    def owes(self, client: int) -> bool:
+        """Whether a client has orders that it has not answered: it may be using their slots."""
+        return any(client in pending.waiting for pending in self._pending.values())
+
+    def gone(self, client: int) -> None:
+        """A rank holds nothing any more: what it has not answered fails, once the other ranks have answered too."""
+        self.lost(client)
+        for order_id, pending in list(self._pending.items()):
+            if client in pending.waiting:
+                error = GroupFailed(f"rank {pending.waiting[client]} of group {pending.group!r} is gone")
+                self._answered(order_id, client, replace(pending.outcome, error=error))
 
     def _parts(self, parts: Sequence[Part]) -> list[PartMessage]:
         return [PartMessage(*p.slot, self._serial(p.slot.slab), p.start, p.valid_tokens) for p in parts]

@@ -372,7 +372,7 @@ class Server:
         known = self._connections.pop(client, None) is not None
         if known:
             self._ranks.lost(client)
-        if known and process is not None and self._service.holds(client):
+        if known and process is not None and (self._service.holds(client) or self._ranks.owes(client)):
             self._zombies[client] = (connection.pid, process)
             bury: Callable[[int, int], None] = self._buried
             asyncio.get_running_loop().add_reader(process, bury, client, process)
@@ -389,5 +389,5 @@ class Server:
         self._gone(client)
 
     def _gone(self, client: int) -> None:
-        self._ranks.lost(client)
+        self._ranks.gone(client)
         self._service.disconnect(client)

@@ -7,9 +7,11 @@ import signal
 import socket
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from holdfast.kvstore.client import Client
+from holdfast.kvstore.wire import Command, SaveCommand
 
 from daemon_process import FORKS, PATIENCE_SECONDS, fetch, tokens_of, write
 from fakes import tiny_spec
@@ -69,6 +71,20 @@ def holds_lease(pipe: Connection, path: Path, name: str) -> None:
     client.wait_layers(attached.lease, 2)
     pipe.send(client.number)
     pipe.recv()
+    client._connection._sock.shutdown(socket.SHUT_RDWR)
+    client._connection._reader.join()
+    pipe.send("dropped")
+    pipe.recv()
+
+
+def holds_save(pipe: Connection, path: Path, group: str) -> None:
+    """Be a rank that, told to save, drops its connection without a word, but lives on and may still write."""
+    commands: SimpleQueue[Command] = SimpleQueue()
+    client = Client(path, on_command=commands.put)
+    client.register_rank(group, 0, 1, 1, client.register_spec(tiny_spec()), 256)
+    pipe.send("seated")
+    while not isinstance(commands.get(timeout=PATIENCE_SECONDS), SaveCommand):
+        pass
     client._connection._sock.shutdown(socket.SHUT_RDWR)
     client._connection._reader.join()
     pipe.send("dropped")

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from holdfast.kvstore.errors import (
     Draining,
     EmptyDocument,
     FrameTooLarge,
+    GroupFailed,
     HoldfastError,
     InvalidName,
     InvalidRequest,
@@ -46,7 +48,7 @@ from holdfast.kvstore.wire import (
     Welcome,
 )
 
-from daemon_clients import client_process, floods, holds_lease, ingests, reads, waits_for_room, writes
+from daemon_clients import client_process, floods, holds_lease, holds_save, ingests, reads, waits_for_room, writes
 from daemon_process import (
     LAYERS,
     PATIENCE_SECONDS,
@@ -520,6 +522,24 @@ def test_a_client_that_drops_its_connection_but_lives_keeps_its_slots_until_it_e
         assert len(daemon.leases()) == 1
         holder.say("exit")
         until(lambda: not daemon.leases(), "the lease ends with the process")
+
+
+def test_slots_that_a_lost_rank_was_saving_into_are_not_reused_before_it_ends(daemon):
+    """It may still be writing: what another document put there would be sealed with its bytes."""
+    client = daemon.client()
+    with client_process(holds_save, daemon.socket, "ranks") as rank:
+        rank.hear()
+        before = daemon.descriptors()
+        opened = client.begin_ingest("report", FINGERPRINT, tokens_of("report", 100), group="ranks")
+        with ThreadPoolExecutor(1) as threads:
+            done = threads.submit(client.commit_ingest, opened.ingest)
+            assert rank.hear() == "dropped"
+            until(lambda: daemon.descriptors() < before + 2, "the daemon has noticed")  # it made a slab meanwhile
+            assert daemon.used("ddr") == 4 * 16384
+            rank.say("exit")
+            with pytest.raises(GroupFailed):
+                done.result(PATIENCE_SECONDS)
+        until(lambda: daemon.used("ddr") == 0, "the slots are free when the rank has ended")
 
 
 @pytest.mark.parametrize("abruptly", [True, False])
