@@ -147,7 +147,7 @@ class Agent:
                 command = self._commands.get()
                 if command is not None:
                     self._carry_out(command)
-                elif not self._closing.is_set():
+                elif not self._closing.is_set() and not self._client.is_open:  # a failed attempt of ours says so too
                     self._reconnect()
         finally:
             if not self._closing.is_set():  # a bug of ours: nobody may wait for what will never be carried out
@@ -243,6 +243,8 @@ class Agent:
         """The daemon is gone, and with it all that it opened here. Come back, empty, when it does."""
         old = self._client.number
         self._client.close()
+        while not self._commands.empty():  # what the old connection still asked for is void
+            self._commands.get()
         with self._changed:
             self._shards.clear()
         while not self._closing.wait(RETRY_SECONDS):

@@ -61,3 +61,16 @@ def test_an_agent_that_hits_a_bug_leaves_nobody_waiting(monkeypatch):
         until(lambda: daemon.used("hbm") == 0, "the group is gone")
         assert daemon.leases() == []
         engine.close()
+
+
+def test_an_attempt_to_reconnect_that_failed_does_not_end_the_next_one():
+    """Each broken attempt says that the daemon is lost; a rank that leaves for that ends the group of all others."""
+    with DaemonProcess() as daemon, closing(Client(daemon.start().socket)) as client:
+        engine = FakeEngine("fake", SPEC, cp=2, rows=200, daemon_socket=daemon.socket)
+        with closing(engine):
+            engine._agents[1]._commands.put(None)  # as an attempt's connection does when it breaks
+            engine._agents[1]._commands.put(None)
+            until(engine._agents[1]._commands.empty, "the agent has heard of it")
+            session = Session(client, engine)
+            session.ingest("report", [1, 2, 3] * 30)
+            assert session.ask("report", [4], 3).answer.tokens == engine.recompute([1, 2, 3] * 30, [4], 3, 64).tokens
