@@ -36,6 +36,7 @@ class Stage(StrEnum):
     WAITING = "waiting"
     FILLING = "filling"
     LOADING = "loading"  # to be committed as soon as the cached front has arrived
+    FAILED = "failed"  # the cached front will not come, but the group may still be writing to its rows
     SAVING = "saving"
     SEALING = "sealing"
     ENDED = "ended"
@@ -200,7 +201,11 @@ class Ingests:
             granted(error)
 
     def _loaded(self, ingest: Ingest, error: HoldfastError | None) -> None:
-        if error is not None:
+        if error is not None and ingest.stage is Stage.FILLING:
+            assert ingest.loading is not None
+            ingest.loading.kept = True
+            ingest.stage, ingest.error = Stage.FAILED, error
+        elif error is not None:
             self._end(ingest, error)
         elif ingest.stage is Stage.LOADING:
             self._proceed(ingest)
@@ -216,6 +221,11 @@ class Ingests:
 
     def commit(self, ingest: Ingest, committed: Done) -> None:
         """Everything is filled: save it out of the group's rows if there is one, seal, publish."""
+        if ingest.stage is Stage.FAILED:
+            assert ingest.error is not None
+            ingest.committed = committed
+            self._end(ingest, ingest.error)
+            return
         if ingest.stage is not Stage.FILLING:
             raise InUse(f"ingest {ingest.id} is {ingest.stage}, so it cannot be committed now")
         ingest.committed = committed

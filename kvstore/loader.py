@@ -399,7 +399,10 @@ class Loader:
         """The holder is done. A loading still under way goes on for the cache's sake and lets go at its end."""
         if loading.phase is Phase.WAITING:
             self.fail(loading, InUse("released before it was granted"))
-        elif (loading.phase is Phase.READY or loading.kept) and not loading.released:
+        elif loading.kept:
+            loading.kept = False
+            self._abandon(loading)
+        elif loading.phase is Phase.READY and not loading.released:
             self._let_go(loading)
         loading.released = True
 

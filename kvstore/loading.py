@@ -56,7 +56,7 @@ class Loading:
     layers: int = 0  # leading layers reported
     in_flight: int = 0
     released: bool = False
-    kept: bool = False  # failed, but its holder may still be reading what is in DDR
+    kept: bool = False  # failed, but its holder may still be using what is in DDR, or the shard's rows
     error: HoldfastError | None = None
 
 

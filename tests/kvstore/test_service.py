@@ -664,6 +664,37 @@ def test_a_failed_attach_keeps_its_slots_until_it_is_detached():
     assert heard
 
 
+@pytest.mark.parametrize("end", ["abort", "commit", "disconnect", "group"])
+def test_rows_of_an_ingest_whose_front_is_corrupt_stay_until_its_ranks_are_done(end):
+    """They prefill behind the front, and would write into rows that another document got meanwhile."""
+    scene = Scene()
+    scene.group()
+    scene.evict(scene.store("a", tokens(1, 2)), Tier.DDR)
+    ingest, heard = scene.begin("b", tokens(1, 3), group="g")
+    assert heard == [ingest]
+    for read in scene.pending(ReadIn):
+        scene.end(read, CorruptExtent("broken"))
+    pools = scene.state.groups["g"].pools
+    assert [pool.used_rows for pool in pools.values()] == [48, 48]
+    match end:
+        case "abort":
+            scene.service.abort_ingest(CLIENT, ingest.id)
+        case "commit":
+            (error,) = scene.commit(ingest)
+            assert isinstance(error, CorruptExtent)
+        case "disconnect":
+            scene.service.disconnect(CLIENT)
+        case "group":
+            scene.service.disconnect(RANKS[0])
+            assert not scene.state.groups
+    scene.state.check()
+    scene.settle()
+    if end != "group":
+        assert [pool.used_rows for pool in pools.values()] == [0, 0]
+    assert not scene.service.ingests.open
+    assert all(copy.holds == 0 for copy in scene.state.all_placements())
+
+
 # Waiting ---------------------------------------------------------------------------------------------
 
 
