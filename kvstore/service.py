@@ -84,6 +84,7 @@ class Service:
     def tick(self) -> None:
         """Let time pass: deadlines of those who wait, ends of pins."""
         self.store.retry_drops()
+        self.upkeep.retry_writes()
         self.room.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
         self._pump()

@@ -18,7 +18,7 @@ from .ingest import Ingests
 from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading
-from .orders import DropDocument, DropExtent, DropPin, PutPin, PutPrefills, Record, Urgency, Write
+from .orders import DropDocument, DropExtent, DropPin, Outcome, PutPin, PutPrefills, Record, Urgency, Write
 from .planner import Victim
 from .residency import Placement, State, Tier
 from .slots import Slot, SlotClass
@@ -49,6 +49,7 @@ class Upkeep:
         self.room = loader.room
         self.state = loader.store.records
         self._evictions: list[Eviction] = []
+        self._unsaid: set[DocumentId] = set()  # of which the catalog may still tell something old
 
     # Time --------------------------------------------------------------------------------------
 
@@ -105,7 +106,7 @@ class Upkeep:
             expires_wall_ns=None if ttl_seconds is None else now_ns + int(ttl_seconds * NS),
         )
         self.state.pins.add(pin)
-        self._write(PutPin(pin))
+        self._tell(document, PutPin(pin))
         if floor is not Tier.NVME:
             self._prefetch(record.document)
         return pin
@@ -113,7 +114,7 @@ class Upkeep:
     def unpin(self, document: DocumentId) -> Pin:
         """Let it sink again. Raises ClaimNotFound."""
         pin = self.state.pins.remove(document)
-        self._write(DropPin(document.tenant, document.name))
+        self._tell(document, DropPin(document.tenant, document.name))
         return pin
 
     def _prefetch(self, document: Document) -> None:
@@ -214,11 +215,31 @@ class Upkeep:
             if shard.document == document:
                 self.store.close_shard(shard)
         del self.state.documents[document]
-        self._write(DropDocument(document.tenant, document.name))
+        self._tell(document, DropDocument(document.tenant, document.name))
         for extent in owner.extents:
             record = self.state.extents[extent]
             record.documents.discard(document)
             self.store.reap(record)
+
+    def _tell(self, document: DocumentId, *records: Record) -> None:
+        """Write what has changed of a document; what is refused is tried again."""
+
+        def committed(outcome: Outcome) -> None:
+            if outcome.error is not None:
+                self.state.ledger.counts["catalog_failures"] += 1
+                self._unsaid.add(document)
+
+        self.store.submit(Write(id=self.store.new_id(), records=records), committed)
+
+    def retry_writes(self) -> None:
+        """Once more tell the catalog what it refused to hear, as it stands now."""
+        unsaid, self._unsaid = self._unsaid, set()
+        for document in sorted(unsaid):
+            pin = self.state.pins.get(document)
+            records: list[Record] = [PutPin(pin) if pin is not None else DropPin(*document)]
+            if document not in self.state.documents:  # else its row is, or will be, that of the new one
+                records.append(DropDocument(*document))
+            self._tell(document, *records)
 
     def _write(self, *records: Record) -> None:
         self.store.submit(Write(id=self.store.new_id(), records=records))

@@ -509,6 +509,7 @@ def test_pinned_and_leased_documents_stay_and_the_refusal_names_them():
     scene = Scene(ddr=4)
     pinned, leased = scene.store("pinned", tokens(1, 2)), scene.store("leased", tokens(2, 2))
     scene.service.pin(pinned, Tier.DDR, None, "me", "demo")
+    scene.settle()
     scene.attach(leased)
     _, heard = scene.begin("b", tokens(3, 1))
     assert isinstance(heard[0], NoCapacity)

@@ -2,7 +2,8 @@
 
 import numpy as np
 from holdfast.kvstore.document import DocumentId, WritePolicy
-from holdfast.kvstore.errors import InUse
+from holdfast.kvstore.errors import InUse, StorageFailed
+from holdfast.kvstore.orders import DropDocument, DropPin, PutPin, Write
 from holdfast.kvstore.residency import Tier
 
 from fakes import CLIENT, FAR_NS, tiny_service, tiny_spec
@@ -98,3 +99,22 @@ def test_a_pin_while_an_eviction_waits_for_a_lease_wins():
     effects.complete_all(service)
     assert Tier.DDR in tiers(service, evicted)[0]
     assert [type(answer) for answer in done] == [InUse]
+
+
+def test_what_the_catalog_refused_is_said_again_as_it_stands_then():
+    """A full disk may not bring a deleted document or an ended pin back at the next start, nor lose a pin."""
+    service, effects, _ = tiny_service()
+    gone, pinned, unpinned = [stored(service, effects, name, range(i, 32 + i)) for i, name in enumerate("abc")]
+    service.pin(unpinned, Tier.NVME, None, "me", "")
+    effects.complete_all(service)
+    service.delete(gone)
+    pin = service.pin(pinned, Tier.NVME, None, "me", "")
+    service.unpin(unpinned)
+    while effects.orders:
+        effects.fail(service, effects.orders[0], StorageFailed("full"))
+    service.tick()
+    said = {record for order in effects.orders if isinstance(order, Write) for record in order.records}
+    assert said >= {DropDocument(*gone), PutPin(pin), DropPin(*unpinned)}
+    effects.complete_all(service)
+    service.tick()
+    assert not effects.orders
