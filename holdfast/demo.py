@@ -5,11 +5,7 @@ It fails, with a non-zero status, when an answer differs from the oracle's, or w
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -21,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .cli_tables import size
 from .demo_report import TIER_NAMES, DemoReport, DocumentFate, Metrics, Output, QuestionRecord, as_json, show
-from .demo_stage import DaemonProcess, Reference, Stage, compare
+from .demo_stage import DaemonProcess, Reference, Stage, compare, ending_on_sigterm, scratch
 from .engine_adapter.group import RankGroup
 from .engine_adapter.session import Session
 from .kvstore.client import Client
@@ -66,7 +62,7 @@ def run_demo(document: Path | None, tokens: int, output: Output, data_dir: Path 
         screen = Console(stderr=aside, width=PIPE_WIDTH)  # a pipe has no width
     progress_screen = Console(stderr=True)
     text = read_text(document)
-    with scratch(data_dir) as directory:
+    with ending_on_sigterm(), scratch(data_dir) as directory:
         demo = Demo(text, min(tokens, len(text)), directory, screen, progress_screen)
         try:
             report = demo.run()
@@ -92,20 +88,6 @@ def read_text(document: Path | None) -> list[int]:
     if len(data) < 4096:
         raise InvalidRequest(f"{path} has {len(data)} bytes; the demo needs a text of at least 4096")
     return list(data)
-
-
-@contextmanager
-def scratch(data_dir: Path | None) -> Iterator[Path]:
-    """The demo's data directory: the caller's, emptied of an earlier demo's store, or a temporary one."""
-    if data_dir is not None:
-        for name in ("catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm"):
-            (data_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(data_dir / "nvme", ignore_errors=True)
-        data_dir.mkdir(parents=True, exist_ok=True)
-        yield data_dir
-        return
-    with tempfile.TemporaryDirectory(prefix="holdfast-demo-") as name:
-        yield Path(name)
 
 
 class Demo:

@@ -107,7 +107,14 @@ def hop_text(hops: Sequence[HopView]) -> str:
 
 def swap_table(records: Sequence[QuestionRecord]) -> Table:
     """What each answer needed to be moved. Narrow enough for 80 columns, as the next one."""
-    table = Table(title="Questions: what had to move", title_justify="left", box=box.SIMPLE)
+    caption = "moved: over all hops. exposed: what the decoder waited for."
+    table = Table(
+        title="Questions: what had to move",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE,
+    )
     for name in ("asked", "from", "moved", "reattach", "by hop", "exposed"):
         table.add_column(name, justify="right" if name in ("moved", "reattach", "exposed") else "left")
     for r in once(records):
@@ -124,7 +131,14 @@ def swap_table(records: Sequence[QuestionRecord]) -> Table:
 
 def answer_table(records: Sequence[QuestionRecord]) -> Table:
     """How fast each answer came, what it saved, and whether it is right."""
-    table = Table(title="Questions: what it saved", title_justify="left", box=box.SIMPLE)
+    caption = "speed-up: first token after prefilling the document again, over first token."
+    table = Table(
+        title="Questions: what it saved",
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE,
+    )
     for name in ("asked", "from", "first token", "decode", "recompute", "speed-up", "logit error", "same"):
         table.add_column(name, justify="left" if name in ("asked", "from", "same") else "right")
     for r in once(records):

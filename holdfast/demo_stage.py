@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import FrameType
+from typing import Final, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +21,7 @@ import numpy.typing as npt
 from .engine_adapter.engine import Answer
 from .engine_adapter.group import GroupOptions, RankGroup
 from .kvstore.client import Client
-from .kvstore.errors import DaemonUnavailable
+from .kvstore.errors import DaemonUnavailable, InvalidRequest
 from .kvstore.spec import KVSpec
 from .ring_attention.checkpoint import load_model
 from .ring_attention.device import use_threads
@@ -26,6 +31,7 @@ START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 60.0
 TOLERANCE: Final = 1e-4
 SEED: Final = 0
+MARK: Final = "holdfast-demo"  # lies in the data directories that demos made: what they hold may be thrown away
 
 
 class DaemonProcess:
@@ -151,3 +157,40 @@ class Stage:
         tokens = document + question + answer.tokens[:-1]
         logits = self._oracle.dense_logits(tokens, len(answer.tokens))
         return Reference(answer.tokens, logits.numpy())
+
+
+@contextmanager
+def scratch(data_dir: Path | None) -> Iterator[Path]:
+    """The demo's data directory: the caller's, emptied of an earlier demo's store, or a temporary one.
+
+    Raises InvalidRequest where the caller's holds anything that no demo made.
+    """
+    if data_dir is not None:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            if not (data_dir / MARK).exists() and any(data_dir.iterdir()):
+                raise InvalidRequest(f"{data_dir} is not empty, and no demo made it; name an empty directory")
+            (data_dir / MARK).touch()
+        except OSError as error:
+            raise InvalidRequest(f"{data_dir} cannot hold the demo ({error.strerror})") from error
+        for name in ("catalog.sqlite", "catalog.sqlite-wal", "catalog.sqlite-shm"):
+            (data_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(data_dir / "nvme", ignore_errors=True)
+        yield data_dir
+        return
+    with tempfile.TemporaryDirectory(prefix="holdfast-demo-") as name:
+        yield Path(name)
+
+
+@contextmanager
+def ending_on_sigterm() -> Iterator[None]:
+    """SIGTERM unwinds, as Ctrl-C does: processes end and temporary directories go."""
+
+    def unwind(number: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,10 +1,14 @@
 """The demo, smaller than shipped: real processes, and one JSON object that says what happened."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
+
+from holdfast.demo_stage import scratch
 
 KEYS = {
     "tokens_identical",
@@ -78,3 +82,34 @@ def test_a_text_too_short_is_refused_in_one_line(tmp_path):
     assert ran.returncode == 2
     assert "at least 4096" in ran.stderr
     assert "Traceback" not in ran.stderr
+
+
+def test_a_data_directory_that_no_demo_made_is_left_alone(tmp_path):
+    """The demo empties what an earlier demo left, and nothing else."""
+    catalog = tmp_path / "catalog.sqlite"
+    catalog.write_text("somebody's")
+    command = [sys.executable, "-m", "holdfast", "demo", "--data-dir", str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 2
+    assert "no demo made it" in ran.stderr
+    assert catalog.read_text() == "somebody's"
+    made = tmp_path / "made"
+    with scratch(made):
+        (made / "catalog.sqlite").touch()
+    with scratch(made) as again:
+        assert not (again / "catalog.sqlite").exists()
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path):
+    """Its daemon, its ranks and its temporary directory go."""
+    command = [sys.executable, "-m", "holdfast", "demo"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "Prefilling" in line:
+                break
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
