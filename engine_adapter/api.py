@@ -118,9 +118,11 @@ def plane(view: memoryview, geometry: Geometry, spec: KVSpec, layer: int, part: 
 class IngestWriter:
     """An open ingest: write the KV of every missing token of every layer, then leave the `with` block to publish."""
 
-    def __init__(self, client: Client, spec: KVSpec, opened: IngestOpened) -> None:
+    def __init__(self, client: Client, spec: KVSpec, opened: IngestOpened, token_count: int) -> None:
         self._client = client
         self._spec = spec
+        self._token_count = token_count
+        self._released = False
         self._opened = opened
         self._views = [client.view(part) for part in opened.parts]
         layers = [len(spec.groups[part.group].layers) for part in opened.parts]
@@ -146,13 +148,18 @@ class IngestWriter:
     def write(self, layer: int, start: int, key: Array, value: Array) -> None:
         """Store one layer's KV of tokens [start, start + n): [kv heads, n, dim]. What is stored already is skipped.
 
-        Raises InvalidRequest when the layer, the shape or the dtype is not the model's.
+        Raises InvalidRequest when the layer, the shape or the dtype is not the model's, when the tokens are not the
+        document's, and when the block has ended.
         """
+        if self._released:
+            raise InvalidRequest("this ingest has ended; write inside its block")
         if layer not in self._places:
             raise InvalidRequest(f"layer {layer} is not in this model")
         number, position = self._places[layer]
         self._check(number, key, value)
         stop = start + key.shape[1]
+        if not 0 <= start <= stop <= self._token_count:
+            raise InvalidRequest(f"tokens [{start}, {stop}) are not in this document of {self._token_count} tokens")
         geometry = extent_geometry(self._spec, number)
         for part, view, written in zip(self._opened.parts, self._views, self._written, strict=True):
             low, high = max(start, part.start), min(stop, part.start + part.valid_tokens)
@@ -167,9 +174,14 @@ class IngestWriter:
         group = self._spec.groups[number]
         dtype = np.dtype(NUMPY_DTYPES[self._spec.dtype])
         for name, array, dim in (("key", key, group.key_dim), ("value", value, group.value_dim)):
-            wanted = (group.kv_heads, key.shape[1] if key.ndim == 3 else -1, dim)
-            if array.shape != wanted or array.dtype != dtype:
-                raise InvalidRequest(f"{name} is {array.dtype} {array.shape}; this model has {dtype} {wanted}")
+            if not isinstance(array, np.ndarray):
+                raise InvalidRequest(
+                    f"{name} is no numpy array but {type(array).__module__}.{type(array).__qualname__}"
+                )
+            tokens = key.shape[1] if key.ndim == 3 else "tokens"
+            if array.shape != (group.kv_heads, tokens, dim) or array.dtype != dtype:
+                wanted = f"{dtype} ({group.kv_heads}, {tokens}, {dim})"
+                raise InvalidRequest(f"{name} is {array.dtype} {array.shape}; this model has {wanted}")
 
     def check_complete(self) -> None:
         """Raises InvalidRequest, naming what is missing, unless every token of every layer was written."""
@@ -181,6 +193,7 @@ class IngestWriter:
 
     def release(self) -> None:
         """Let go of the shared memory."""
+        self._released = True
         self._views.clear()
 
 
@@ -213,13 +226,15 @@ class Store:
         deadline_seconds: float = 60.0,
     ) -> Iterator[IngestWriter]:
         """Store a document: write what is missing inside the block; leaving it publishes, an error leaves no trace."""
+        if getattr(tokens, "ndim", 1) != 1:
+            raise InvalidRequest(f"tokens are one row of token ids, not an array of shape {np.shape(tokens)}")
         fingerprint = self._client.register_spec(spec)
         opened = self._client.begin_ingest(
             name, fingerprint, tokens, write_policy=write_policy, deadline_seconds=deadline_seconds
         )
         published = False
         try:
-            writer = IngestWriter(self._client, spec, opened)
+            writer = IngestWriter(self._client, spec, opened, len(tokens))
             yield writer
             writer.check_complete()
             writer.release()

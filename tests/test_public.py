@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from holdfast.kvstore.errors import InvalidRequest
 
 import holdfast
 from daemon_process import DaemonProcess
@@ -49,3 +51,33 @@ def test_the_example_runs():
         ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
         assert ran.returncode == 0, ran.stderr
         assert ran.stdout.count("is the same") == 4
+
+
+def test_a_write_that_cannot_be_meant_is_refused():
+    """Tokens beyond the document, what is no array, and a block that has ended; the connection lives on."""
+    group = holdfast.LayerGroup(layers=(0,), kv_heads=1, key_dim=8, value_dim=8)
+    spec = holdfast.KVSpec(groups=(group,), dtype="float32", model="m@1", vocabulary_size=256, extent_blocks=1)
+    sizes = {"ddr__capacity_bytes": "64 MiB", "ddr__slab_bytes": "8 MiB", "nvme__segment_bytes": "8 MiB"}
+    tokens = list(range(100))
+    array = np.zeros((1, 100, 8), np.float32)
+    with (
+        DaemonProcess(**sizes, nvme__capacity_bytes="64 MiB").start() as daemon,
+        holdfast.connect(data_dir=daemon.data_dir) as store,
+    ):
+        with store.ingest("a", holdfast.sized(spec), tokens) as writer:
+            for start in (-1, 1, 10**9):
+                with pytest.raises(InvalidRequest, match="not in this document of 100 tokens"):
+                    writer.write(0, start, array, array)
+            with pytest.raises(InvalidRequest, match=r"builtins\.list"):
+                writer.write(0, 0, array.tolist(), array)
+            with pytest.raises(InvalidRequest, match=r"float32 \(1, tokens, 8\)"):
+                writer.write(0, 0, array[0], array[0])
+            writer.write(0, 0, array, array)
+        with pytest.raises(InvalidRequest, match="has ended"):
+            writer.write(0, 0, array, array)
+        with (
+            pytest.raises(InvalidRequest, match="one row"),
+            store.ingest("b", holdfast.sized(spec), np.ones((2, 3), int)),
+        ):
+            pass
+        assert [document.name for document in store.documents()] == ["a"]
