@@ -7,6 +7,7 @@ one, and ends when the driver does.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -158,6 +159,8 @@ class Rank:
 
 def main() -> int:
     """Start a rank from its command line; exit status 1 when it cannot start, with the reason sent to the driver."""
+    # Ctrl-C on a terminal reaches the whole process group; the driver ends its ranks in order.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = msgspec.json.decode(sys.argv[1], type=RankConfig)
     channel = Channel(socket.socket(fileno=config.channel))
     try:

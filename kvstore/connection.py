@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from .errors import DaemonUnavailable, DeadlineExceeded, HoldfastError, from_code
-from .frames import Answer, Envelope, FrameBuffer, decode_answer, encode
+from .frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, decode_request, encode
 from .wire import (
     PROTOCOL_VERSION,
     Command,
@@ -90,7 +90,12 @@ class Connection:
             number = self._next_id
             self._next_id += 1
             self._waiting[number] = future
-        self._send(Envelope(number, body))
+        try:
+            self._send(Envelope(number, body))
+        except HoldfastError:
+            with self._lock:
+                self._waiting.pop(number, None)
+            raise
         try:
             reply, descriptors = future.result(deadline_seconds)
         except TimeoutError as error:
@@ -107,6 +112,7 @@ class Connection:
 
     def _send(self, envelope: Envelope) -> None:
         data = encode(envelope)
+        decode_request(data[LENGTH.size :])  # a value of a wrong type fails here, and does not cost the connection
         try:
             with self._lock:
                 self._sock.sendall(data)

@@ -38,6 +38,7 @@ from .service import NS, Service
 
 TICK_SECONDS: Final = 0.1  # how late a deadline may be noticed
 EXIT_BUG: Final = 70
+MEMORY_FILE_SYSTEMS: Final = ("tmpfs", "hugetlbfs", "ramfs")
 
 
 class DataDirectory:
@@ -143,7 +144,6 @@ class Daemon:
         self.catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
         contents = self.catalog.load()
         self.segments = Segments(config.nvme.directory, config.nvme.segment_bytes)
-        self.segments.prune({slot.slab for _, _, slot in contents.extents})
         self.arena = Arena(arena_directory(config.ddr.directory, config.daemon.data_dir), config.ddr.slab_bytes)
         reports = _Reports(self._loop, self._crashed)
         effects = _Effects()
@@ -155,6 +155,9 @@ class Daemon:
         self.service.upkeep.restore(
             contents.specs, contents.extents, contents.documents, contents.pins, contents.prefills
         )
+        # Not what the catalog names but what was taken over: a smaller budget is kept from the start.
+        taken = (record.nvme.slot for record in self.service.state.extents.values() if record.nvme is not None)
+        self.segments.prune({slot.slab for slot in taken if slot is not None})
         number = version("holdfast")
         self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
         self.rest = Rest(make_app(self.service, self.readiness))
@@ -168,6 +171,25 @@ class Daemon:
             arena=self.arena.backing,
             direct_io=self.segments.direct,
         )
+        self._check_space()
+
+    def _check_space(self) -> None:
+        """Warn of tiers that promise more than their device has, and of an arena that is no memory."""
+        if self.arena.backing.split()[0] not in MEMORY_FILE_SYSTEMS:
+            self.log.warning("the DDR arena is not in memory; set ddr.directory to a tmpfs", arena=self.arena.backing)
+        state = self.service.state
+        places = (("ddr", state.ddr, self.arena.directory), ("nvme", state.nvme, self.config.nvme.directory))
+        for tier, pool, directory in places:
+            device = os.statvfs(directory)
+            free_bytes = device.f_bavail * device.f_frsize + pool.used_bytes
+            if pool.capacity_bytes > free_bytes:
+                self.log.warning(
+                    "capacity_bytes is more than the device has free",
+                    tier=tier,
+                    capacity_bytes=pool.capacity_bytes,
+                    free_bytes=free_bytes,
+                    directory=str(directory),
+                )
 
     def readiness(self) -> str | None:
         """None when ready, else why not."""
@@ -228,10 +250,12 @@ class Daemon:
         await self.server.close()
         stuck = self.mover.close(self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS))
         if stuck:
+            # They may still use their descriptors, whose numbers must not come to mean other files.
             self.log.error("workers did not stop", threads=stuck)
-        self.catalog.close()
-        self.segments.close()
-        self.arena.close()
+        else:
+            self.catalog.close()
+            self.segments.close()
+            self.arena.close()
         for left in (self.config.daemon.socket, self.config.daemon.data_dir / "rest.json"):
             left.unlink(missing_ok=True)
         self.directory.close()

@@ -158,10 +158,13 @@ class Ingests:
                 self._end(ingest, InUse(f"{ingest.document.id} is in use in group {ingest.group!r}"))
                 return
             self.store.close_shard(shard)
-        cached = [e for e in ingest.extents if e.stop <= ingest.cached_tokens]
+        cached = [e.id for e in ingest.extents if e.stop <= ingest.cached_tokens]
+        if any(extent not in self.store.records.extents for extent in cached):
+            self._end(ingest, DocumentIncomplete("what it shares with another document was lost meanwhile; try again"))
+            return
         loading = Loading(
             document=ingest.document.id,
-            records=[self.store.records.extents[extent.id] for extent in cached],
+            records=[self.store.records.extents[extent] for extent in cached],
             spans={extent.id: (extent.start, extent.stop) for extent in ingest.extents},
             group=ingest.group,
             layout=ingest.layout,
@@ -387,6 +390,7 @@ class Ingests:
         if ingest.error is not None:
             self.loader.fail(ingest.loading, ingest.error)  # a front still under way stops; its shard goes with it
         elif ingest.shard is not None:
+            ingest.shard.generation = 0  # the ranks have counted what was loaded, not what they computed
             for copy in ingest.shard.copies.values():
                 if copy.state is State.FILLING:
                     copy.apply(Event.COMPLETE)

@@ -141,7 +141,10 @@ class Loader:
             loading.held.append(self.store.hold(copy))
             if copy.readable and extent in loading.sources:
                 self.store.unhold(loading.sources.pop(extent))
-        loading.generation = self.store.new_id()
+        if shard.complete and shard.generation:
+            loading.generation = shard.generation  # the ranks know it as it is; whoever reads it goes on
+            return
+        loading.generation = shard.generation = self.store.new_id()
         resident = [shard.spans[extent][1] for extent, copy in shard.copies.items() if copy.readable]
         order = OpenShard(
             group=shard.group,

@@ -76,6 +76,7 @@ class Shard:
     spans: dict[ExtentId, tuple[int, int]]
     rows: list[tuple[int, int]]
     copies: dict[ExtentId, Placement] = field(default_factory=dict)
+    generation: int = 0  # the opening that the ranks know; 0 when they have to be told anew
 
     def lengths(self, stop: int) -> list[int]:
         """Rows per rank that the first `stop` tokens take."""

@@ -643,3 +643,20 @@ def test_more_documents_than_ddr_holds_all_come_back():
         for name in names:
             assert fetch(client, name) == expected(name, 500), name
         assert process.used("nvme") == 8 * 16 * 16384
+
+
+def test_a_value_of_a_wrong_type_is_refused_without_costing_the_connection(unharmed):
+    """Other claims share the connection, so a caller's slip must not end it."""
+    with closing(Client(unharmed.socket)) as client:
+        with pytest.raises(InvalidRequest):
+            client.document(3)
+        assert client.is_open
+        assert client.documents() == []
+
+
+def test_a_tier_larger_than_its_device_is_warned_of():
+    """A promise that the machine cannot keep is said aloud at the start."""
+    with DaemonProcess(nvme__capacity_bytes="900 TiB", nvme__segment_bytes="1 TiB").start() as process:
+        warned = [line for line in process.log_text().splitlines() if "than the device has free" in line]
+        assert len(warned) == 1
+        assert '"tier": "nvme"' in warned[0]
