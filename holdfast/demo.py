@@ -6,6 +6,7 @@ It fails, with a non-zero status, when an answer differs from the oracle's, or w
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -13,7 +14,15 @@ from typing import Final
 import msgspec
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from .cli_tables import size
 from .demo_report import TIER_NAMES, DemoReport, DocumentFate, Metrics, Output, QuestionRecord, as_json, show
@@ -51,6 +60,8 @@ class Story:
     control_error: float = 0.0
     control_detected: bool = False
     prefill_seconds: float = 0.0
+    stored_with_cp: int = 0
+    daemon_killed: bool = False
     asked: dict[str, int] = field(default_factory=dict)
 
 
@@ -88,6 +99,15 @@ def read_text(document: Path | None) -> list[int]:
     if len(data) < 4096:
         raise InvalidRequest(f"{path} has {len(data)} bytes; the demo needs a text of at least 4096")
     return list(data)
+
+
+def moving(bar: Progress, task: TaskID, base: int) -> Callable[[int], None]:
+    """A progress callback that moves a bar's task to `base` plus what is done."""
+
+    def progress(done: int) -> None:
+        bar.update(task, completed=base + done)
+
+    return progress
 
 
 class Demo:
@@ -196,8 +216,9 @@ class Demo:
         with self._bar() as bar:
             task = bar.add_task("prefill", total=len(story.tokens))
             started = time.monotonic()
-            view = self.session.ingest(MAIN, story.tokens, progress=lambda done: bar.update(task, completed=done))
+            view = self.session.ingest(MAIN, story.tokens, progress=moving(bar, task, 0))
             story.prefill_seconds = time.monotonic() - started
+            story.stored_with_cp = self.cp
         self._screen.print(
             f"    {size(view.size_bytes)} of KV in {view.extent_count} extents, {story.prefill_seconds:.1f} s; "
             f"resident: {', '.join(f'{tier} {size(n)}' for tier, n in view.resident_bytes.items())}"
@@ -297,7 +318,7 @@ class Demo:
             f"{', '.join(f'{tier} {size(n)}' for tier, n in view.resident_bytes.items())}"
         )
         self._say("Killing the daemon with SIGKILL")
-        self._daemon.kill()
+        self._story.daemon_killed = self._daemon.kill()
         assert self._group is not None
         self._group.close()
         self._group = None
@@ -322,12 +343,7 @@ class Demo:
         with self._bar() as bar:
             task = bar.add_task("prefill", total=len(names) * self._extra_tokens)
             for index, name in enumerate(names):
-                base = index * self._extra_tokens
-                session.ingest(
-                    name,
-                    self._slice(index),
-                    progress=lambda done, base=base: bar.update(task, completed=base + done),  # type: ignore[misc]
-                )
+                session.ingest(name, self._slice(index), progress=moving(bar, task, index * self._extra_tokens))
                 self._await_durable(name)
                 if name == PINNED:
                     self.client.pin(name, "ddr", owner="demo", reason="the operator said so")
@@ -381,18 +397,18 @@ class Demo:
             control_detected=story.control_detected,
             control_max_logit_error=story.control_error,
             cp_degrees=sorted({record.cp for record in story.records}),
-            stored_with_cp=2,
+            stored_with_cp=story.stored_with_cp,
             document_tokens=len(story.tokens),
             document_bytes=by_role[MAIN].size_bytes,
             model=self._stage.description,
-            daemon_killed=True,
+            daemon_killed=story.daemon_killed,
             questions=story.records,
             pressure=fates,
             verdicts=verdicts,
             pressure_as_expected=stayed and left,
             metrics=self._metrics(by_role[MAIN].size_bytes),
             elapsed_seconds=time.monotonic() - self._started,
-            passed=identical and story.control_detected and stayed and left,
+            passed=identical and story.control_detected and story.daemon_killed and stayed and left,
         )
 
     def _metrics(self, document_bytes: int) -> Metrics:

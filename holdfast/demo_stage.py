@@ -67,12 +67,14 @@ class DaemonProcess:
         path = self._data_dir / "daemon.log"
         return path.read_text() if path.exists() else ""
 
-    def kill(self) -> None:
-        """SIGKILL: no goodbye, no flush."""
-        if self._process is not None:
-            self._process.send_signal(signal.SIGKILL)
-            self._process.wait()
-            self._process = None
+    def kill(self) -> bool:
+        """SIGKILL: no goodbye, no flush. True when that, and nothing before it, ended the daemon."""
+        if self._process is None:
+            return False
+        self._process.send_signal(signal.SIGKILL)
+        status = self._process.wait()
+        self._process = None
+        return status == -signal.SIGKILL
 
     def stop(self) -> int | None:
         """SIGTERM, and wait for the clean exit; returns its status."""

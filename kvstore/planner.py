@@ -6,7 +6,7 @@ prices returns with the cost model.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -141,8 +141,8 @@ class Planner:
         records = {i: r for i, r in self.state.extents.items() if r.ddr is not None}
 
         def slots_fit(victims: Sequence[Candidate]) -> bool:
-            freed = [records[victim.id].ddr.slot for victim in victims]  # type: ignore[union-attr]
-            return self.state.ddr.fits(demand.slots, [*leaving, *(s for s in freed if s is not None)])
+            freed = _slots(records[victim.id].ddr for victim in victims)
+            return self.state.ddr.fits(demand.slots, [*leaving, *freed])
 
         victims = self._choose(self._ddr_candidates(), slots_fit)
         if victims is None:
@@ -161,8 +161,8 @@ class Planner:
         records = self.state.extents
 
         def slot_fits(victims: Sequence[Candidate]) -> bool:
-            freed = [records[victim.id].nvme.slot for victim in victims]  # type: ignore[union-attr]
-            return self.state.nvme.fits({kind: 1}, [*leaving, *(s for s in freed if s is not None)])
+            freed = _slots(records[victim.id].nvme for victim in victims)
+            return self.state.nvme.fits({kind: 1}, [*leaving, *freed])
 
         victims = self._choose(self._nvme_candidates(), slot_fits)
         if victims is None:
@@ -325,7 +325,7 @@ class Planner:
         """Slots that will be free without anybody's doing."""
         copies = [*self.state.leaving]
         copies += [copy for r in self.state.extents.values() for copy in r.placements() if copy.state is State.DRAINING]
-        return [copy.slot for copy in copies if copy.tier is tier and copy.slot is not None]
+        return _slots(copy for copy in copies if copy.tier is tier)
 
     def _ddr_candidates(self) -> list[Candidate]:
         return [
@@ -406,6 +406,7 @@ class Planner:
         )
         return kept and self.state.nvme.largest(kind) > 0
 
-    def slot_demand(self, records: Iterable[ExtentRecord]) -> Counter[SlotClass]:
-        """DDR slots by class that these extents would take."""
-        return Counter(SlotClass(r.extent.tenant, r.extent.slot_bytes) for r in records)
+
+def _slots(copies: Iterable[Placement | None]) -> list[Slot]:
+    """Where these copies lie; HBM copies have rows and no slot."""
+    return [copy.slot for copy in copies if copy is not None and copy.slot is not None]

@@ -158,11 +158,6 @@ class Server:
             os.close(descriptor)
         self._zombies.clear()
 
-    @property
-    def connection_count(self) -> int:
-        """Connections that said hello."""
-        return len(self._connections)
-
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)

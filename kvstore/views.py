@@ -12,7 +12,7 @@ import msgspec
 from .claims import Lease, Pin
 from .clock import Clock
 from .document import DocumentId
-from .ledger import Ledger, SwapRecord, Verdict
+from .ledger import SwapRecord, Verdict
 from .planner import Planner, Victim
 from .residency import Tier
 from .state import DDR, NVME, DocumentRecord, ExtentRecord, State
@@ -342,8 +342,3 @@ def lease_view(lease: Lease, clock: Clock) -> LeaseView:
         overdue=lease.overdue(now_ns),
         remaining_seconds=(lease.deadline_ns - now_ns) / 1e9,
     )
-
-
-def swap_views(ledger: Ledger) -> list[SwapView]:
-    """Show the remembered swaps, oldest first."""
-    return [swap_view(swap) for swap in ledger.swaps]

@@ -38,6 +38,8 @@ def test_every_answer_is_the_oracles_at_every_degree(report):
     assert report["tokens_identical"] is True
     assert report["max_logit_error"] <= 1e-4
     assert report["cp_degrees"] == [1, 2, 3]
+    assert report["stored_with_cp"] == 2
+    assert report["daemon_killed"] is True
     assert report["passed"] is True
 
 
