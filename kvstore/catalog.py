@@ -10,7 +10,6 @@ import contextlib
 import os
 import secrets
 import sqlite3
-import struct
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from .claims import Pin
 from .document import Document, DocumentId, WritePolicy
 from .errors import InvalidSpec, StorageFailed
 from .extent import Extent, ExtentId
-from .keys import SECRET_BYTES
+from .keys import KEY_BYTES, SECRET_BYTES
 from .orders import (
     DropDocument,
     DropExtent,
@@ -36,10 +35,11 @@ from .orders import (
     Record,
 )
 from .residency import Tier
+from .seal import CHECKSUM_BYTES
 from .slots import Slot
 from .spec import KVSpec
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE specs (fingerprint BLOB PRIMARY KEY, spec BLOB NOT NULL) WITHOUT ROWID;
@@ -95,7 +95,7 @@ class Contents:
     """
 
     specs: tuple[KVSpec, ...]
-    extents: tuple[tuple[Extent, tuple[int, ...], Slot], ...]
+    extents: tuple[tuple[Extent, bytes, Slot], ...]
     documents: tuple[Document, ...]
     pins: tuple[Pin, ...]
     tenants: dict[str, bytes]
@@ -152,7 +152,7 @@ class Catalog:
         with self._lock, self._failures("cannot be read"), self._transaction():
             try:
                 return self._contents()
-            except (ValueError, TypeError, struct.error, msgspec.MsgspecError, InvalidSpec) as error:
+            except (ValueError, TypeError, msgspec.MsgspecError, InvalidSpec) as error:
                 raise StorageFailed(f"catalog {self.path} has a row that is not ours: {error}; restore it") from error
 
     def _contents(self) -> Contents:
@@ -268,7 +268,7 @@ def _prefills(row: Row) -> PutPrefills:
     return PutPrefills(bytes(fingerprint), msgspec.msgpack.decode(points, type=tuple[tuple[int, int, float], ...]))
 
 
-def _extent_row(extent: Extent, checksums: tuple[int, ...], slot: Slot) -> Row:
+def _extent_row(extent: Extent, checksums: bytes, slot: Slot) -> Row:
     assert slot.size_bytes == extent.slot_bytes, "an extent fills its slot"
     return (
         extent.id,
@@ -278,15 +278,15 @@ def _extent_row(extent: Extent, checksums: tuple[int, ...], slot: Slot) -> Row:
         extent.start,
         extent.valid_tokens,
         extent.previous,
-        msgspec.msgpack.encode(extent.block_keys),
+        extent.block_keys,
         extent.slot_bytes,
-        struct.pack(f"<{len(checksums)}Q", *checksums),
+        checksums,
         slot.slab,
         slot.offset,
     )
 
 
-def _extent(row: Row) -> tuple[Extent, tuple[int, ...], Slot]:
+def _extent(row: Row) -> tuple[Extent, bytes, Slot]:
     *identity, keys, slot_bytes, checksums, segment, offset = row
     extent_id, tenant, fingerprint, group, start, valid_tokens, previous = identity
     extent = Extent(
@@ -297,10 +297,17 @@ def _extent(row: Row) -> tuple[Extent, tuple[int, ...], Slot]:
         start=start,
         valid_tokens=valid_tokens,
         previous=previous,
-        block_keys=msgspec.msgpack.decode(keys, type=tuple[bytes, ...]),
+        block_keys=_blob(keys, KEY_BYTES),
         slot_bytes=slot_bytes,
     )
-    return extent, struct.unpack(f"<{len(checksums) // 8}Q", checksums), Slot(segment, offset, slot_bytes)
+    return extent, _blob(checksums, CHECKSUM_BYTES), Slot(segment, offset, slot_bytes)
+
+
+def _blob(found: object, step: int) -> bytes:
+    """Packed values of `step` bytes each."""
+    if not isinstance(found, bytes) or len(found) % step:
+        raise ValueError(f"a row of {step} bytes each is {found!r:.40}")
+    return found
 
 
 def _document_row(document: Document) -> Row:

@@ -19,7 +19,8 @@ class Extent:
     """`valid_tokens` tokens from document position `start`, of one layer group.
 
     The id is made from the chained key of the last block, so it names the whole prefix: two documents with a common
-    prefix share extents, and each extent has exactly one `previous`.
+    prefix share extents, and each extent has exactly one `previous`. `block_keys` are its blocks' keys, one
+    after another: packed, because there are many.
     """
 
     id: ExtentId
@@ -29,7 +30,7 @@ class Extent:
     start: int
     valid_tokens: int
     previous: ExtentId | None
-    block_keys: tuple[bytes, ...]
+    block_keys: bytes
     slot_bytes: int
 
     @property
@@ -46,7 +47,7 @@ def named(ids: Sequence[ExtentId], token_count: int, spec: KVSpec, tenant: str) 
     found: list[Extent] = []
     for extent, name in zip(extents, ids, strict=True):
         previous = found[-1].id if extent.previous is not None else None
-        found.append(replace(extent, id=name, previous=previous, block_keys=()))
+        found.append(replace(extent, id=name, previous=previous, block_keys=b""))
     return tuple(found)
 
 
@@ -59,7 +60,7 @@ def cut(keys: Sequence[bytes], token_count: int, spec: KVSpec, tenant: str) -> t
         slot_bytes = extent_geometry(spec, group).size_bytes
         previous = None
         for first in range(0, len(keys), step):
-            block_keys = tuple(keys[first : first + step])
+            block_keys = keys[first : first + step]
             start = first * spec.block_tokens
             extent = Extent(
                 id=f"{block_keys[-1].hex()}:{group}",
@@ -69,7 +70,7 @@ def cut(keys: Sequence[bytes], token_count: int, spec: KVSpec, tenant: str) -> t
                 start=start,
                 valid_tokens=min(token_count - start, spec.extent_tokens),
                 previous=previous,
-                block_keys=block_keys,
+                block_keys=b"".join(block_keys),
                 slot_bytes=slot_bytes,
             )
             extents.append(extent)

@@ -14,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-from xxhash import xxh3_64_intdigest
-
 from .arena import Arena
 from .catalog import Catalog
 from .clock import Clock
 from .errors import CorruptExtent, Draining, HoldfastError, StorageFailed
 from .geometry import Geometry
 from .orders import Outcome, ReadIn, RetireSlab, Seal, Urgency, Write, WriteOut
+from .seal import CHECKSUM_BYTES, checksum, seal_planes, sealed_as
 from .segments import Segments
 
 CHUNK_TARGET_BYTES: Final = 1 << 20  # smaller reads pay more per call than per byte
@@ -59,7 +58,7 @@ class _Job:
     size_bytes: int = 0
     layers_ready: int = 0
     layers_ahead: dict[int, int] = field(default_factory=dict)  # start -> stop of chunks behind a gap
-    checksums: tuple[int, ...] = ()
+    checksums: bytes = b""
     error: HoldfastError | None = None
 
     def fail(self, error: HoldfastError) -> None:
@@ -126,7 +125,7 @@ class Mover:
                     assert order.size_bytes <= min(source.size_bytes, order.target.size_bytes), order
                     self._push(_Job(order, source.slab, now_ns, 1), order.urgency)
                 case ReadIn(target=target, geometry=geometry):
-                    assert len(order.checksums) == geometry.plane_count, "one checksum per plane"
+                    assert len(order.checksums) == CHECKSUM_BYTES * geometry.plane_count, "one checksum per plane"
                     assert geometry.size_bytes <= min(order.source.size_bytes, target.size_bytes), order
                     self._push(_Job(order, target.slab, now_ns, 0), order.urgency, geometry)
 
@@ -206,7 +205,7 @@ class Mover:
         try:
             match job.order:
                 case Seal() as seal:
-                    job.checksums = self._seal(seal)
+                    job.checksums = seal_planes(self._arena.view(seal.slot), seal.geometry)
                     size_bytes = seal.geometry.size_bytes
                 case ReadIn() as read_in:
                     size_bytes = self._read_in(read_in, chunk.layer_start, chunk.layer_stop)
@@ -226,11 +225,6 @@ class Mover:
             if isinstance(job.order, ReadIn) and job.error is None:
                 self._advance(job, job.order.id, chunk)
 
-    def _seal(self, order: Seal) -> tuple[int, ...]:
-        content = self._arena.view(order.slot)
-        planes = order.geometry.planes(0, order.geometry.layers)
-        return tuple(xxh3_64_intdigest(content[offset : offset + size]) for _, offset, size in planes)
-
     def _read_in(self, order: ReadIn, layer_start: int, layer_stop: int) -> int:
         """Read layers and verify them while they are in the CPU's cache; returns their bytes."""
         planes = order.geometry.planes(layer_start, layer_stop)
@@ -238,11 +232,11 @@ class Mover:
         into = self._arena.view(order.target)[first : first + (layer_stop - layer_start) * order.geometry.layer_bytes]
         self._segments.read(order.source, first, into)
         for plane, offset, size in planes:
-            found = xxh3_64_intdigest(into[offset - first : offset - first + size])
-            if found != order.checksums[plane]:
+            found, sealed = checksum(into[offset - first : offset - first + size]), sealed_as(order.checksums, plane)
+            if found != sealed:
                 raise CorruptExtent(
                     f"segment {order.source.slab}, offset {order.source.offset + offset}, plane {plane}: "
-                    f"checksum {found:016x}, sealed as {order.checksums[plane]:016x}"
+                    f"checksum {found.hex()}, sealed as {sealed.hex()}"
                 )
         return len(into)
 

@@ -46,7 +46,7 @@ class ReadIn:
     source: Slot
     target: Slot
     geometry: Geometry
-    checksums: tuple[int, ...]
+    checksums: bytes
     urgency: Urgency
 
 
@@ -134,7 +134,7 @@ class PutExtent(NamedTuple):
     """Catalog: an extent lies, sealed with these checksums, in this NVMe slot."""
 
     extent: Extent
-    checksums: tuple[int, ...]
+    checksums: bytes
     slot: Slot
     kind: Literal["put-extent"] = "put-extent"
 
@@ -206,7 +206,7 @@ class Outcome:
     busy_ns: int = 0
     size_bytes: int = 0
     error: HoldfastError | None = None
-    checksums: tuple[int, ...] = ()
+    checksums: bytes = b""
 
 
 class Effects(Protocol):

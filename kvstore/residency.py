@@ -80,7 +80,8 @@ class Placement:
     """One copy of an extent in one tier. `device` is "ddr", "nvme" or the group whose HBM it is in.
 
     `slot` is set for DDR and NVMe, `shard` for HBM. `layers_ready` counts the leading layers that may be read while
-    FILLING. `checksums` seal this copy's planes (unfilled rows included, so two copies of one extent may differ).
+    FILLING. `checksums` seal this copy's planes (see seal; unfilled rows included, so two copies of one extent
+    may differ).
     `holds` counts the leases and transfers that use the bytes: the slot is not reused while any is left.
     """
 
@@ -91,7 +92,7 @@ class Placement:
     slot: Slot | None = None
     shard: int | None = None
     state: State = State.RESERVED
-    checksums: tuple[int, ...] = ()
+    checksums: bytes = b""
     layers_ready: int = 0
     holds: int = 0
 

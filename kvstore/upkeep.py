@@ -254,7 +254,7 @@ class Upkeep:
     def restore(
         self,
         specs: Iterable[KVSpec],
-        extents: Iterable[tuple[Extent, tuple[int, ...], Slot]],
+        extents: Iterable[tuple[Extent, bytes, Slot]],
         documents: Iterable[Document],
         pins: Iterable[Pin],
         prefills: Iterable[PutPrefills] = (),

@@ -41,6 +41,7 @@ FLOOR_OF = {
     "geometry": "nouns",
     "keys": "nouns",
     "layout": "nouns",
+    "seal": "nouns",
     "spec": "nouns",
     "claims": "rules",
     "ledger": "rules",

@@ -59,14 +59,14 @@ def extent(index, tenant="acme"):
         start=index * SPEC.extent_tokens,
         valid_tokens=SPEC.extent_tokens - 1,
         previous=f"{index - 1:032x}:0" if index else None,
-        block_keys=tuple(bytes([index, block] * 8) for block in range(4)),
+        block_keys=b"".join(bytes([index, block] * 8) for block in range(4)),
         slot_bytes=extent_geometry(SPEC).size_bytes,
     )
 
 
 def put_extent(index, tenant="acme"):
     found = extent(index, tenant)
-    checksums = (0, 2**64 - 1, index, 2**63)
+    checksums = bytes(8) + b"\xff" * 8 + bytes([index]) * 8
     return PutExtent(found, checksums, Slot(index // 3, index % 3 * found.slot_bytes, found.slot_bytes))
 
 
@@ -142,7 +142,7 @@ def test_everything_comes_back(catalog):
 
 
 def test_put_replaces_and_drop_of_nothing_is_nothing(catalog):
-    moved = put_extent(0)._replace(slot=Slot(7, 0, extent(0).slot_bytes), checksums=(1, 2, 3, 4))
+    moved = put_extent(0)._replace(slot=Slot(7, 0, extent(0).slot_bytes), checksums=bytes(range(32)))
     catalog.commit([DropExtent("none"), DropDocument("no", "ne"), DropPin("no", "ne")])
     catalog.commit([put_extent(0), PutDocument(document("a", 0)), PutPin(pin("a"))])
     catalog.commit(
