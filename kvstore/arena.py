@@ -2,7 +2,8 @@
 
 A slab is a named file `slab-<number>-<serial>`. Retiring one unlinks its file, so its next use is a new inode with a
 new serial: whoever still holds the old descriptor keeps seeing the old bytes, and never the next owner's. No slab is
-ever truncated, for that would kill whoever has it mapped.
+ever truncated, for that would kill whoever has it mapped. A slab's serial is known before its memory is made, so that
+those who only name it never wait for pages.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ import re
 import stat
 import tempfile
 import threading
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from .errors import StorageFailed
 from .slots import Slot
 
-SLAB_NAME: Final = re.compile(r"slab-\d+-\d+")
+SLAB_NAME: Final = re.compile(r"slab-(\d{1,9})-(\d{1,15})")
 MOUNTS: Final = Path("/proc/self/mounts")
 
 
@@ -38,19 +40,29 @@ def arena_directory(base: Path, data_dir: Path) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class _Slab:
-    path: Path
-    serial: int
+class _Memory:
     descriptor: int
     mapping: mmap.mmap
     content: memoryview
 
 
-class Arena:
-    """Slabs of `slab_bytes` in `directory`, each made on first use.
+@dataclass(eq=False, slots=True)
+class _Slab:
+    """`lock` is held while the memory is made or given back, and guards `memory`; the arena's lock guards the rest."""
 
-    Any thread may call any method. The caller must hold the daemon's data directory lock: slab files found in the
-    directory are taken for those of a killed predecessor, and removed.
+    path: Path
+    serial: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    memory: _Memory | None = None
+    is_retired: bool = False
+
+
+class Arena:
+    """Slabs of `slab_bytes` in `directory`, each made by whoever needs its memory first, or by `make`.
+
+    Any thread may call any method. Making a slab holds up those who want its memory, nobody else. The caller must hold
+    the lock of the daemon's data directory: slab files found in the directory are a predecessor's, and `found` tells
+    their serials by number. `keep` must say which of them to go on with before anything else is asked.
     """
 
     def __init__(self, directory: Path, slab_bytes: int) -> None:
@@ -65,32 +77,84 @@ class Arena:
         self._last_serial = 0
         try:
             _make_private(directory)
-            for path in directory.iterdir():
-                if SLAB_NAME.fullmatch(path.name):
-                    path.unlink()
+            self._left = self._find()
         except OSError as error:
             raise StorageFailed(f"arena directory {directory}: {error.strerror}") from error
+        self.found: Mapping[int, int] = {number: serial for number, (serial, _) in self._left.items()}
+
+    def _find(self) -> dict[int, tuple[int, int]]:
+        """Open what a predecessor left: serial and descriptor by number, the newest of each; the rest is removed."""
+        left: dict[int, tuple[int, int]] = {}
+        for path in self.directory.iterdir():
+            name = SLAB_NAME.fullmatch(path.name)
+            if name is None:
+                continue
+            number, serial = int(name[1]), int(name[2])
+            self._last_serial = max(self._last_serial, serial)
+            descriptor = _opened(path, self.slab_bytes)
+            newest, other = left.get(number, (-1, None))
+            if descriptor is None or serial < newest:
+                path.unlink()
+            else:
+                left[number] = serial, descriptor
+                descriptor = other
+                if other is not None:
+                    self._path(number, newest).unlink()
+            if descriptor is not None:
+                os.close(descriptor)
+        return left
+
+    def keep(self, slabs: Collection[int]) -> None:
+        """Go on with these of the slabs found, same memory and same serials, and remove the others.
+
+        Raises StorageFailed when one cannot be mapped.
+        """
+        assert set(slabs) <= set(self.found), slabs
+        while self._left:
+            number, (serial, descriptor) = self._left.popitem()
+            path = self._path(number, serial)
+            if number in slabs:
+                try:
+                    self._slabs[number] = _Slab(path, serial, memory=_mapped(descriptor, self.slab_bytes))
+                except OSError as error:
+                    os.close(descriptor)
+                    raise StorageFailed(f"slab {path}: {error.strerror}") from error
+            else:
+                os.close(descriptor)
+                path.unlink(missing_ok=True)
 
     @property
     def backing(self) -> str:
         """What the slabs are made of, for `status`: "tmpfs at /dev/shm/holdfast-..."."""
         return f"{_filesystem(self.directory)} at {self.directory}"
 
+    def serial(self, slab: int) -> int:
+        """Which inode the slab is, or will be once it is made: a number that no other has had. Quick."""
+        return self._slab(slab).serial
+
+    def make(self, slab: int) -> None:
+        """See to it that the slab has its memory. Raises StorageFailed when it cannot be made."""
+        found = self._slab(slab)
+        with found.lock:
+            self._made(found)
+
     def view(self, slot: Slot) -> memoryview:
         """The slot's bytes, writable. Raises StorageFailed when its slab cannot be made."""
         assert 0 <= slot.offset <= slot.offset + slot.size_bytes <= self.slab_bytes, slot
-        return self._slab(slot.slab).content[slot.offset : slot.offset + slot.size_bytes]
+        found = self._slab(slot.slab)
+        with found.lock:
+            return self._made(found).content[slot.offset : slot.offset + slot.size_bytes]
 
-    def descriptor(self, slab: int) -> int:
-        """The slab's file descriptor, to be passed to a client. It stays the arena's: dup it to keep it past `retire`.
+    def descriptor(self, slab: int, serial: int) -> int | None:
+        """A new descriptor of that inode of the slab, the caller's to close; None when it has been retired.
 
         Raises StorageFailed when the slab cannot be made.
         """
-        return self._slab(slab).descriptor
-
-    def serial(self, slab: int) -> int:
-        """Which inode the slab is: a number never used before by this arena. Raises StorageFailed like `descriptor`."""
-        return self._slab(slab).serial
+        found = self._slab(slab)
+        with found.lock:
+            if found.serial != serial or found.is_retired:
+                return None
+            return os.dup(self._made(found).descriptor)
 
     def retire(self, slab: int) -> None:
         """Forget the slab's memory; its next use is a new inode. Quick: `sweep` gives the memory back.
@@ -100,8 +164,9 @@ class Arena:
         with self._lock:
             retired = self._slabs.pop(slab, None)
             if retired is not None:
+                retired.is_retired = True
                 self._retired.append(retired)
-                # Already gone means that somebody cleaned up the directory: as good as unlinked.
+                # There is none when it was never made, or when somebody cleaned up the directory.
                 with contextlib.suppress(FileNotFoundError):
                     retired.path.unlink()
 
@@ -116,29 +181,42 @@ class Arena:
 
     def close(self) -> None:
         """Retire every slab and remove the directory, if nothing else is in it."""
+        self.keep(())
         for slab in list(self._slabs):
             self.retire(slab)
         self.sweep()
         with contextlib.suppress(OSError):  # not empty, or gone: nothing of ours is left in it
             self.directory.rmdir()
 
+    def _path(self, number: int, serial: int) -> Path:
+        return self.directory / f"slab-{number}-{serial}"
+
     def _slab(self, number: int) -> _Slab:
+        assert not self._left, "keep() comes first"
         with self._lock:
             found = self._slabs.get(number)
             if found is None:
                 self._last_serial += 1
-                path = self.directory / f"slab-{number}-{self._last_serial}"
-                found = self._slabs[number] = _created(path, self._last_serial, self.slab_bytes)
+                found = self._slabs[number] = _Slab(self._path(number, self._last_serial), self._last_serial)
             return found
 
+    def _made(self, slab: _Slab) -> _Memory:
+        """The slab's memory, under its lock."""
+        if slab.memory is None:
+            slab.memory = _created(slab.path, self.slab_bytes)
+            with self._lock:
+                if slab.is_retired:  # meanwhile, when there was no file yet to unlink
+                    slab.path.unlink(missing_ok=True)
+        return slab.memory
 
-def _created(path: Path, serial: int, slab_bytes: int) -> _Slab:
+
+def _created(path: Path, slab_bytes: int) -> _Memory:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # Sparse files would be quicker to make, but a full tmpfs then kills with SIGBUS whoever touches a page.
             os.posix_fallocate(descriptor, 0, slab_bytes)
-            mapping = mmap.mmap(descriptor, slab_bytes)
+            return _mapped(descriptor, slab_bytes)
         except OSError:
             os.close(descriptor)
             path.unlink()
@@ -146,20 +224,45 @@ def _created(path: Path, serial: int, slab_bytes: int) -> _Slab:
     except OSError as error:
         advice = "; lower ddr.capacity_bytes" if error.errno in (errno.ENOSPC, errno.ENOMEM) else ""
         raise StorageFailed(f"slab {path} of {slab_bytes} B: {error.strerror}{advice}") from error
+
+
+def _opened(path: Path, slab_bytes: int) -> int | None:
+    """A descriptor of a slab file that we made whole, or None: whatever else it is, it is none of ours."""
+    try:
+        # A FIFO of that name must not hold us up, nor a link lead us out of our directory.
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    found = os.fstat(descriptor)
+    is_ours = stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600 and found.st_uid == os.geteuid()
+    if is_ours and found.st_size == slab_bytes <= found.st_blocks * 512:
+        return descriptor
+    os.close(descriptor)
+    return None
+
+
+def _mapped(descriptor: int, slab_bytes: int) -> _Memory:
+    """Map a slab's file; the descriptor is the memory's from then on. Raises OSError."""
+    mapping = mmap.mmap(descriptor, slab_bytes)
     if hasattr(mmap, "MADV_DONTFORK"):
         mapping.madvise(mmap.MADV_DONTFORK)  # a forked child must not keep retired slabs alive
-    return _Slab(path, serial, descriptor, mapping, memoryview(mapping))
+    return _Memory(descriptor, mapping, memoryview(mapping))
 
 
 def _released(slab: _Slab) -> bool:
     """Unmap; False when views of the slab are still around (then nothing more is closed than our own view)."""
-    try:
-        slab.content.release()
-        slab.mapping.close()
-    except BufferError:
-        return False
-    os.close(slab.descriptor)
-    return True
+    with slab.lock:
+        memory = slab.memory
+        if memory is None:
+            return True
+        try:
+            memory.content.release()
+            memory.mapping.close()
+        except BufferError:
+            return False
+        os.close(memory.descriptor)
+        slab.memory = None
+        return True
 
 
 def _make_private(directory: Path) -> None:

@@ -145,6 +145,7 @@ class Daemon:
         contents = self.catalog.load()
         self.segments = Segments(config.nvme.directory, config.nvme.segment_bytes)
         self.arena = Arena(arena_directory(config.ddr.directory, config.daemon.data_dir), config.ddr.slab_bytes)
+        self.arena.keep(())
         reports = _Reports(self._loop, self._crashed)
         effects = _Effects()
         effects.ranks = self.ranks = Ranks(reports.finished, self.arena.serial)

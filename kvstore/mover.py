@@ -215,6 +215,7 @@ class Mover:
                     size_bytes = write_out.size_bytes
                 case RetireSlab():
                     self._arena.sweep()
+                    self._arena.make(job.slab)  # else whoever uses the slab next would wait for its pages
         except HoldfastError as error:
             job.fail(error)
         except OSError as error:

@@ -100,6 +100,12 @@ def _close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
+def _close_opened(opening: asyncio.Future[int | None]) -> None:
+    """Nobody waits for this descriptor any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        _close_all(descriptor for descriptor in (opening.result(),) if descriptor is not None)
+
+
 class Server:
     """Accepts connections at `path` and runs their requests against the service."""
 
@@ -324,7 +330,7 @@ class Server:
             if self._draining and self._requests.is_new_work(body):
                 raise Draining("the daemon is shutting down")
             if isinstance(body, MapSlab):
-                reply, descriptors = self._map(connection, body)
+                reply, descriptors = await self._map(connection, body)
             elif isinstance(body, RegisterRank):
                 reply = self._register(connection, body)
             else:
@@ -333,12 +339,21 @@ class Server:
             reply = Refused(error.code, error.message)
         connection.send(_Frame(encode(Answer(envelope.id, reply)), descriptors, is_reply=True))
 
-    def _map(self, connection: Connection, body: MapSlab) -> tuple[Reply, tuple[int, ...]]:
+    async def _map(self, connection: Connection, body: MapSlab) -> tuple[Reply, tuple[int, ...]]:
         """A tenant may see the slabs it owns, no others."""
-        if self._service.state.ddr.owner(body.slab) != connection.tenant:
-            raise ProtocolError(f"slab {body.slab} does not serve tenant {connection.tenant!r}")
-        descriptor = os.dup(self._arena.descriptor(body.slab))
-        return SlabMapped(body.slab, self._arena.serial(body.slab), self._arena.slab_bytes), (descriptor,)
+        if self._service.state.ddr.owner(body.slab) == connection.tenant:
+            serial = self._arena.serial(body.slab)
+            loop = asyncio.get_running_loop()
+            # Its memory may have to be made first, which takes as long as touching every page: not on the loop.
+            opening = loop.run_in_executor(None, self._arena.descriptor, body.slab, serial)
+            try:
+                descriptor = await asyncio.shield(opening)
+            except asyncio.CancelledError:
+                opening.add_done_callback(_close_opened)
+                raise
+            if descriptor is not None:
+                return SlabMapped(body.slab, serial, self._arena.slab_bytes), (descriptor,)
+        raise ProtocolError(f"slab {body.slab} does not serve tenant {connection.tenant!r}")
 
     def _register(self, connection: Connection, body: RegisterRank) -> Reply:
         if connection.has_seat:

@@ -61,7 +61,9 @@ def test_a_client_shares_the_slab_and_never_sees_the_next_owner(arena, tmp_path)
     with listener, subprocess.Popen(arguments) as client, listener.accept()[0] as peer:
         peer.settimeout(30)
         answers = peer.makefile("rb")
-        socket.send_fds(peer, [b"x"], [arena.descriptor(3)])
+        descriptor = arena.descriptor(3, arena.serial(3))
+        socket.send_fds(peer, [b"x"], [descriptor])
+        os.close(descriptor)
         assert answers.read(6) == b"hello!"
         assert arena.view(slot)[:10] == b"hellothere"
         arena.retire(3)
@@ -88,13 +90,16 @@ def test_a_slot_beyond_the_slab_is_our_bug(arena):
 
 
 def test_retire_gives_a_new_inode_and_serial(arena):
-    before = os.fstat(arena.descriptor(0)).st_ino, arena.serial(0)
-    kept = os.dup(arena.descriptor(0))  # keeps the old inode from being reused
+    serial = arena.serial(0)
+    kept = arena.descriptor(0, serial)  # keeps the old inode from being reused
     arena.retire(0)
-    assert os.fstat(arena.descriptor(0)).st_ino != before[0]
-    assert arena.serial(0) > before[1]
+    assert arena.serial(0) > serial
+    assert arena.descriptor(0, serial) is None, "the next owner's bytes went to whoever asked for the last one's"
+    fresh = arena.descriptor(0, arena.serial(0))
+    assert not os.path.samestat(os.fstat(fresh), os.fstat(kept))
     assert os.fstat(kept).st_nlink == 0
     os.close(kept)
+    os.close(fresh)
 
 
 def test_serials_differ_between_slabs_and_stay_while_the_slab_does(arena):
@@ -116,7 +121,7 @@ def test_retire_tolerates_views_and_lets_go_when_they_do(arena):
 
 def test_sweep_closes_the_descriptor(arena):
     before = open_files()
-    arena.serial(0)
+    arena.make(0)
     arena.retire(0)
     arena.sweep()
     assert open_files() == before
@@ -124,7 +129,9 @@ def test_sweep_closes_the_descriptor(arena):
 
 def test_retire_of_an_untouched_slab_or_a_removed_file_is_nothing(arena, directory):
     arena.retire(7)
-    arena.serial(0)
+    arena.serial(1)
+    arena.retire(1)
+    arena.make(0)
     for path in directory.iterdir():
         path.unlink()
     arena.retire(0)
@@ -132,7 +139,7 @@ def test_retire_of_an_untouched_slab_or_a_removed_file_is_nothing(arena, directo
 
 
 def test_files_are_private_and_allocated(arena, directory):
-    arena.serial(4)
+    arena.make(4)
     (path,) = directory.iterdir()
     assert path.name == "slab-4-1"
     assert path.stat().st_mode & 0o777 == 0o600
@@ -144,21 +151,131 @@ def test_files_are_private_and_allocated(arena, directory):
 def test_a_killed_daemon_leaves_slabs_that_the_next_removes(directory):
     script = (
         "import os, sys; from pathlib import Path; from holdfast.kvstore.arena import Arena\n"
-        f"Arena(Path(sys.argv[1]), {SLAB_BYTES}).serial(0); os.kill(os.getpid(), 9)"
+        f"Arena(Path(sys.argv[1]), {SLAB_BYTES}).make(0); os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", script, directory], check=False).returncode == -9
     (directory / "mine").write_text("not a slab")
     assert sorted(path.name for path in directory.iterdir()) == ["mine", "slab-0-1"]
     arena = Arena(directory, SLAB_BYTES)
+    assert arena.found == {0: 1}
+    arena.keep(())
     assert [path.name for path in directory.iterdir()] == ["mine"]
+    assert arena.serial(0) == 2
     arena.close()
     assert directory.exists(), "what is not ours stays"
+
+
+def leave(directory, name, content=b"x" * SLAB_BYTES, mode=0o600):
+    path = directory / name
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+def test_left_slabs_are_kept_with_their_serial_and_bytes(directory):
+    directory.mkdir()
+    inodes = {name: leave(directory, name).stat().st_ino for name in ("slab-0-3", "slab-1-9", "slab-2-5")}
+    leave(directory, "slab-0-2")
+    leave(directory, "slab-0-1")
+    before = open_files()
+    arena = Arena(directory, SLAB_BYTES)
+    assert arena.found == {0: 3, 1: 9, 2: 5}
+    arena.keep({0, 2})
+    assert sorted(path.name for path in directory.iterdir()) == ["slab-0-3", "slab-2-5"]
+    assert (arena.serial(0), arena.serial(2)) == (3, 5)
+    assert arena.serial(1) == 10, "a serial was used twice"
+    assert arena.view(Slot(2, 4096, 4096)) == b"x" * 4096
+    descriptor = arena.descriptor(0, 3)
+    assert os.fstat(descriptor).st_ino == inodes["slab-0-3"]
+    os.close(descriptor)
+    arena.close()
+    assert not directory.exists()
+    assert open_files() == before
+
+
+def test_what_only_looks_like_a_left_slab_is_removed_and_its_serial_not_used(directory, tmp_path):
+    directory.mkdir()
+    other = leave(tmp_path, "other")
+    leave(directory, "slab-0-1", mode=0o640)
+    leave(directory, "slab-1-2", b"x" * 4096)
+    leave(directory, "slab-2-3", b"x" * SLAB_BYTES * 2)
+    (directory / "slab-3-4").symlink_to(other)
+    os.mkfifo(directory / "slab-4-5", 0o600)
+    with leave(directory, "slab-5-600", b"").open("r+b") as sparse:
+        sparse.truncate(SLAB_BYTES)
+    unrelated = [leave(directory, name) for name in ("slab-1", "slab-1-x", "Slab-1-1", "slab-1-1.bak")]
+    before = open_files()
+    arena = Arena(directory, SLAB_BYTES)
+    assert arena.found == {}
+    assert sorted(directory.iterdir()) == sorted(unrelated)
+    assert open_files() == before
+    assert arena.serial(0) == 601
+    arena.close()
+    assert other.read_bytes() == b"x" * SLAB_BYTES
+
+
+def test_an_arena_that_was_not_told_what_to_keep_gives_nothing_out(directory):
+    directory.mkdir()
+    leave(directory, "slab-0-1")
+    arena = Arena(directory, SLAB_BYTES)
+    with pytest.raises(AssertionError, match="keep"):
+        arena.serial(0)
+    arena.close()
+    assert not directory.exists()
+
+
+def test_naming_a_slab_makes_no_memory(arena, directory):
+    serial = arena.serial(0)
+    assert not list(directory.iterdir())
+    arena.make(0)
+    assert [path.name for path in directory.iterdir()] == [f"slab-0-{serial}"]
+    inode = next(directory.iterdir()).stat().st_ino
+    arena.make(0)
+    assert next(directory.iterdir()).stat().st_ino == inode
+
+
+class Stopped:
+    """Stops whoever allocates a slab, until it may go on."""
+
+    def __init__(self, monkeypatch):
+        self.reached, self.go_on = threading.Event(), threading.Event()
+        allocate = os.posix_fallocate
+
+        def stopped(descriptor, offset, size):
+            monkeypatch.undo()
+            self.reached.set()
+            assert self.go_on.wait(30)
+            allocate(descriptor, offset, size)
+
+        monkeypatch.setattr(os, "posix_fallocate", stopped)
+
+
+def test_a_slab_in_the_making_holds_up_nobody_else(arena, directory, monkeypatch):
+    stopped = Stopped(monkeypatch)
+    making = threading.Thread(target=arena.make, args=(3,))
+    making.start()
+    assert stopped.reached.wait(30)
+    serial = arena.serial(3)
+    arena.view(Slot(1, 0, 4096))[:1] = b"x"
+    os.close(arena.descriptor(2, arena.serial(2)))
+    arena.retire(2)
+    assert arena.sweep() == 0
+    arena.retire(3)  # before it has memory
+    assert arena.serial(3) > serial
+    arena.view(Slot(3, 0, 4096))[:1] = b"y"
+    stopped.go_on.set()
+    making.join()
+    assert arena.sweep() == 0
+    assert sorted(path.name for path in directory.iterdir()) == [
+        f"slab-1-{arena.serial(1)}",
+        f"slab-3-{arena.serial(3)}",
+    ]
 
 
 def test_close_removes_everything_even_while_viewed(directory):
     arena = Arena(directory, SLAB_BYTES)
     view = arena.view(Slot(0, 0, 4096))
-    arena.serial(1)
+    arena.make(1)
     arena.close()
     assert not directory.exists()
     view[:1] = b"x"  # still mapped

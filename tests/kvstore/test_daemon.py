@@ -406,12 +406,13 @@ def test_measurements_of_no_time_do_not_stop_the_pricing(unharmed):
             client.observe_prefill(FINGERPRINT, [(0, 1, float("nan"))])
 
 
-def test_a_grant_that_cannot_be_handed_over_is_taken_back(daemon):
-    """No slab can be made: the ingest is refused, and holds nothing."""
+def test_a_slab_that_cannot_be_made_is_refused_to_whoever_maps_it(daemon):
     client = daemon.client()
     shutil.rmtree(daemon._shared)
-    with pytest.raises(StorageFailed):
-        client.begin_ingest("report", FINGERPRINT, [1] * 100)
+    ingest = client.begin_ingest("report", FINGERPRINT, [1] * 100)
+    with pytest.raises(StorageFailed, match="slab-"):
+        client.view(ingest.parts[0])
+    client.abort_ingest(ingest.ingest)
     assert daemon.used("ddr") == 0
 
 

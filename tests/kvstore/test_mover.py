@@ -430,6 +430,20 @@ def test_retire_gives_the_slab_new_memory_at_once(house):
     assert house.arena._retired == []
 
 
+def test_the_memory_of_a_retired_slab_is_made_by_a_worker(house):
+    mover = house.mover()
+    house.arena.make(0)
+    house.blocked(mover)
+    mover.submit(RetireSlab(slab=0))
+    name = f"slab-0-{house.arena.serial(0)}"
+    assert name not in {path.name for path in house.arena.directory.iterdir()}
+    house.io.gate.set()
+    house.heard.outcome(999)
+    mover.submit(write_out(1, Slot(5, 0, PAGE), Slot(0, 0, PAGE), Urgency.WRITE_THROUGH))  # behind it
+    assert house.heard.outcome(1).error is None
+    assert name in {path.name for path in house.arena.directory.iterdir()}
+
+
 @pytest.mark.parametrize("kind", ["seal", "read", "write"])
 def test_retiring_a_slab_in_use_is_our_bug(house, kind):
     mover = house.mover()
