@@ -18,8 +18,9 @@ from ..kvstore.client import Client
 from ..kvstore.clock import Clock
 from ..kvstore.errors import DaemonUnavailable, DeadlineExceeded, GroupFailed, HoldfastError
 from ..kvstore.layout import Copy, Layout, clipped, copies, extent_holding, shard_holding
+from ..kvstore.runs import PartMessage
 from ..kvstore.spec import KVSpec
-from ..kvstore.wire import Command, LoadCommand, MoveDone, PartMessage, SaveCommand, ShardClosed, ShardOpened
+from ..kvstore.wire import Command, LoadCommand, MoveDone, SaveCommand, ShardClosed, ShardOpened
 
 RETRY_SECONDS: Final = 0.2
 CLOSED_KEPT: Final = 64  # failed shards remembered for whoever still waits for them
@@ -224,7 +225,7 @@ class Agent:
         mine = shard_holding(state.layout, self._seat.rank, heads, state.row)
         extents = [extent_holding(i, part.start, part.valid_tokens, heads) for i, part in enumerate(parts)]
         ours = clipped(mine, [(part.start, part.start + part.valid_tokens) for part in parts])
-        return list(copies(extents, [ours])), {i: self._client.view(part) for i, part in enumerate(parts)}
+        return list(copies(extents, [ours])), dict(enumerate(self._client.views(parts)))
 
     def _bytes(self, moves: Sequence[Copy], layers: int) -> int:
         group = self._spec.groups[0]

@@ -14,11 +14,13 @@ import numpy.typing as npt
 
 from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
-from .errors import TokenOutOfRange
+from .errors import ClaimNotFound, TokenOutOfRange
 from .layout import Layout
+from .runs import PartMessage, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PinView, SwapView, TierView, VictimView
 from .wire import (
+    SLABS_AT_ONCE,
     AbortIngest,
     AttachDocument,
     Attached,
@@ -35,10 +37,9 @@ from .wire import (
     LayoutMessage,
     ListDocuments,
     ListTiers,
-    MapSlab,
+    MapSlabs,
     MoveDone,
     ObservePrefill,
-    PartMessage,
     PinDocument,
     Pinned,
     Receipt,
@@ -49,7 +50,7 @@ from .wire import (
     Report,
     Request,
     ShowDocument,
-    SlabMapped,
+    SlabsMapped,
     SpecRegistered,
     Tiers,
     UnpinDocument,
@@ -76,7 +77,8 @@ class Client:
         on_lost: Callable[[], None] | None = None,
     ) -> None:
         self._connection = Connection(socket, tenant, resume=resume, on_command=on_command, on_lost=on_lost)
-        self._slabs: dict[int, tuple[int, mmap.mmap]] = {}
+        self._slabs: dict[int, tuple[int, memoryview]] = {}  # the memory's serial, and the mapping
+        self._ready: dict[int, int] = {}  # by lease: leading layers known to be readable
         self._mapping = threading.Lock()
         self.tenant = tenant
 
@@ -186,11 +188,18 @@ class Client:
         """Lease a document and start bringing it to DDR, or into a group."""
         wanted = LayoutMessage.of(layout) if layout is not None else None
         body = AttachDocument(name, fingerprint, group, wanted, deadline_seconds)
-        return self._ask(Attached, body, deadline_seconds + MARGIN_SECONDS)
+        attached = self._ask(Attached, body, deadline_seconds + MARGIN_SECONDS)
+        self._ready[attached.lease] = attached.layers_ready
+        return attached
 
     def wait_layers(self, lease: int, layers: int, deadline_seconds: float = 600.0) -> int:
         """Wait until that many leading layers are readable; returns how many are."""
-        return self._ask(LayersReady, WaitLayers(lease, layers), deadline_seconds).layers
+        known = self._ready.get(lease, 0)
+        if known < layers:
+            known = self._ask(LayersReady, WaitLayers(lease, layers), deadline_seconds).layers
+            if lease in self._ready:
+                self._ready[lease] = known
+        return known
 
     def renew(self, lease: int) -> None:
         """Push a lease's deadline out."""
@@ -202,6 +211,7 @@ class Client:
 
     def detach(self, lease: int) -> None:
         """End a lease. Its views must not be used any more."""
+        self._ready.pop(lease, None)
         self._do(Detach(lease))
 
     # Ranks -------------------------------------------------------------------------------------
@@ -218,21 +228,35 @@ class Client:
 
     def view(self, part: PartMessage) -> memoryview:
         """The extent's slot in DDR, writable, without a copy."""
-        with self._mapping:
-            known = self._slabs.get(part.slab)
-            if known is None or known[0] != part.serial:
-                known = self._map(part.slab)
-                self._slabs[part.slab] = known
-        return memoryview(known[1])[part.offset : part.offset + part.size_bytes]
+        return self.views([part])[0]
 
-    def _map(self, slab: int) -> tuple[int, mmap.mmap]:
-        reply, descriptors = self._connection.call(MapSlab(slab))
-        assert isinstance(reply, SlabMapped), reply
-        assert len(descriptors) == 1, "one descriptor comes with a slab"
+    def views(self, parts: Sequence[PartMessage | RunMessage]) -> list[memoryview]:
+        """The slots of extents, or all the slots of runs, writable, without a copy.
+
+        Slabs that are not known yet are mapped together. Raises ClaimNotFound when a slab has changed hands.
+        """
+        with self._mapping:
+            wanted = {p.slab for p in parts if self._slabs.get(p.slab, (0,))[0] != p.serial}
+            numbers = sorted(wanted)
+            for first in range(0, len(numbers), SLABS_AT_ONCE):
+                self._map(numbers[first : first + SLABS_AT_ONCE])
+            found = []
+            for part in parts:
+                serial, content = self._slabs[part.slab]
+                if serial != part.serial:
+                    raise ClaimNotFound(f"slab {part.slab} has changed hands: the lease on it has ended")
+                found.append(content[part.offset : part.offset + part.size_bytes])
+            return found
+
+    def _map(self, slabs: list[int]) -> None:
+        reply, descriptors = self._connection.call(MapSlabs(slabs))
+        assert isinstance(reply, SlabsMapped), reply
         try:
-            return reply.serial, mmap.mmap(descriptors[0], reply.size_bytes)
+            for (slab, serial), descriptor in zip(reply.slabs, descriptors, strict=True):
+                self._slabs[slab] = (serial, memoryview(mmap.mmap(descriptor, reply.size_bytes)))
         finally:
-            os.close(descriptors[0])
+            for descriptor in descriptors:
+                os.close(descriptor)
 
 
 def token_bytes(tokens: Sequence[int] | npt.NDArray[np.integer]) -> bytes:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from .errors import DaemonUnavailable, DeadlineExceeded, HoldfastError, from_code
+from .errors import DaemonUnavailable, DeadlineExceeded, HoldfastError, Unavailable, from_code
 from .frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, decode_request, encode
 from .wire import (
     PROTOCOL_VERSION,
@@ -21,12 +21,12 @@ from .wire import (
     Refused,
     Reply,
     Request,
-    SlabMapped,
+    SlabsMapped,
     Welcome,
 )
 
 READ_BYTES: Final = 256 << 10
-DESCRIPTORS: Final = 8  # at most this many come with one read; the daemon sends one at a time
+DESCRIPTORS: Final = 253  # more cannot come with one read
 FRAME_LIMIT: Final = 256 << 20  # we trust our daemon, but not a broken stream
 REPLY_SECONDS: Final = 30.0
 REASON_SECONDS: Final = 1.0
@@ -126,8 +126,11 @@ class Connection:
         frames = FrameBuffer(FRAME_LIMIT)
         try:
             while True:
-                data, descriptors, _, _ = socket.recv_fds(self._sock, READ_BYTES, DESCRIPTORS)
+                data, descriptors, flags, _ = socket.recv_fds(self._sock, READ_BYTES, DESCRIPTORS)
                 self._descriptors += descriptors
+                if flags & socket.MSG_CTRUNC:  # which slabs the others are of cannot be known any more
+                    self._refusal = Unavailable("this process may open no more files to map slabs; raise `ulimit -n`")
+                    return
                 if not data:
                     return
                 for frame in frames.feed(data):
@@ -148,9 +151,10 @@ class Connection:
             return
         with self._lock:
             future = self._waiting.pop(answer.id, None)
-        # A descriptor arrives no later than the frame it belongs to, but perhaps together with frames before that one;
-        # each SlabMapped has exactly one, and a reply nobody waits for any more must still not leak it.
-        descriptors = [self._descriptors.pop(0)] if isinstance(body, SlabMapped) else []
+        # Descriptors arrive no later than the frame they belong to, but perhaps together with frames before that one;
+        # each SlabsMapped has one a slab, and a reply nobody waits for any more must still not leak them.
+        count = len(body.slabs) if isinstance(body, SlabsMapped) else 0
+        descriptors, self._descriptors = self._descriptors[:count], self._descriptors[count:]
         if future is not None:
             future.set_result((body, descriptors))
         else:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 
 from .errors import GroupFailed, from_code
 from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, SaveShard
+from .runs import PartMessage
 from .wire import (
     Command,
     LayoutMessage,
     LoadCommand,
     MoveDone,
-    PartMessage,
     SaveCommand,
     ShardClosed,
     ShardOpened,

@@ -6,7 +6,7 @@ Knows messages and commands, no sockets. Commands that wait become awaitables he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from .ingest import Ingest
 from .loading import Loading
 from .planner import Victim
 from .residency import Placement, Tier
+from .runs import RunMessage, in_runs
 from .service import NS, Service
 from .views import DocumentView, document_view, pin_view, swap_view, tier_views, victim_views
 from .wire import (
@@ -41,7 +42,6 @@ from .wire import (
     ListDocuments,
     ListTiers,
     ObservePrefill,
-    PartMessage,
     PinDocument,
     Pinned,
     Receipt,
@@ -182,8 +182,9 @@ class Requests:
         with self._taken_back(lambda: self._service.abort_ingest(client, opened.id)):
             if opened.error is not None:  # since the grant
                 raise opened.error
-            parts = [self._part(extent, opened.filled[extent.id]) for extent in opened.missing]
-        return IngestOpened(opened.id, opened.cached_tokens, parts, _shard(opened.loading))
+            copies = [(extent, opened.filled[extent.id]) for extent in opened.missing]
+            runs = self._runs(body.fingerprint, copies)
+        return IngestOpened(opened.id, opened.cached_tokens, runs, _shard(opened.loading))
 
     async def _attach(self, client: int, tenant: str, body: AttachDocument) -> Reply:
         wanted = body.layout.layout() if body.layout is not None else None
@@ -203,14 +204,16 @@ class Requests:
         with self._taken_back(lambda: self._service.detach(client, attach.lease.id)):
             if attach.loading.error is not None:  # since the grant
                 raise attach.loading.error
-            parts = [] if body.group is not None else [self._part(r.extent, r.ddr) for r in attach.loading.records]
+            copies = [] if body.group is not None else [(r.extent, r.ddr) for r in attach.loading.records]
+            runs = self._runs(owner.fingerprint, copies)
         return Attached(
             attach.lease.id,
             owner.fingerprint,
             owner.token_count,
             self._service.state.specs[owner.fingerprint],
-            parts,
+            runs,
             _shard(attach.loading),
+            attach.loading.layers,
         )
 
     @contextmanager
@@ -236,12 +239,9 @@ class Requests:
         await self._call(start)
         return EvictionPlan(victim_views(plan))
 
-    def _part(self, extent: Extent, placement: Placement | None) -> PartMessage:
-        assert placement is not None
-        assert placement.slot is not None
-        return PartMessage(
-            *placement.slot, self._serial(placement.slot.slab), extent.start, extent.valid_tokens, extent.group
-        )
+    def _runs(self, fingerprint: bytes, copies: Iterable[tuple[Extent, Placement | None]]) -> list[RunMessage]:
+        slots = [(extent, copy.slot) for extent, copy in copies if copy is not None and copy.slot is not None]
+        return in_runs(slots, self._service.state.specs[fingerprint].extent_tokens, self._serial)
 
     def _view(self, document: Document) -> DocumentView:
         return document_view(self._service.state, self._service.planner, self._service.state.document(document.id))

@@ -31,12 +31,12 @@ from .wire import (
     Done,
     Goodbye,
     Hello,
-    MapSlab,
+    MapSlabs,
     MoveDone,
     Refused,
     RegisterRank,
     Reply,
-    SlabMapped,
+    SlabsMapped,
     Welcome,
 )
 
@@ -61,7 +61,8 @@ class _Frame:
 class Connection:
     """One accepted socket. `client` is 0 until Hello; `process` is a pidfd of the peer, if it is one we can see.
 
-    `places` are how many more requests it may have that are not answered, or whose answers it has not taken.
+    `places` are how many more requests it may have that are not answered, or whose answers it has not taken; `mapping`
+    lets one answer with descriptors wait for it at a time, because we have only so many.
     """
 
     sock: socket.socket
@@ -73,6 +74,7 @@ class Connection:
     has_seat: bool = False
     outbox: asyncio.Queue[_Frame | None] = field(default_factory=lambda: asyncio.Queue(OUTBOX_FRAMES))
     requests: set[asyncio.Task[None]] = field(default_factory=set)
+    mapping: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def send(self, frame: _Frame) -> None:
         """Queue a frame; a full queue ends the connection."""
@@ -100,10 +102,14 @@ def _close_all(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
-def _close_opened(opening: asyncio.Future[int | None]) -> None:
-    """Nobody waits for this descriptor any more."""
+def _close_opened(opening: asyncio.Future[tuple[int, ...]]) -> None:
+    """Nobody waits for these descriptors any more."""
     if not opening.cancelled() and opening.exception() is None:
-        _close_all(descriptor for descriptor in (opening.result(),) if descriptor is not None)
+        _close_all(opening.result())
+
+
+def _foreign(slab: int, tenant: str) -> ProtocolError:
+    return ProtocolError(f"slab {slab} does not serve tenant {tenant!r}")
 
 
 class Server:
@@ -272,6 +278,7 @@ class Server:
                 data = frame.data
                 if frame.descriptors:
                     data = await self._send_descriptors(connection.sock, data, frame.descriptors)
+                    connection.mapping.release()
                 await loop.sock_sendall(connection.sock, data)
                 if frame.is_reply:
                     connection.places.release()
@@ -329,7 +336,7 @@ class Server:
         try:
             if self._draining and self._requests.is_new_work(body):
                 raise Draining("the daemon is shutting down")
-            if isinstance(body, MapSlab):
+            if isinstance(body, MapSlabs):
                 reply, descriptors = await self._map(connection, body)
             elif isinstance(body, RegisterRank):
                 reply = self._register(connection, body)
@@ -339,21 +346,43 @@ class Server:
             reply = Refused(error.code, error.message)
         connection.send(_Frame(encode(Answer(envelope.id, reply)), descriptors, is_reply=True))
 
-    async def _map(self, connection: Connection, body: MapSlab) -> tuple[Reply, tuple[int, ...]]:
+    async def _map(self, connection: Connection, body: MapSlabs) -> tuple[Reply, tuple[int, ...]]:
         """A tenant may see the slabs it owns, no others."""
-        if self._service.state.ddr.owner(body.slab) == connection.tenant:
-            serial = self._arena.serial(body.slab)
-            loop = asyncio.get_running_loop()
-            # Its memory may have to be made first, which takes as long as touching every page: not on the loop.
-            opening = loop.run_in_executor(None, self._arena.descriptor, body.slab, serial)
+        await connection.mapping.acquire()  # until the descriptors are sent
+        descriptors: tuple[int, ...] = ()
+        try:
+            for slab in body.slabs:
+                if self._service.state.ddr.owner(slab) != connection.tenant:
+                    raise _foreign(slab, connection.tenant)
+            wanted = [(slab, self._arena.serial(slab)) for slab in body.slabs]
+            # Their memory may have to be made first, which takes as long as touching every page: not on the loop.
+            opening = asyncio.get_running_loop().run_in_executor(None, self._opened, wanted, connection.tenant)
             try:
-                descriptor = await asyncio.shield(opening)
+                descriptors = await asyncio.shield(opening)
             except asyncio.CancelledError:
                 opening.add_done_callback(_close_opened)
                 raise
-            if descriptor is not None:
-                return SlabMapped(body.slab, serial, self._arena.slab_bytes), (descriptor,)
-        raise ProtocolError(f"slab {body.slab} does not serve tenant {connection.tenant!r}")
+        finally:
+            if not descriptors:
+                connection.mapping.release()
+        return SlabsMapped(wanted, self._arena.slab_bytes), descriptors
+
+    def _opened(self, wanted: list[tuple[int, int]], tenant: str) -> tuple[int, ...]:
+        """Descriptors of these slabs' memories, all or none."""
+        descriptors: list[int] = []
+        try:
+            for slab, serial in wanted:
+                descriptor = self._arena.descriptor(slab, serial)
+                if descriptor is None:  # it changed hands meanwhile
+                    raise _foreign(slab, tenant)
+                descriptors.append(descriptor)
+        except HoldfastError:
+            _close_all(descriptors)
+            raise
+        except OSError as error:
+            _close_all(descriptors)
+            raise Unavailable(f"no more descriptors: {error.strerror}; try again, or raise `ulimit -n`") from error
+        return tuple(descriptors)
 
     def _register(self, connection: Connection, body: RegisterRank) -> Reply:
         if connection.has_seat:

@@ -1,7 +1,7 @@
 """Wire: the messages between the daemon and engines (frames puts them on a socket).
 
 Bodies are tagged arrays, so any msgpack reader decodes them. KV bytes never travel here: they lie in shared slabs,
-whose descriptors are sent beside a SlabMapped reply.
+whose descriptors are sent beside a SlabsMapped reply.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import msgspec
 
 from .document import WritePolicy
 from .layout import Layout, Run
-from .slots import Slot
+from .runs import PartMessage, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PinView, SwapView, TierView, VictimView
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
+SLABS_AT_ONCE: Final = 128  # a message carries at most 253 descriptors
 
 # What a peer may claim. No machine has more, and sums of these still fit the 64 bits that a message can carry.
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
@@ -44,23 +45,6 @@ class LayoutMessage(msgspec.Struct, frozen=True, array_like=True):
     def layout(self) -> Layout:
         """Decode. Raises LayoutError for runs that are no layout."""
         return Layout(tuple(Run(*run) for run in self.runs), self.cp, self.tp)
-
-
-class PartMessage(msgspec.Struct, frozen=True, array_like=True):
-    """An extent in DDR: slot (in the slab's memory number `serial`), first token, tokens, layer group."""
-
-    slab: int
-    offset: int
-    size_bytes: int
-    serial: int
-    start: int
-    valid_tokens: int
-    group: int = 0
-
-    @property
-    def slot(self) -> Slot:
-        """Where it lies."""
-        return Slot(self.slab, self.offset, self.size_bytes)
 
 
 class ShardMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -173,10 +157,10 @@ class ObservePrefill(Message, frozen=True):
     points: list[tuple[Count, Count, Seconds]]
 
 
-class MapSlab(Message, frozen=True):
-    """Send me that slab's descriptor."""
+class MapSlabs(Message, frozen=True):
+    """Send me those slabs' descriptors."""
 
-    slab: int
+    slabs: Annotated[list[int], msgspec.Meta(min_length=1, max_length=SLABS_AT_ONCE)]
 
 
 class ListDocuments(Message, frozen=True):
@@ -249,7 +233,7 @@ Request = (
     | Report
     | Detach
     | ObservePrefill
-    | MapSlab
+    | MapSlabs
     | ListDocuments
     | ShowDocument
     | DeleteDocument
@@ -289,23 +273,34 @@ class SpecRegistered(Message, frozen=True):
 
 
 class IngestOpened(Message, frozen=True):
-    """Slots to fill (`parts`), tokens that are there already, and the shard in the group, if one was named."""
+    """Slots to fill (`runs`), tokens that are there already, and the shard in the group, if one was named."""
 
     ingest: int
     cached_tokens: int
-    parts: list[PartMessage]
+    runs: list[RunMessage]
     shard: ShardMessage | None
+
+    @property
+    def parts(self) -> list[PartMessage]:
+        """The extents to fill, in order."""
+        return [part for run in self.runs for part in run.parts()]
 
 
 class Attached(Message, frozen=True):
-    """The lease; where the extents lie in DDR (no group), or the shard (group)."""
+    """The lease; where the extents lie in DDR (no group), or the shard (group); leading layers that may be read."""
 
     lease: int
     fingerprint: bytes
     token_count: int
     spec: KVSpec
-    parts: list[PartMessage]
+    runs: list[RunMessage]
     shard: ShardMessage | None
+    layers_ready: int
+
+    @property
+    def parts(self) -> list[PartMessage]:
+        """The extents, in document order, layer group by layer group."""
+        return [part for run in self.runs for part in run.parts()]
 
 
 class LayersReady(Message, frozen=True):
@@ -320,11 +315,10 @@ class Receipt(Message, frozen=True):
     swap: SwapView
 
 
-class SlabMapped(Message, frozen=True):
-    """The descriptor beside this frame is the slab's; `serial` changes when its memory does."""
+class SlabsMapped(Message, frozen=True):
+    """The descriptors beside this frame are these slabs', in order, each of `size_bytes`; serials of their memory."""
 
-    slab: int
-    serial: int
+    slabs: list[tuple[int, int]]
     size_bytes: int
 
 
@@ -401,7 +395,7 @@ Reply = (
     | Attached
     | LayersReady
     | Receipt
-    | SlabMapped
+    | SlabsMapped
     | Documents
     | Pinned
     | EvictionPlan

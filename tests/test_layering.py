@@ -72,6 +72,7 @@ FLOOR_OF = {
     "ranks": "edges",
     "requests": "edges",
     "rest": "edges",
+    "runs": "edges",
     "server": "edges",
     "views": "edges",
     "wire": "edges",

@@ -43,7 +43,7 @@ from holdfast.kvstore.wire import (
     Goodbye,
     Hello,
     ListDocuments,
-    MapSlab,
+    MapSlabs,
     Refused,
     Welcome,
 )
@@ -277,7 +277,7 @@ def test_half_a_frame_and_a_hang_up_are_forgotten(unharmed, cut):
 
 
 def test_a_second_hello_and_a_foreign_slab_are_refused_and_the_connection_goes_on(unharmed):
-    more = [Hello(PROTOCOL_VERSION, "default"), MapSlab(0), MapSlab(1 << 40), MapSlab(-1), ListDocuments()]
+    more = [Hello(PROTOCOL_VERSION, "default"), MapSlabs([0]), MapSlabs([1 << 40]), MapSlabs([-1]), ListDocuments()]
     with closing(Raw(unharmed, HELLO + b"".join(encode(Envelope(i, m)) for i, m in enumerate(more, 2)))) as raw:
         raw.sock.shutdown(socket.SHUT_WR)
         bodies = {answer.id: answer.body for answer in raw.answers()}
@@ -310,7 +310,7 @@ def _connects(daemon):
     return True
 
 
-@pytest.mark.parametrize("request_", [ListDocuments(), MapSlab(0)], ids=["ListDocuments", "MapSlab"])
+@pytest.mark.parametrize("request_", [ListDocuments(), MapSlabs([0] * 128)], ids=["ListDocuments", "MapSlabs"])
 def test_a_client_that_never_reads_stalls_nobody_and_takes_a_bounded_share(daemon, request_):
     client = daemon.client()
     put(client, "report", 100)

@@ -1,0 +1,92 @@
+"""Runs: where extents lie in shared memory, as messages say it: one by one, or as runs of consecutive slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+
+from .extent import Extent
+from .slots import Slot
+
+
+class PartMessage(msgspec.Struct, frozen=True, array_like=True):
+    """An extent in DDR: slot (in the slab's memory number `serial`), first token, tokens, layer group."""
+
+    slab: int
+    offset: int
+    size_bytes: int
+    serial: int
+    start: int
+    valid_tokens: int
+    group: int = 0
+
+    @property
+    def slot(self) -> Slot:
+        """Where it lies."""
+        return Slot(self.slab, self.offset, self.size_bytes)
+
+
+class RunMessage(msgspec.Struct, frozen=True, array_like=True):
+    """Extents of one layer group that follow each other in the document, and in a slab of memory number `serial`.
+
+    `count` slots of `slot_bytes` begin at `offset` and hold tokens [start, stop), `step` in each; the last perhaps
+    fewer.
+    """
+
+    slab: int
+    serial: int
+    offset: int
+    slot_bytes: int
+    count: int
+    start: int
+    stop: int
+    step: int
+    group: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all its slots."""
+        return self.count * self.slot_bytes
+
+    def parts(self) -> Iterator[PartMessage]:
+        """Its extents, in document order."""
+        for index in range(self.count):
+            start = self.start + index * self.step
+            offset = self.offset + index * self.slot_bytes
+            valid_tokens = min(self.step, self.stop - start)
+            yield PartMessage(self.slab, offset, self.slot_bytes, self.serial, start, valid_tokens, self.group)
+
+
+def in_runs(
+    extents: Iterable[tuple[Extent, Slot]], extent_tokens: int, serial: Callable[[int], int]
+) -> list[RunMessage]:
+    """These extents, which are in document order, as few runs; `serial(slab)` names the slab's present memory."""
+    runs: list[RunMessage] = []
+    first: Extent | None = None
+    begin = Slot(0, 0, 0)
+    count = stop = 0
+    for extent, slot in extents:
+        if (
+            first is not None
+            and slot.slab == begin.slab
+            and slot.offset == begin.offset + count * begin.size_bytes
+            and slot.size_bytes == begin.size_bytes
+            and extent.start == stop
+            and extent.group == first.group
+        ):
+            count += 1
+        else:
+            if first is not None:
+                runs.append(_run(first, begin, count, stop, extent_tokens, serial))
+            first, begin, count = extent, slot, 1
+        stop = extent.start + extent.valid_tokens
+    if first is not None:
+        runs.append(_run(first, begin, count, stop, extent_tokens, serial))
+    return runs
+
+
+def _run(first: Extent, begin: Slot, count: int, stop: int, step: int, serial: Callable[[int], int]) -> RunMessage:
+    return RunMessage(
+        begin.slab, serial(begin.slab), begin.offset, begin.size_bytes, count, first.start, stop, step, first.group
+    )
