@@ -11,7 +11,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -82,20 +82,23 @@ CREATE TABLE pins (
 ) WITHOUT ROWID;
 """
 
+EXTENT_COLUMNS: Final = """id, tenant, fingerprint, layer_group, start, valid_tokens, previous, block_keys, slot_bytes,
+    segment, segment_offset"""  # all but the seal, which is read when it is needed
+
 Row = tuple[Any, ...]  # what SQLite gives and takes: one value per column
 Statement = tuple[str, Row]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contents:
-    """Everything in the catalog. `extents` come with their checksums and NVMe slot, by document position.
+    """Everything in the catalog but seals. `extents` come with their NVMe slot.
 
     `orphans` are the extents that no document needed (an ingest was interrupted): dropped, their slots are free.
     A document may name extents that are not in `extents`: they were evicted or quarantined.
     """
 
     specs: tuple[KVSpec, ...]
-    extents: tuple[tuple[Extent, bytes, Slot], ...]
+    extents: tuple[tuple[Extent, Slot], ...]
     documents: tuple[Document, ...]
     pins: tuple[Pin, ...]
     tenants: dict[str, bytes]
@@ -110,6 +113,7 @@ class Catalog:
         """Raises StorageFailed when the file cannot be opened, is no catalog, or is of a newer version."""
         self.path = path
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # another connection, so that a read waits for no commit
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # It holds the tenants' secrets, and SQLite gives its companions the same mode.
@@ -118,6 +122,7 @@ class Catalog:
             raise StorageFailed(f"catalog {path}: {error.strerror}") from error
         with self._failures("cannot be opened"):
             self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._reader = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             with self._failures("cannot be opened"):
                 mode = self._database.execute("PRAGMA journal_mode = WAL").fetchone()[0]
@@ -126,6 +131,7 @@ class Catalog:
                 self._database.execute("PRAGMA synchronous = FULL")
                 self._migrate()
         except StorageFailed:
+            self._reader.close()
             self._database.close()
             raise
 
@@ -147,6 +153,14 @@ class Catalog:
                     self._database.execute("INSERT INTO tenants VALUES (?, ?)", (name, found[0]))
             return bytes(found[0])
 
+    def seal(self, extent: ExtentId) -> bytes:
+        """The seal of an extent's NVMe copy (see seal). Raises StorageFailed, also when there is no such row."""
+        with self._reading, self._failures("reading a seal failed"):
+            found = self._reader.execute("SELECT checksums FROM extents WHERE id = ?", (extent,)).fetchone()
+        if found is None or not isinstance(found[0], bytes) or len(found[0]) % CHECKSUM_BYTES:
+            raise StorageFailed(f"catalog {self.path} has no seal of extent {extent}")
+        return found[0]
+
     def load(self) -> Contents:
         """Everything, after dropping extents that no document needs. Raises StorageFailed."""
         with self._lock, self._failures("cannot be read"), self._transaction():
@@ -156,18 +170,24 @@ class Catalog:
                 raise StorageFailed(f"catalog {self.path} has a row that is not ours: {error}; restore it") from error
 
     def _contents(self) -> Contents:
-        documents = tuple(_document(row) for row in self._rows("documents", "tenant, name"))
-        extents = [_extent(row) for row in self._rows("extents", "tenant, start, layer_group, id")]
+        shared: dict[object, Any] = {}  # one object for equal values: a hundred thousand rows repeat a few
+
+        def share(value: Any) -> Any:
+            return shared.setdefault(value, value)
+
+        documents = tuple(_document(row, share) for row in self._rows("*", "documents", "tenant, name"))
         needed = {extent for document in documents for extent in document.extents}
-        orphans = tuple(extent.id for extent, _, _ in extents if extent.id not in needed)
+        rows = self._rows(EXTENT_COLUMNS, "extents", "id")
+        extents = [_extent(tuple(map(share, row))) for row in rows]
+        orphans = tuple(extent.id for extent, _ in extents if extent.id not in needed)
         self._database.executemany("DELETE FROM extents WHERE id = ?", [(orphan,) for orphan in orphans])
         return Contents(
-            specs=tuple(_spec(row) for row in self._rows("specs", "fingerprint")),
+            specs=tuple(_spec(row) for row in self._rows("*", "specs", "fingerprint")),
             extents=tuple(entry for entry in extents if entry[0].id in needed),
             documents=documents,
-            pins=tuple(_pin(row) for row in self._rows("pins", "tenant, name")),
-            tenants={str(name): bytes(secret) for name, secret in self._rows("tenants", "name")},
-            prefills=tuple(_prefills(row) for row in self._rows("prefills", "fingerprint")),
+            pins=tuple(_pin(row) for row in self._rows("*", "pins", "tenant, name")),
+            tenants={str(name): bytes(secret) for name, secret in self._rows("*", "tenants", "name")},
+            prefills=tuple(_prefills(row) for row in self._rows("*", "prefills", "fingerprint")),
             orphans=orphans,
         )
 
@@ -180,6 +200,7 @@ class Catalog:
     def close(self) -> None:
         """Close the file; what was committed stays."""
         with self._lock, self._failures("cannot be closed"):
+            self._reader.close()
             self._database.close()
 
     def _migrate(self) -> None:
@@ -201,8 +222,8 @@ class Catalog:
                     "run the version that wrote it, or start with another data directory"
                 )
 
-    def _rows(self, table: str, order: str) -> Iterator[Row]:
-        yield from self._database.execute(f"SELECT * FROM {table} ORDER BY {order}")  # noqa: S608 - our own names
+    def _rows(self, columns: str, table: str, order: str) -> Iterator[Row]:
+        yield from self._database.execute(f"SELECT {columns} FROM {table} ORDER BY {order}")  # noqa: S608 - our own names
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -286,9 +307,11 @@ def _extent_row(extent: Extent, checksums: bytes, slot: Slot) -> Row:
     )
 
 
-def _extent(row: Row) -> tuple[Extent, bytes, Slot]:
-    *identity, keys, slot_bytes, checksums, segment, offset = row
+def _extent(row: Row) -> tuple[Extent, Slot]:
+    *identity, keys, slot_bytes, segment, offset = row
     extent_id, tenant, fingerprint, group, start, valid_tokens, previous = identity
+    if not isinstance(keys, bytes) or len(keys) % KEY_BYTES:
+        raise ValueError(f"extent {extent_id} has no block keys")
     extent = Extent(
         id=extent_id,
         tenant=tenant,
@@ -297,17 +320,10 @@ def _extent(row: Row) -> tuple[Extent, bytes, Slot]:
         start=start,
         valid_tokens=valid_tokens,
         previous=previous,
-        block_keys=_blob(keys, KEY_BYTES),
+        block_keys=keys,
         slot_bytes=slot_bytes,
     )
-    return extent, _blob(checksums, CHECKSUM_BYTES), Slot(segment, offset, slot_bytes)
-
-
-def _blob(found: object, step: int) -> bytes:
-    """Packed values of `step` bytes each."""
-    if not isinstance(found, bytes) or len(found) % step:
-        raise ValueError(f"a row of {step} bytes each is {found!r:.40}")
-    return found
+    return extent, Slot(segment, offset, slot_bytes)
 
 
 def _document_row(document: Document) -> Row:
@@ -322,13 +338,13 @@ def _document_row(document: Document) -> Row:
     )
 
 
-def _document(row: Row) -> Document:
+def _document(row: Row, share: Callable[[str], str]) -> Document:
     tenant, name, fingerprint, token_count, extents, write_policy, created_wall_ns = row
     return Document(
         id=DocumentId(tenant, name),
         fingerprint=fingerprint,
         token_count=token_count,
-        extents=msgspec.msgpack.decode(extents, type=tuple[str, ...]),
+        extents=tuple(map(share, msgspec.msgpack.decode(extents, type=tuple[str, ...]))),
         write_policy=WritePolicy(write_policy),
         created_wall_ns=created_wall_ns,
     )

@@ -306,18 +306,19 @@ class Ingests:
                 return
         ingest.stage = Stage.ENDED
         document = ingest.document
+        owner = frozenset((document.id,))
         for extent in ingest.extents:
             record = records.extents.setdefault(extent.id, ExtentRecord(extent=extent))
             record.extent = extent  # a restart may have left it without block keys
-            record.documents.add(document.id)
+            record.join(owner)
             placement = ingest.filled.get(extent.id)
             if placement is not None:
                 self._adopt(ingest, record, placement)
         known = records.documents.get(document.id)
-        owner = known or DocumentRecord(document=document)
-        owner.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
-        owner.durable = owner.durable and not owner.volatile
-        records.documents[document.id] = owner
+        published = known or DocumentRecord(document=document)
+        published.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
+        published.durable = published.durable and not published.volatile
+        records.documents[document.id] = published
         self._release(ingest)
         if document.write_policy is WritePolicy.THROUGH:
             for extent in ingest.extents:

@@ -218,10 +218,10 @@ class Loader:
         started_ns = self.store.clock.monotonic_ns()
         order = ReadIn(
             id=self.store.new_id(),
+            extent=record.extent.id,
             source=source.slot,
             target=target.slot,
             geometry=self.geometry(record),
-            checksums=source.checksums,
             urgency=urgency,
         )
         self.store.submit(order, lambda outcome: self._read_done(record, source, target, outcome, started_ns))
@@ -253,7 +253,7 @@ class Loader:
         now_ns = self.store.clock.monotonic_ns()
         self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
         self.store.planner.learn(hop, target.size_bytes, outcome.busy_ns)
-        target.checksums = source.checksums
+        target.checksums = outcome.checksums
         target.layers_ready = self.geometry(record).layers
         target.apply(Event.COMPLETE)
         for loading in waiting:

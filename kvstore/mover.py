@@ -125,7 +125,6 @@ class Mover:
                     assert order.size_bytes <= min(source.size_bytes, order.target.size_bytes), order
                     self._push(_Job(order, source.slab, now_ns, 1), order.urgency)
                 case ReadIn(target=target, geometry=geometry):
-                    assert len(order.checksums) == CHECKSUM_BYTES * geometry.plane_count, "one checksum per plane"
                     assert geometry.size_bytes <= min(order.source.size_bytes, target.size_bytes), order
                     self._push(_Job(order, target.slab, now_ns, 0), order.urgency, geometry)
 
@@ -208,7 +207,7 @@ class Mover:
                     job.checksums = seal_planes(self._arena.view(seal.slot), seal.geometry)
                     size_bytes = seal.geometry.size_bytes
                 case ReadIn() as read_in:
-                    size_bytes = self._read_in(read_in, chunk.layer_start, chunk.layer_stop)
+                    size_bytes = self._read_in(job, read_in, chunk.layer_start, chunk.layer_stop)
                 case WriteOut() as write_out:
                     content = self._arena.view(write_out.source)[: write_out.size_bytes]
                     self._segments.write(write_out.target, content)
@@ -226,20 +225,29 @@ class Mover:
             if isinstance(job.order, ReadIn) and job.error is None:
                 self._advance(job, job.order.id, chunk)
 
-    def _read_in(self, order: ReadIn, layer_start: int, layer_stop: int) -> int:
+    def _read_in(self, job: _Job, order: ReadIn, layer_start: int, layer_stop: int) -> int:
         """Read layers and verify them while they are in the CPU's cache; returns their bytes."""
+        seal = self._seal_of(job, order)
         planes = order.geometry.planes(layer_start, layer_stop)
         first = planes[0][1]
         into = self._arena.view(order.target)[first : first + (layer_stop - layer_start) * order.geometry.layer_bytes]
         self._segments.read(order.source, first, into)
         for plane, offset, size in planes:
-            found, sealed = checksum(into[offset - first : offset - first + size]), sealed_as(order.checksums, plane)
+            found, sealed = checksum(into[offset - first : offset - first + size]), sealed_as(seal, plane)
             if found != sealed:
                 raise CorruptExtent(
                     f"segment {order.source.slab}, offset {order.source.offset + offset}, plane {plane}: "
                     f"checksum {found.hex()}, sealed as {sealed.hex()}"
                 )
         return len(into)
+
+    def _seal_of(self, job: _Job, order: ReadIn) -> bytes:
+        """The seal that the catalog has, read once for all chunks."""
+        with job.lock:
+            job.checksums = job.checksums or self._catalog.seal(order.extent)
+        if len(job.checksums) != CHECKSUM_BYTES * order.geometry.plane_count:
+            raise CorruptExtent(f"extent {order.extent}: its seal has {len(job.checksums)} bytes")
+        return job.checksums
 
     def _advance(self, job: _Job, order_id: int, chunk: _Chunk) -> None:
         """Say so, under the job's lock, if there are more leading layers than before."""

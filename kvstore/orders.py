@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple, Protocol
 from .claims import Pin
 from .document import Document
 from .errors import HoldfastError
-from .extent import Extent
+from .extent import Extent, ExtentId
 from .geometry import Geometry
 from .layout import Layout
 from .slots import Slot
@@ -40,13 +40,16 @@ class Seal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadIn:
-    """NVMe slot to DDR slot, layer by layer; each plane is verified before it counts as read."""
+    """NVMe slot to DDR slot, layer by layer; each plane is verified before it counts as read.
+
+    The seal is the one in the extent's catalog row; the outcome passes it on.
+    """
 
     id: int
+    extent: ExtentId
     source: Slot
     target: Slot
     geometry: Geometry
-    checksums: bytes
     urgency: Urgency
 
 

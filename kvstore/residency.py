@@ -80,8 +80,8 @@ class Placement:
     """One copy of an extent in one tier. `device` is "ddr", "nvme" or the group whose HBM it is in.
 
     `slot` is set for DDR and NVMe, `shard` for HBM. `layers_ready` counts the leading layers that may be read while
-    FILLING. `checksums` seal this copy's planes (see seal; unfilled rows included, so two copies of one extent
-    may differ).
+    FILLING. `checksums` seal the planes of a DDR copy (see seal; unfilled rows included, so two copies of one
+    extent may differ); the seal of an NVMe copy lies in its catalog row.
     `holds` counts the leases and transfers that use the bytes: the slot is not reused while any is left.
     """
 

@@ -277,7 +277,6 @@ class Room:
                 self._write_failed(record, source, str(outcome.error))
                 return
             self._moved(Hop(Tier.DDR, Tier.NVME), target.size_bytes, outcome, started_ns)
-            target.checksums = source.checksums
             assert target.slot is not None
             put = PutExtent(record.extent, source.checksums, target.slot)
             self.store.submit(Write(id=self.store.new_id(), records=(put,)), committed)

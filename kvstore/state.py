@@ -34,8 +34,12 @@ class ExtentRecord:
     extent: Extent
     ddr: Placement | None = None
     nvme: Placement | None = None
-    documents: set[DocumentId] = field(default_factory=set)
+    documents: frozenset[DocumentId] = frozenset()
     cataloged: bool = False  # the catalog has, or is about to have, a row for the NVMe copy
+
+    def join(self, owner: frozenset[DocumentId]) -> None:
+        """One more document needs it: `owner` has just that one, and is the same object for all its extents."""
+        self.documents = self.documents | owner if self.documents else owner
 
     def placements(self) -> list[Placement]:
         """The copies outside HBM, nearest first."""

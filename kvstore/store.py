@@ -106,7 +106,7 @@ class Store:
             Placement(extent=extent.id, tier=tier, device=device, size_bytes=extent.slot_bytes, slot=slot)
         )
 
-    def adopt_nvme(self, record: ExtentRecord, slot: Slot, checksums: bytes) -> None:
+    def adopt_nvme(self, record: ExtentRecord, slot: Slot) -> None:
         """Restart: the catalog says that the extent lies in this slot."""
         self.records.nvme.claim(SlotClass("", record.extent.slot_bytes), slot)
         placement = Placement(
@@ -118,7 +118,6 @@ class Store:
         )
         record.nvme = self._opened(placement)
         placement.apply(Event.COMPLETE)
-        placement.checksums = checksums
         record.cataloged = True
 
     def _opened(self, placement: Placement) -> Placement:

@@ -218,7 +218,7 @@ class Upkeep:
         self._tell(document, DropDocument(document.tenant, document.name))
         for extent in owner.extents:
             record = self.state.extents[extent]
-            record.documents.discard(document)
+            record.documents -= {document}
             self.store.reap(record)
 
     def _tell(self, document: DocumentId, *records: Record) -> None:
@@ -254,7 +254,7 @@ class Upkeep:
     def restore(
         self,
         specs: Iterable[KVSpec],
-        extents: Iterable[tuple[Extent, bytes, Slot]],
+        extents: Iterable[tuple[Extent, Slot]],
         documents: Iterable[Document],
         pins: Iterable[Pin],
         prefills: Iterable[PutPrefills] = (),
@@ -265,21 +265,16 @@ class Upkeep:
         for measured in prefills:
             points = [PrefillPoint(cached_tokens=p, new_tokens=t, seconds=s) for p, t, s in measured.points]
             self.store.planner.observe_prefills(measured.fingerprint, points)
-        for extent, checksums, slot in extents:
+        for extent, slot in extents:
             record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
             if not self.state.nvme.fits_in(SlotClass("", extent.slot_bytes), slot):
                 # The budget shrank, or segments have another size now: what does not fit is given up, visibly.
                 self.state.ledger.counts["not_restored"] += 1
                 self._write(DropExtent(extent.id))
                 continue
-            self.store.adopt_nvme(record, slot, checksums)
+            self.store.adopt_nvme(record, slot)
         for document in documents:
-            self.state.documents[document.id] = DocumentRecord(document=document, durable=True)
-            spec = self.state.specs[document.fingerprint]
-            # Extents that were dropped by verdict have no row: the document still names what it lost.
-            for extent in named(document.extents, document.token_count, spec, document.id.tenant):
-                record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
-                record.documents.add(document.id)
+            self._restore_document(document)
         for pin in pins:
             try:
                 self.state.document(pin.document)
@@ -291,3 +286,14 @@ class Upkeep:
             pin_of = self.state.pins.get(document.id)
             if pin_of is not None and pin_of.floor is not Tier.NVME:
                 self._prefetch(document)
+
+    def _restore_document(self, document: Document) -> None:
+        self.state.documents[document.id] = DocumentRecord(document=document, durable=True)
+        if not self.state.extents.keys() >= set(document.extents):
+            # Extents that were dropped by verdict have no row: the document still names what it lost.
+            spec = self.state.specs[document.fingerprint]
+            for extent in named(document.extents, document.token_count, spec, document.id.tenant):
+                self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
+        owner = frozenset((document.id,))
+        for name in document.extents:
+            self.state.extents[name].join(owner)

@@ -58,7 +58,7 @@ class ManualEffects:
             return  # never answered
         size = order.geometry.size_bytes if isinstance(order, ReadIn) else 0
         size = order.size_bytes if isinstance(order, WriteOut) else size
-        sums = bytes(range(8 * order.geometry.plane_count)) if isinstance(order, Seal) else b""
+        sums = bytes(range(8 * order.geometry.plane_count)) if isinstance(order, Seal | ReadIn) else b""
         service.finished(order.id, Outcome(elapsed_ns=MOVE_NS, busy_ns=MOVE_NS, size_bytes=size, checksums=sums))
 
     def fail(self, service: Service, order: Order, error: HoldfastError) -> None:

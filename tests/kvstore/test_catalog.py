@@ -134,11 +134,20 @@ def test_everything_comes_back(catalog):
     secret = catalog.tenant_secret("acme")
     contents = reopened(catalog)
     assert {spec.model: spec for spec in contents.specs} == {"weights@1": SPEC, "two": replace(SPEC, model="two")}
-    assert contents.extents == tuple((put.extent, put.checksums, put.slot) for put in puts)
+    assert contents.extents == tuple((put.extent, put.slot) for put in puts)
     assert contents.documents == tuple(documents)
     assert contents.pins == tuple(pins)
     assert contents.tenants == {"acme": secret}
     assert contents.orphans == ()
+
+
+def test_seals_are_read_one_by_one(catalog):
+    put = put_extent(0)
+    catalog.commit([put, PutExtent(extent(1), b"123", put.slot)])
+    assert catalog.seal(put.extent.id) == put.checksums
+    for name in (extent(1).id, "none"):  # no multiple of eight bytes; no row
+        with pytest.raises(StorageFailed, match="no seal of extent"):
+            catalog.seal(name)
 
 
 def test_put_replaces_and_drop_of_nothing_is_nothing(catalog):
@@ -149,7 +158,7 @@ def test_put_replaces_and_drop_of_nothing_is_nothing(catalog):
         [moved, PutDocument(document("a", 0, 1)), PutPin(pin("a", reason="new")), PutSpec(SPEC), PutSpec(SPEC)]
     )
     contents = reopened(catalog)
-    assert contents.extents == ((moved.extent, moved.checksums, moved.slot),)
+    assert contents.extents == ((moved.extent, moved.slot),)
     assert contents.documents == (document("a", 0, 1),)
     assert contents.pins == (pin("a", reason="new"),)
 
@@ -170,7 +179,7 @@ def test_records_apply_in_order(catalog):
     )
     contents = reopened(catalog)
     assert [found.id.name for found in contents.documents] == ["b"]
-    assert [found.id for found, _, _ in contents.extents] == [extent(0).id]
+    assert [found.id for found, _ in contents.extents] == [extent(0).id]
     assert contents.pins == ()
 
 
@@ -178,7 +187,7 @@ def test_extents_of_no_document_are_dropped_and_reported_once(catalog):
     catalog.commit([put_extent(0), put_extent(1), put_extent(2), PutDocument(document("a", 0, 2))])
     contents = catalog.load()
     assert contents.orphans == (extent(1).id,)
-    assert [found.id for found, _, _ in contents.extents] == [extent(0).id, extent(2).id]
+    assert [found.id for found, _ in contents.extents] == [extent(0).id, extent(2).id]
     again = reopened(catalog)
     assert again.orphans == ()
     assert again.extents == contents.extents
@@ -296,7 +305,6 @@ def test_check_reports_what_load_may_not_see(catalog, path):
     [
         ("documents", "write_policy", "sometimes"),
         ("documents", "extents", b"\xc1"),
-        ("extents", "checksums", b"123"),
         ("extents", "block_keys", "text"),
         ("pins", "floor", 9),
         ("specs", "spec", b"{}"),
@@ -349,7 +357,7 @@ def test_any_batches_equal_three_dictionaries(tmp_path_factory, batches):
     needed = set(itertools.chain.from_iterable(found.extents for found in documents.values()))
     assert contents.documents == tuple(documents[key] for key in sorted(documents))
     assert contents.pins == tuple(pins[key] for key in sorted(pins))
-    assert {found.id for found, _, _ in contents.extents} == extents.keys() & needed
+    assert {found.id for found, _ in contents.extents} == extents.keys() & needed
     assert set(contents.orphans) == extents.keys() - needed
 
 
@@ -387,5 +395,5 @@ def test_sigkill_in_the_middle_of_commits_leaves_whole_transactions(path, acknow
     catalog.close()
     (found,) = contents.documents
     assert int(found.id.name) in (last, last + 1), "acknowledged, or the one in flight"
-    assert sorted(entry.id for entry, _, _ in contents.extents) == sorted(found.extents)
+    assert sorted(entry.id for entry, _ in contents.extents) == sorted(found.extents)
     assert contents.orphans == ()

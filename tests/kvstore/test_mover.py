@@ -15,9 +15,20 @@ from holdfast.kvstore.catalog import Catalog
 from holdfast.kvstore.clock import SystemClock
 from holdfast.kvstore.document import Document, DocumentId, WritePolicy
 from holdfast.kvstore.errors import CorruptExtent, Draining, StorageFailed
+from holdfast.kvstore.extent import Extent
 from holdfast.kvstore.geometry import Geometry
 from holdfast.kvstore.mover import CHUNK_TARGET_BYTES, COMMIT_WRITES_MAX, Mover
-from holdfast.kvstore.orders import DropDocument, PutDocument, ReadIn, RetireSlab, Seal, Urgency, Write, WriteOut
+from holdfast.kvstore.orders import (
+    DropDocument,
+    PutDocument,
+    PutExtent,
+    ReadIn,
+    RetireSlab,
+    Seal,
+    Urgency,
+    Write,
+    WriteOut,
+)
 from holdfast.kvstore.segments import Segments, SystemIo
 from holdfast.kvstore.slots import Slot
 from xxhash import xxh3_64_intdigest
@@ -126,15 +137,26 @@ class House:
         self.io.calls.clear()
         return data, self.read_in(order_id, source, Slot(index, 0, SLOT_BYTES), data)
 
-    def read_in(self, order_id, source, target, data, urgency=Urgency.ATTACH):
-        return ReadIn(
-            id=order_id,
-            source=source,
-            target=target,
-            geometry=GEOMETRY,
-            checksums=sums(GEOMETRY, data),
-            urgency=urgency,
+    def read_in(self, order_id, source, target, data, urgency=Urgency.ATTACH, geometry=GEOMETRY):
+        """The order that reads `data` in, whose seal the catalog has."""
+        extent = self.sealed(f"e{order_id}", source, sums(geometry, data))
+        return ReadIn(id=order_id, extent=extent, source=source, target=target, geometry=geometry, urgency=urgency)
+
+    def sealed(self, name, slot, seal):
+        """An extent's row in the catalog."""
+        extent = Extent(
+            id=name,
+            tenant="acme",
+            fingerprint=b"f" * 16,
+            group=0,
+            start=0,
+            valid_tokens=1,
+            previous=None,
+            block_keys=bytes(16),
+            slot_bytes=slot.size_bytes,
         )
+        self.catalog.commit([PutExtent(extent, seal, slot)])
+        return name
 
     def blocked(self, mover):
         """Let the (one) worker stand at the gate, so that what is submitted now queues up."""
@@ -196,9 +218,7 @@ def test_bytes_go_to_disk_and_back_unchanged(house, threads, geometry):
     mover.submit(write_out(2, here, there))
     written = heard.outcome(2)
     assert (written.error, written.size_bytes) == (None, size)
-    order = ReadIn(
-        id=3, source=there, target=back, geometry=geometry, checksums=sealed.checksums, urgency=Urgency.ATTACH
-    )
+    order = house.read_in(3, there, back, data, geometry=geometry)
     mover.submit(order)
     read = heard.outcome(3)
     assert (read.error, read.size_bytes) == (None, size)
@@ -292,7 +312,7 @@ def test_a_flipped_byte_is_found_and_said_once(house, threads, layer):
     plane = layer * 2 + 1
     where = f"segment 0, offset {order.source.offset + GEOMETRY.plane_offset(layer, 1)}, plane {plane}:"
     assert outcome.error.message.startswith(where)
-    assert order.checksums[8 * plane : 8 * plane + 8].hex() in outcome.error.message
+    assert house.catalog.seal(order.extent)[8 * plane : 8 * plane + 8].hex() in outcome.error.message
     assert all(layers <= layer for layers in house.heard.layers(order.id))
     house.close()
     assert house.heard.events.count(("finished", order.id)) == 1
@@ -568,6 +588,19 @@ def test_the_first_error_counts(house):
     assert "ENOSPC" in house.heard.outcome(order.id).error.message
 
 
+@pytest.mark.parametrize("seal", [None, b"", bytes(8)])
+def test_a_seal_that_is_missing_or_too_short_is_an_outcome(house, seal):
+    _, order = house.stored(0)
+    if seal is None:
+        order = replace(order, extent="nobody")
+    else:
+        house.sealed(order.extent, order.source, seal)
+    house.mover().submit(order)
+    outcome = house.heard.outcome(order.id)
+    assert isinstance(outcome.error, StorageFailed if seal is None else CorruptExtent)
+    assert not house.heard.layers(order.id)
+
+
 def test_threads_have_names_and_do_not_keep_the_process_alive(house):
     before = set(threading.enumerate())
     house.mover(threads=2)
@@ -581,7 +614,6 @@ def test_orders_that_do_not_fit_are_our_bug(house):
     whole, small = Slot(0, 0, SLOT_BYTES), Slot(0, 0, PAGE)
     good = house.read_in(1, whole, whole, bytes(SLOT_BYTES))
     for order in (
-        replace(good, checksums=good.checksums[8:]),
         replace(good, source=small),
         replace(good, target=small),
         Seal(id=1, slot=small, geometry=SMALL),
@@ -609,15 +641,11 @@ def test_many_orders_at_once_all_end_once_and_bit_exact(house, threads):
     assert all(outcome.error is None for outcome in ends.values())
     for index, (slot, _) in contents.items():
         target = slot._replace(slab=slot.slab + 10)
-        order = ReadIn(
-            id=300 + index,
-            source=slot,
-            target=target,
-            geometry=SMALL,
-            checksums=ends[index].checksums,
-            urgency=chosen.choice(list(Urgency)),
+        house.sealed(f"e{index}", slot, ends[index].checksums)
+        urgency = chosen.choice(list(Urgency))
+        mover.submit(
+            ReadIn(id=300 + index, extent=f"e{index}", source=slot, target=target, geometry=SMALL, urgency=urgency)
         )
-        mover.submit(order)
     for index, (slot, data) in contents.items():
         assert heard.outcome(300 + index).error is None
         back = house.arena.view(slot._replace(slab=slot.slab + 10))

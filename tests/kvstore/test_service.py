@@ -815,7 +815,7 @@ def test_a_dry_run_changes_nothing_and_says_what_happens(tier):
 def rows(scene):
     """What the catalog would hold."""
     found = [r for r in scene.state.extents.values() if r.cataloged]
-    extents = [(r.extent, r.nvme.checksums, r.nvme.slot) for r in found]
+    extents = [(r.extent, r.nvme.slot) for r in found]
     documents = [owner.document for owner in scene.state.documents.values() if owner.durable]
     return [SPEC], extents, documents, scene.state.pins.all()
 

@@ -107,7 +107,7 @@ class Machine(RuleBasedStateMachine):
                 assert self.nvme[source] == self.expected[order.id], "reads another extent's bytes"
             case WriteOut(source=source, target=target):
                 self.expected[order.id] = self.ddr[source]
-                assert all(slot != target for _, _, slot in self.rows["extents"].values()), "cataloged slot reused"
+                assert all(slot != target for _, slot in self.rows["extents"].values()), "cataloged slot reused"
                 self.nvme[target] = "torn"
             case OpenShard(shard=shard, resident_tokens=resident):
                 if shard not in self.shards:
@@ -160,9 +160,9 @@ class Machine(RuleBasedStateMachine):
     def apply(self, record):
         match record.kind:
             case "put-extent":
-                taken = [i for i, (_, _, slot) in self.rows["extents"].items() if slot == record.slot]
+                taken = [i for i, (_, slot) in self.rows["extents"].items() if slot == record.slot]
                 assert taken in ([], [record.extent.id]), "two rows for one slot"
-                self.rows["extents"][record.extent.id] = (record.extent, record.checksums, record.slot)
+                self.rows["extents"][record.extent.id] = (record.extent, record.slot)
             case "drop-extent":
                 self.rows["extents"].pop(record.extent, None)
             case "put-document":
@@ -473,8 +473,8 @@ class Machine(RuleBasedStateMachine):
             [tiny_spec()], list(rows["extents"].values()), list(rows["documents"].values()), list(rows["pins"].values())
         )
         self.pins = {pin.document.name: pin.floor for pin in self.service.state.pins.all()}
-        for row in rows["extents"].values():
-            assert self.nvme[row[2]] == labels[row[0].id], "a cataloged slot holds something else"
+        for extent, slot in rows["extents"].values():
+            assert self.nvme[slot] == labels[extent.id], "a cataloged slot holds something else"
 
     def tokens_of(self, document):
         return self.labels[self.rows["documents"][document].extents[-1]]
