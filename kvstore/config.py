@@ -199,10 +199,11 @@ class DaemonConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DdrConfig:
-    """The DDR tier: shared-memory slabs."""
+    """The DDR tier: shared-memory slabs. What is larger passes through in windows of `window_bytes`."""
 
     capacity_bytes: Annotated[int, Size(MIB)] = GIB
     slab_bytes: Annotated[int, Size(64 * KIB, 64 * GIB, PAGE_BYTES)] = 64 * MIB
+    window_bytes: Annotated[int, Size(0)]
     directory: Annotated[Path, PathText()] = Path("/dev/shm")  # noqa: S108 - not a temporary file
 
 
@@ -398,6 +399,7 @@ def _derive(values: dict[str, Any], origins: dict[str, str], environment: Mappin
     data_dir: Path = values["daemon.data_dir"]
     default("daemon.socket", data_dir / "holdfast.sock", "in daemon.data_dir")
     default("nvme.directory", data_dir / "nvme", "in daemon.data_dir")
+    default("ddr.window_bytes", values["ddr.capacity_bytes"] // 4, "a quarter of ddr.capacity_bytes")
     capacity_bytes = values["ddr.capacity_bytes"] + values["nvme.capacity_bytes"]
     default("limits.pin_bytes", capacity_bytes // 2, "half of ddr and nvme capacity")
 
@@ -424,6 +426,7 @@ def _cross_check(config: Config) -> None:
 
     ddr, nvme = config.ddr, config.nvme
     at_most("ddr.slab_bytes", ddr.slab_bytes, "ddr.capacity_bytes", ddr.capacity_bytes)
+    at_most("ddr.window_bytes", ddr.window_bytes, "ddr.capacity_bytes", ddr.capacity_bytes)
     at_most("nvme.segment_bytes", nvme.segment_bytes, "nvme.capacity_bytes", nvme.capacity_bytes)
     everything = ddr.capacity_bytes + nvme.capacity_bytes
     at_most("limits.pin_bytes", config.limits.pin_bytes, "ddr plus nvme capacity", everything)

@@ -7,28 +7,29 @@ moment it is asked for, so that nothing leaves while it waits for room; several 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from .errors import CorruptExtent, HoldfastError, InUse
 from .extent import ExtentId
 from .geometry import Geometry, extent_geometry
 from .ledger import Hop, HopTime
 from .loading import Loading, Phase, incomplete
-from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, ReadIn, Urgency
-from .planner import Demand
+from .opening import open_shard
+from .orders import CloseShard, LoadShard, Outcome, Part, ReadIn, Urgency
+from .planner import Demand, slots_of
 from .residency import Event, Placement, State, Tier
 from .room import Reservation, Room
-from .slots import SlotClass
 from .state import ExtentRecord, Shard
 from .store import Store
+from .window import Window
 
 
 class Loader:
     """Starts loadings, follows their moves, ends them."""
 
-    def __init__(self, store: Store, room: Room) -> None:
+    def __init__(self, store: Store, room: Room, window_bytes: int) -> None:
         self.store = store
         self.room = room
+        self.window = Window(store, room, window_bytes)
         self._reading: dict[ExtentId, list[Loading]] = {}
         self._active: list[Loading] = []  # waiting or moving
 
@@ -52,6 +53,7 @@ class Loader:
             deadline_ns=deadline_ns,
         )
         self.room.request(loading.reservation)
+        loading.patience_ns = deadline_ns - self.store.clock.monotonic_ns()
         self._active.append(loading)
         for record in loading.records:
             source = record.source()
@@ -72,23 +74,28 @@ class Loader:
                 return None
             if self.store.planner.grow_rows(shard) is None:
                 replaces, shard = shard.id, None
-        kinds: dict[SlotClass, int] = {}
+        lacking = []
         for record in loading.records:
-            extent = record.extent.id
-            if shard is not None and extent in shard.copies:
+            if shard is not None and record.extent.id in shard.copies:
                 continue
             source = self._source(loading, record)
-            if record.ddr is not None and record.ddr.state is State.FILLING and extent not in self._reading:
-                return None  # it is being saved out of HBM
+            if self._filled_by_others(record):
+                return None
             if source.tier is Tier.NVME and record.ddr is None:
-                kind = SlotClass(record.extent.tenant, record.extent.slot_bytes)
-                kinds[kind] = kinds.get(kind, 0) + 1
+                lacking.append(record)
+        kinds = slots_of(record.extent for record in lacking[self.window.outside(loading, lacking) :])
         if loading.group is None or shard is not None:
             return Demand(slots=kinds)
         assert loading.layout is not None
         tp = loading.layout.tp
         rows = tuple(loading.layout.length(rank // tp) for rank in range(loading.layout.ranks))
         return Demand(slots=kinds, group=loading.group, document=loading.document, rows=rows, replaces=replaces)
+
+    def _filled_by_others(self, record: ExtentRecord) -> bool:
+        """Whether its DDR copy is being saved out of HBM: no slot is needed, but nothing can be read either."""
+        return (
+            record.ddr is not None and record.ddr.state is State.FILLING and record.extent.id not in self._reading
+        )
 
     def _source(self, loading: Loading, record: ExtentRecord) -> Placement:
         """The held copy to load from; another one where that was lost meanwhile. Raises DocumentIncomplete."""
@@ -115,62 +122,23 @@ class Loader:
         loading.phase = Phase.MOVING
         loading.swap.wait_ns = self.store.clock.monotonic_ns() - loading.started_ns
         if loading.group is not None:
-            self._open(loading)
-        here = [record for record in loading.records if self._depart(loading, record)]
+            demand = self._demand(loading)
+            assert demand is not None
+            open_shard(self.store, loading, demand)
+        lacking = [record for record in loading.records if self._is_lacking(loading, record)]
+        loading.queued = lacking[: self.window.outside(loading, lacking)]
+        loading.arrived = dict.fromkeys((record.extent.id for record in loading.queued), 0)
+        loading.inside = {record.extent.id for record in lacking[len(loading.queued) :]}
+        here = [r for r in loading.records if r.extent.id not in loading.arrived and self._depart(loading, r)]
         loading.granted()
         if loading.shard is not None and here:
             self._load(loading, here, 0, self.geometry(here[0]).layers)
         self._advance(loading)
 
-    def _open(self, loading: Loading) -> None:
-        """Give the shard rows for what it lacks, and tell the ranks where they are."""
-        demand = self._demand(loading)
-        assert demand is not None
-        shard = self._shard(loading)
-        if shard is not None and demand.replaces == shard.id:
-            self.store.close_shard(shard)
-            shard = None
-        if shard is None:
-            shard = self._new_shard(loading, demand)
-        elif not shard.complete:
-            rows = self.store.planner.grow_rows(shard)
-            assert rows is not None
-            self.store.open_shard(shard, rows)
-        loading.shard = shard
-        for extent, copy in shard.copies.items():
-            loading.held.append(self.store.hold(copy))
-            if copy.readable and extent in loading.sources:
-                self.store.unhold(loading.sources.pop(extent))
-        if shard.complete and shard.generation:
-            loading.generation = shard.generation  # the ranks know it as it is; whoever reads it goes on
-            return
-        loading.generation = shard.generation = self.store.new_id()
-        resident = [shard.spans[extent][1] for extent, copy in shard.copies.items() if copy.readable]
-        order = OpenShard(
-            group=shard.group,
-            shard=shard.id,
-            generation=loading.generation,
-            layout=shard.layout,
-            rows=tuple(start for start, _ in shard.rows),
-            resident_tokens=max(resident, default=0),
-        )
-        self.store.submit(order)
-
-    def _new_shard(self, loading: Loading, demand: Demand) -> Shard:
-        assert loading.layout is not None
-        assert loading.group is not None
-        rows = self.store.planner.place_rows(replace(demand, replaces=None))
-        assert rows is not None, "granted without rows"
-        shard = Shard(
-            id=self.store.new_id(),
-            group=loading.group,
-            document=loading.document,
-            layout=loading.layout,
-            spans=loading.spans,
-            rows=[(0, 0)] * loading.layout.ranks,
-        )
-        self.store.open_shard(shard, rows)
-        return shard
+    def _is_lacking(self, loading: Loading, record: ExtentRecord) -> bool:
+        """Whether it has to be read into a DDR slot of its own."""
+        source = loading.sources.get(record.extent.id)
+        return source is not None and source.tier is Tier.NVME and record.ddr is None
 
     def _depart(self, loading: Loading, record: ExtentRecord) -> bool:
         """Set one extent on its way. True when it lies complete in DDR and can be loaded from there at once."""
@@ -204,6 +172,65 @@ class Loader:
     def _came_from(self, loading: Loading, tier: Tier, record: ExtentRecord) -> None:
         source = loading.swap.source_bytes
         source[tier.label] = source.get(tier.label, 0) + record.extent.slot_bytes
+
+    # Windows -----------------------------------------------------------------------------------
+
+    def _pass(self, loading: Loading, record: ExtentRecord) -> None:
+        """An extent has arrived in HBM; its DDR copy makes place for the next ones."""
+        if record.extent.id in loading.inside:
+            loading.inside.remove(record.extent.id)
+            loading.passed.append(record)
+        if loading.queued and loading.reservation is None:
+            self._enter(loading)
+
+    def _enter(self, loading: Loading) -> None:
+        """Set the next extents on their way, as many as the window takes.
+
+        What a loading was granted once is enough: every arrival gives back the slot that the next extent needs. Only
+        when others have come to use all of those does it wait in the queue again, holding no slot that is idle.
+        """
+        try:
+            while loading.queued:
+                record = loading.queued[-1]
+                if len(loading.inside) >= self.window.extents(record.extent):
+                    return
+                self._source(loading, record)
+                if self._filled_by_others(record) or (record.ddr is None and not self.window.slide(loading, record)):
+                    if not loading.inside:
+                        self._wait(loading)
+                    return
+                self._enter_one(loading, record)
+        except HoldfastError as error:
+            self.fail(loading, error)
+
+    def _enter_one(self, loading: Loading, record: ExtentRecord) -> None:
+        loading.queued.pop()
+        loading.inside.add(record.extent.id)
+        if self._depart(loading, record):
+            self._load(loading, [record], 0, self.geometry(record).layers)
+
+    def _wait(self, loading: Loading) -> None:
+        """Queue for the next extent's slot."""
+        record = loading.queued[-1]
+
+        def demand() -> Demand | None:
+            self._source(loading, record)
+            if self._filled_by_others(record):
+                return None
+            return Demand(slots=slots_of([record.extent] if record.ddr is None else []))
+
+        def granted() -> None:
+            loading.reservation = None
+            self._enter_one(loading, record)
+            self._enter(loading)
+
+        loading.reservation = Reservation(
+            demand=demand,
+            granted=granted,
+            refused=lambda error: self._refused(loading, error),
+            deadline_ns=self.store.clock.monotonic_ns() + loading.patience_ns,
+        )
+        self.room.request(loading.reservation)
 
     # NVMe to DDR -------------------------------------------------------------------------------
 
@@ -333,13 +360,14 @@ class Loader:
             if stop == self.geometry(record).layers:
                 loading.shard.copies[extent].apply(Event.COMPLETE)
                 self.store.unhold(loading.sources.pop(extent))
+                self._pass(loading, record)
         self._advance(loading)
 
     # Ends --------------------------------------------------------------------------------------
 
     def _advance(self, loading: Loading) -> None:
         """Report newly complete leading layers, and the end."""
-        if loading.phase is not Phase.MOVING:
+        if loading.phase is not Phase.MOVING or loading.queued:
             return
         sizes = {record.extent.id: self.geometry(record).layers for record in loading.records}
         wanted = max(sizes.values(), default=0)
@@ -369,6 +397,7 @@ class Loader:
             loading.held += [self.store.hold(r.ddr) for r in loading.records if r.ddr is not None]
         loading.phase = Phase.FAILED
         loading.error = error
+        loading.queued.clear()
         loading.swap.outcome = error.code
         if loading.reservation is not None:
             self.room.cancel(loading.reservation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,6 +31,10 @@ class Phase(StrEnum):
 class Loading:
     """One document's extents on their way to DDR (`group` None) or to a shard.
 
+    A document that is larger than a window passes through DDR a few extents at a time, its last ones first: `queued`
+    have not begun, `inside` are on their way, `passed` have arrived in the shard and give up their slots in DDR to those
+    that follow. So what is left of it in DDR is its front.
+
     `spans` are all extents that the shard makes rows for; `records` those of them that are loaded. `granted` is
     called when all room is taken and moves begin, `layer_ready` when another leading layer has arrived everywhere,
     `ended` once, with the error if any. The copies in `held` stay held until `Loader.release`.
@@ -54,6 +59,10 @@ class Loading:
     held: list[Placement] = field(default_factory=list)
     arrived: dict[ExtentId, int] = field(default_factory=dict)  # leading layers at the target
     layers: int = 0  # leading layers reported
+    queued: list[ExtentRecord] = field(default_factory=list)
+    inside: set[ExtentId] = field(default_factory=set)
+    passed: deque[ExtentRecord] = field(default_factory=deque)
+    patience_ns: int = 0  # how long it may wait for room, each time that it has to
     in_flight: int = 0
     released: bool = False
     kept: bool = False  # failed, but its holder may still be using what is in DDR, or the shard's rows

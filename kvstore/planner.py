@@ -6,7 +6,7 @@ prices returns with the cost model.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -18,6 +18,7 @@ from ..eviction.victims import choose_victims
 from .clock import Clock
 from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
 from .document import Document, DocumentId
+from .extent import Extent
 from .ledger import Hop
 from .residency import Placement, State, Tier
 from .slots import RowPool, Slot, SlotClass
@@ -405,6 +406,11 @@ class Planner:
             self.state.documents[document].document.write_policy != "memory-only" for document in record.documents
         )
         return kept and self.state.nvme.largest(kind) > 0
+
+
+def slots_of(extents: Iterable[Extent]) -> dict[SlotClass, int]:
+    """The DDR slots that these extents take."""
+    return Counter(SlotClass(extent.tenant, extent.slot_bytes) for extent in extents)
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

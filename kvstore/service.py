@@ -65,7 +65,7 @@ class Service:
         self.planner = Planner(self.state, policy, self.history, clock)
         self.store = Store(self.state, self.planner, effects, clock)
         self.room = Room(self.store, config.limits.pending_reservations)
-        self.loader = Loader(self.store, self.room)
+        self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)
         self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
         self.upkeep = Upkeep(self.loader, self.ingests)

@@ -25,6 +25,7 @@ GOLDEN_KEYS = [
     "daemon.drain_seconds",
     "ddr.capacity_bytes",
     "ddr.slab_bytes",
+    "ddr.window_bytes",
     "ddr.directory",
     "nvme.capacity_bytes",
     "nvme.segment_bytes",
@@ -67,6 +68,7 @@ def test_defaults():
     assert config.daemon.socket == state / "holdfast.sock"
     assert (config.daemon.rest_host, config.daemon.rest_port) == ("127.0.0.1", 8470)
     assert (config.ddr.capacity_bytes, config.ddr.slab_bytes) == (1 << 30, 64 << 20)
+    assert config.ddr.window_bytes == 256 << 20
     assert config.ddr.directory == Path("/dev/shm")
     assert (config.nvme.capacity_bytes, config.nvme.segment_bytes) == (4 << 30, 256 << 20)
     assert (config.nvme.directory, config.nvme.threads) == (state / "nvme", 4)
@@ -200,6 +202,7 @@ def test_a_file_with_the_wrong_type_is_refused(tmp_path, key, value):
     ("overrides", "parts"),
     [
         ({"ddr.slab_bytes": "2 GiB"}, ["ddr.slab_bytes = 2 GiB", "ddr.capacity_bytes = 1 GiB"]),
+        ({"ddr.window_bytes": "2 GiB"}, ["ddr.window_bytes = 2 GiB", "ddr.capacity_bytes = 1 GiB"]),
         ({"nvme.capacity_bytes": "128 MiB"}, ["nvme.segment_bytes = 256 MiB", "(default)"]),
         ({"limits.pin_bytes": "6 GiB"}, ["limits.pin_bytes = 6 GiB", "5 GiB"]),
         ({"daemon.data_dir": "/" + "d" * 100}, ["daemon.socket", "107 bytes"]),
