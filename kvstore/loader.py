@@ -93,9 +93,7 @@ class Loader:
 
     def _filled_by_others(self, record: ExtentRecord) -> bool:
         """Whether its DDR copy is being saved out of HBM: no slot is needed, but nothing can be read either."""
-        return (
-            record.ddr is not None and record.ddr.state is State.FILLING and record.extent.id not in self._reading
-        )
+        return record.ddr is not None and record.ddr.state is State.FILLING and record.extent.id not in self._reading
 
     def _source(self, loading: Loading, record: ExtentRecord) -> Placement:
         """The held copy to load from; another one where that was lost meanwhile. Raises DocumentIncomplete."""

@@ -32,8 +32,8 @@ class Loading:
     """One document's extents on their way to DDR (`group` None) or to a shard.
 
     A document that is larger than a window passes through DDR a few extents at a time, its last ones first: `queued`
-    have not begun, `inside` are on their way, `passed` have arrived in the shard and give up their slots in DDR to those
-    that follow. So what is left of it in DDR is its front.
+    have not begun, `inside` are on their way, `passed` have arrived in the shard and give up their slots in DDR to
+    those that follow. So what is left of it in DDR is its front.
 
     `spans` are all extents that the shard makes rows for; `records` those of them that are loaded. `granted` is
     called when all room is taken and moves begin, `layer_ready` when another leading layer has arrived everywhere,

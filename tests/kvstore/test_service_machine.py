@@ -29,14 +29,14 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fakes import ManualEffects, tiny_config, tiny_spec
+from fakes import EXTENT_BYTES, ManualEffects, tiny_config, tiny_spec
 
 STEP = 32  # tokens per extent
 LAYERS = 2
 WRITERS = (1, 2)
 RANKS = (11, 12)
 NAMES = ("a", "b", "c", "d")
-LENGTHS = (1, 31, 32, 33, 64, 90, 128)
+LENGTHS = (1, 31, 32, 33, 64, 90, 128, 250)
 SELDOM = st.sampled_from([False] * 5 + [True])
 NOT_ANSWERED = (OpenShard, CloseShard, RetireSlab)
 
@@ -51,16 +51,20 @@ def prefixes(tokens):
     return {start: tokens[: start + STEP] for start in range(0, len(tokens), STEP)}
 
 
-def small_config():
-    """Eight extents fill DDR, and eight NVMe."""
+def small_config(ddr_extents, nvme_extents, window_extents):
+    """So many extents fill each tier, and pass through DDR at once."""
     config = tiny_config()
-    ddr = replace(config.ddr, capacity_bytes=128 << 10, slab_bytes=32 << 10)
-    nvme = replace(config.nvme, capacity_bytes=128 << 10, segment_bytes=64 << 10)
+    window_bytes = window_extents * EXTENT_BYTES
+    ddr = replace(config.ddr, capacity_bytes=ddr_extents * EXTENT_BYTES, slab_bytes=32 << 10, window_bytes=window_bytes)
+    nvme = replace(config.nvme, capacity_bytes=nvme_extents * EXTENT_BYTES, segment_bytes=64 << 10)
     return replace(config, ddr=ddr, nvme=nvme)
 
 
 class Machine(RuleBasedStateMachine):
     """Rules are commands, reports and accidents; what follows each rule must hold whatever came before."""
+
+    config = small_config(8, 8, 8)
+    rows_per_rank = 80
 
     @initialize()
     def start(self):
@@ -83,7 +87,7 @@ class Machine(RuleBasedStateMachine):
         self.pins = {}
         self.floored = set()
         self.has_group = False
-        self.service = Service(small_config(), self.clock, self.effects, lambda _: bytes(32))
+        self.service = Service(self.config, self.clock, self.effects, lambda _: bytes(32))
         self.fingerprint = self.service.register_spec(tiny_spec())
 
     # What orders do ----------------------------------------------------------------------------
@@ -433,9 +437,9 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def group_comes(self):
-        if not self.has_group:  # eighty rows on each of two ranks
+        if not self.has_group:
             for rank, client in enumerate(RANKS):
-                self.service.register_rank(client, "g", rank, 2, 1, self.fingerprint, 80)
+                self.service.register_rank(client, "g", rank, 2, 1, self.fingerprint, self.rows_per_rank)
             self.has_group = True
 
     @rule(client=st.sampled_from(WRITERS), accident=SELDOM)
@@ -551,8 +555,27 @@ class Machine(RuleBasedStateMachine):
         self.floored = {(name, label) for name, label in self.floored if name in self.pins}
 
 
-Machine.TestCase.settings = settings(
-    max_examples=400,
+class NarrowMachine(Machine):
+    """The same with documents larger than DDR, which pass through it in windows."""
+
+    config = small_config(4, 16, 2)
+    rows_per_rank = 160
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        tokens=st.builds(stream, st.integers(1, 3), st.sampled_from([128, 250])),
+        policy=st.sampled_from(WritePolicy),
+        grouped=st.booleans(),
+    )
+    def comes_and_sinks(self, name, tokens, policy, grouped):
+        """A document comes, sinks to NVMe, and a group wants it back."""
+        self.group_comes()
+        self.store(name, tokens, policy, grouped)
+        self.sink_and_ask(name, True)
+
+
+Machine.TestCase.settings = NarrowMachine.TestCase.settings = settings(
+    max_examples=300,
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -560,3 +583,4 @@ Machine.TestCase.settings = settings(
     report_multiple_bugs=False,
 )
 TestService = Machine.TestCase
+TestNarrowService = NarrowMachine.TestCase
