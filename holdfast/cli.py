@@ -365,6 +365,24 @@ def target(name: str | None, size: str | None) -> dict[str, object]:
         raise InvalidRequest(f"--bytes {size}: {error}; say 1GiB, 500MB or a number of bytes") from error
 
 
+@app.command()
+def check(
+    ctx: typer.Context,
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be without losing good data.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Read every extent on NVMe and compare its seals.")] = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+) -> None:
+    """Audit catalog, slabs, segment files and leases; exit code 1 when anything worse than a note remains."""
+    from .cli_check import run_check
+    from .kvstore.check import Wish
+    from .kvstore.config import load_config
+
+    session = session_of(ctx)
+    found = load_config(config, os.environ, overrides(settings or (), session.data_dir))
+    raise typer.Exit(run_check(session, found, Wish(fix=fix, data=data)))
+
+
 def main() -> None:
     """Entry point of the `holdfast` program."""
     app()

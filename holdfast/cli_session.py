@@ -60,6 +60,11 @@ class Session:
     as_json: bool
     color: bool
 
+    @property
+    def names_daemon(self) -> bool:
+        """Whether the user said which daemon to talk to."""
+        return bool(self.url or os.environ.get("HOLDFAST_URL"))
+
     def rest(self) -> Rest:
         """The daemon to talk to: --url, else $HOLDFAST_URL, else what it left in its data directory."""
         from .kvstore.config import load_config

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
+from .audit import StoredExtent, Unreadable
 from .claims import Pin
 from .document import Document, DocumentId, WritePolicy
 from .errors import InvalidSpec, StorageFailed
@@ -84,6 +85,7 @@ CREATE TABLE pins (
 
 EXTENT_COLUMNS: Final = """id, tenant, fingerprint, layer_group, start, valid_tokens, previous, block_keys, slot_bytes,
     segment, segment_offset"""  # all but the seal, which is read when it is needed
+NOT_OURS: Final = (ValueError, TypeError, msgspec.MsgspecError, InvalidSpec)  # how a row that we did not write shows
 
 Row = tuple[Any, ...]  # what SQLite gives and takes: one value per column
 Statement = tuple[str, Row]
@@ -104,6 +106,48 @@ class Contents:
     tenants: dict[str, bytes]
     prefills: tuple[PutPrefills, ...]
     orphans: tuple[ExtentId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """Everything in the catalog, sound or not, for an audit. `unreadable` rows do not decode."""
+
+    integrity: tuple[str, ...]
+    unreadable: tuple[Unreadable, ...]
+    specs: tuple[KVSpec, ...]
+    extents: tuple[StoredExtent, ...]
+    documents: tuple[Document, ...]
+    pins: tuple[Pin, ...]
+
+
+def inspect(path: Path) -> Rows:
+    """Read the file at one instant, on a connection of its own: whoever commits does not wait.
+
+    What SQLite cannot make out is told in `integrity`. Raises StorageFailed when the file cannot be opened at all.
+    """
+    rows: dict[str, list[Any]] = {table: [] for table in _READERS}
+    unreadable: list[Unreadable] = []
+    integrity: list[str] = []
+    with _failures_of(path, "cannot be opened"):
+        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None)
+    with contextlib.closing(database):
+        try:
+            database.execute("BEGIN")
+            integrity += [str(row[0]) for row in database.execute("PRAGMA integrity_check") if row[0] != "ok"]
+            for table, (columns, keys, decode, drop) in _READERS.items():
+                for row in database.execute(f"SELECT {columns} FROM {table}"):  # noqa: S608 - our own names
+                    try:
+                        rows[table].append(decode(row))
+                    except NOT_OURS as error:
+                        key = "/".join(v.hex() if isinstance(v, bytes) else str(v) for v in row[:keys])
+                        unreadable.append(Unreadable(table, key, str(error), drop(row)))
+        except sqlite3.DatabaseError as error:
+            integrity.append(str(error))
+    return Rows(
+        integrity=tuple(integrity),
+        unreadable=tuple(unreadable),
+        **{table: tuple(found) for table, found in rows.items()},
+    )
 
 
 class Catalog:
@@ -166,7 +210,7 @@ class Catalog:
         with self._lock, self._failures("cannot be read"), self._transaction():
             try:
                 return self._contents()
-            except (ValueError, TypeError, msgspec.MsgspecError, InvalidSpec) as error:
+            except NOT_OURS as error:
                 raise StorageFailed(f"catalog {self.path} has a row that is not ours: {error}; restore it") from error
 
     def _contents(self) -> Contents:
@@ -236,15 +280,19 @@ class Catalog:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
 
-    @contextlib.contextmanager
-    def _failures(self, what: str) -> Iterator[None]:
-        """SQLite's errors as StorageFailed."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            # The base class itself, not a child of it, is how a damaged or foreign file shows.
-            advice = "; restore it or move it away" if type(error) is sqlite3.DatabaseError else ""
-            raise StorageFailed(f"catalog {self.path} {what}: {error}{advice}") from error
+    def _failures(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return _failures_of(self.path, what)
+
+
+@contextlib.contextmanager
+def _failures_of(path: Path, what: str) -> Iterator[None]:
+    """SQLite's errors as StorageFailed."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        # The base class itself, not a child of it, is how a damaged or foreign file shows.
+        advice = "; restore it or move it away" if type(error) is sqlite3.DatabaseError else ""
+        raise StorageFailed(f"catalog {path} {what}: {error}{advice}") from error
 
 
 def _statement(record: Record) -> Statement:
@@ -374,3 +422,23 @@ def _pin(row: Row) -> Pin:
         created_wall_ns=created_wall_ns,
         expires_wall_ns=expires_wall_ns,
     )
+
+
+def _stored(row: Row) -> StoredExtent:
+    *columns, seal = row
+    extent, slot = _extent(tuple(columns))
+    numbers = (*slot, extent.group, extent.start, extent.valid_tokens)
+    if any(not isinstance(n, int) for n in numbers) or slot.size_bytes < 1:  # SQLite keeps any type in any column
+        raise ValueError("a column holds a value of another type")
+    if not isinstance(seal, bytes) or len(seal) % CHECKSUM_BYTES:
+        raise ValueError(f"extent {extent.id} has no seal")
+    return StoredExtent(extent, seal, slot)
+
+
+# For an audit: a table's columns, how many of them are its key, how a row is read, what drops it (if it may be lost).
+_READERS: Final[dict[str, tuple[str, int, Callable[[Row], object], Callable[[Row], Record | None]]]] = {
+    "specs": ("*", 1, _spec, lambda _: None),
+    "extents": (f"{EXTENT_COLUMNS}, checksums", 1, _stored, lambda row: DropExtent(row[0])),
+    "documents": ("*", 2, lambda row: _document(row, str), lambda _: None),
+    "pins": ("*", 2, _pin, lambda row: DropPin(row[0], row[1])),
+}
