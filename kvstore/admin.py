@@ -299,9 +299,17 @@ class Admin:
         return reply(DocumentDetail(document=views.document_view(*known), extents=views.extent_views(*known)))
 
     async def delete_document(self, request: web.Request) -> web.Response:
-        """Forget a document."""
+        """Forget a document; answered when the catalog has forgotten it too."""
         self._must_be_ready()
-        self.service.delete(named(request))
+        ended: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
+
+        def done(error: HoldfastError | None) -> None:
+            if not ended.done():  # the handler may have been cancelled
+                ended.set_result(error)
+
+        self.service.delete(named(request), done)
+        if (error := await ended) is not None:
+            raise error
         return web.Response(status=204)
 
     # Pins --------------------------------------------------------------------------------------

@@ -50,6 +50,21 @@ class CheckView(msgspec.Struct, frozen=True, kw_only=True):
     elapsed_seconds: float
 
     @classmethod
+    def running(cls, read_bytes: int, total_bytes: int) -> CheckView:
+        """Show a check that is under way."""
+        return cls(
+            state="running",
+            clean=False,
+            findings=[],
+            remaining=[],
+            documents=0,
+            extents=0,
+            read_bytes=read_bytes,
+            total_bytes=total_bytes,
+            elapsed_seconds=0.0,
+        )
+
+    @classmethod
     def of(cls, report: Report) -> CheckView:
         """Show a check that ended."""
         fixed = {finding.identity for finding in report.fixed} - {finding.identity for finding in report.remaining}

@@ -24,6 +24,7 @@ import structlog
 from .admin import make_app
 from .arena import Arena, arena_directory
 from .catalog import Catalog
+from .checks import Checks
 from .clock import Clock, SystemClock
 from .config import Config
 from .document import WritePolicy
@@ -161,7 +162,10 @@ class Daemon:
         self.segments.prune({slot.slab for slot in taken if slot is not None})
         number = version("holdfast")
         self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
-        self.rest = Rest(make_app(self.service, self.readiness))
+        self.checks = Checks(self.service, config, self.server.clients, self.readiness)
+        app = make_app(self.service, self.readiness)
+        app.add_routes(self.checks.routes())
+        self.rest = Rest(app)
         self.log.info(
             "opened",
             version=number,
@@ -228,6 +232,7 @@ class Daemon:
         """Refuse new work, write out what should survive, and wait for what is under way, within the limit."""
         self._state = "draining"
         self.server.drain()
+        await self.checks.close()
         self.log.info("draining", leases=len(self.service.state.leases), writes=self.service.room.writes_queued)
         self.service.write_back()
         deadline_ns = self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS)
@@ -247,6 +252,7 @@ class Daemon:
 
     async def _close(self) -> None:
         self._state = "stopped"
+        await self.checks.close()
         await self.rest.close()
         await self.server.close()
         stuck = self.mover.close(self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS))

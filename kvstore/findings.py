@@ -92,7 +92,10 @@ KINDS: Final[dict[Code, Kind]] = {
         _N, "an ingest was cut off before its document was durable", "nothing: a start drops it", "drop the row"
     ),
     Code.EXTENT_WITHOUT_ROW: Kind(
-        _E, "the catalog was changed beside the daemon", "fix it before the next restart", "write the row again"
+        _E,
+        "the catalog was changed beside the daemon",
+        "fix it: the seal went with the row",
+        "give the copy up; it is written again from DDR where it is there too",
     ),
     Code.EXTENT_ROW_STALE: Kind(
         _W, "the catalog was changed beside the daemon, or refused a change", "fix it", "drop the row"

@@ -5,7 +5,6 @@ Looking changes nothing and, beside a running daemon, holds nobody up.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,11 +17,10 @@ from .config import Config
 from .errors import CorruptExtent, InvalidRequest, StorageFailed
 from .extent import ExtentId
 from .findings import Commit, Finding, Forget, Remove
-from .geometry import Geometry, extent_geometry
+from .geometry import extent_geometry
 from .orders import DropExtent, Record
-from .seal import checksum, sealed_as
 from .segments import PROBE_NAME, SEGMENT_NAME, Segments
-from .slots import Slot
+from .verify import verify
 
 CATALOG_NAME = "catalog.sqlite"
 ADDRESS_NAME = "rest.json"
@@ -96,23 +94,6 @@ def _size(path: Path) -> int:
 
 
 # Reading ---------------------------------------------------------------------------------------
-
-
-def verify(segments: Segments, slot: Slot, geometry: Geometry, seal: bytes) -> None:
-    """Read an extent and compare every plane with its seal. Raises CorruptExtent or StorageFailed."""
-    with mmap.mmap(-1, geometry.size_bytes) as buffer:  # aligned, as direct reads need it
-        content = memoryview(buffer)
-        try:
-            segments.read(slot, 0, content)
-            for plane, offset, size in geometry.planes(0, geometry.layers):
-                found = checksum(content[offset : offset + size])
-                if found != sealed_as(seal, plane):
-                    raise CorruptExtent(
-                        f"segment {slot.slab}, offset {slot.offset + offset}, plane {plane}: "
-                        f"checksum {found.hex()}, sealed as {sealed_as(seal, plane).hex()}"
-                    )
-        finally:
-            content.release()
 
 
 def with_damage(config: Config, facts: Facts, rows: Sequence[StoredExtent], progress: Progress) -> Facts:

@@ -19,14 +19,15 @@ from .catalog import Catalog
 from .clock import Clock
 from .errors import CorruptExtent, Draining, HoldfastError, StorageFailed
 from .geometry import Geometry
-from .orders import Outcome, ReadIn, RetireSlab, Seal, Urgency, Write, WriteOut
+from .orders import Outcome, ReadIn, RetireSlab, Scrub, Seal, Urgency, Write, WriteOut
 from .seal import CHECKSUM_BYTES, checksum, seal_planes, sealed_as
 from .segments import Segments
+from .verify import verify
 
 CHUNK_TARGET_BYTES: Final = 1 << 20  # smaller reads pay more per call than per byte
 COMMIT_WRITES_MAX: Final = 256  # bounds how long one commit, and so one answer, takes
 
-MoverOrder = Seal | ReadIn | WriteOut | Write | RetireSlab
+MoverOrder = Seal | ReadIn | WriteOut | Scrub | Write | RetireSlab
 
 
 class Report(Protocol):
@@ -49,8 +50,8 @@ class Report(Protocol):
 class _Job:
     """How far an order of the pool has come; `lock` guards all but `order`, `slab` and `started_ns`."""
 
-    order: Seal | ReadIn | WriteOut | RetireSlab
-    slab: int
+    order: Seal | ReadIn | WriteOut | Scrub | RetireSlab
+    slab: int | None  # that the order uses
     started_ns: int
     chunks_left: int
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -117,10 +118,12 @@ class Mover:
                     assert not self._in_use[slab], f"slab {slab} is retired while orders use it"
                     # At once, so that whatever is asked of the slab next finds its new inode.
                     self._arena.retire(slab)
-                    self._push(_Job(order, slab, now_ns, 1), Urgency.DEMOTE)
+                    self._push(_Job(order, None, now_ns, 1), Urgency.DEMOTE)
                 case Seal(slot=slot):
                     assert order.geometry.size_bytes <= slot.size_bytes, order
                     self._push(_Job(order, slot.slab, now_ns, 1), Urgency.ATTACH)  # a commit waits for it
+                case Scrub():
+                    self._push(_Job(order, None, now_ns, 1), Urgency.SCRUB)
                 case WriteOut(source=source):
                     assert order.size_bytes <= min(source.size_bytes, order.target.size_bytes), order
                     self._push(_Job(order, source.slab, now_ns, 1), order.urgency)
@@ -152,7 +155,7 @@ class Mover:
         step = -(-CHUNK_TARGET_BYTES // geometry.layer_bytes) if geometry else 1
         starts = range(0, layers, step)
         job.chunks_left = len(starts)
-        if not isinstance(job.order, RetireSlab):
+        if job.slab is not None:
             self._in_use[job.slab] += 1
         for start in starts:
             stop = min(start + step, layers)
@@ -212,9 +215,12 @@ class Mover:
                     content = self._arena.view(write_out.source)[: write_out.size_bytes]
                     self._segments.write(write_out.target, content)
                     size_bytes = write_out.size_bytes
-                case RetireSlab():
+                case Scrub() as scrub:
+                    verify(self._segments, scrub.slot, scrub.geometry, self._seal_of(job, scrub))
+                    size_bytes = scrub.geometry.size_bytes
+                case RetireSlab(slab=slab):
                     self._arena.sweep()
-                    self._arena.make(job.slab)  # else whoever uses the slab next would wait for its pages
+                    self._arena.make(slab)  # else whoever uses the slab next would wait for its pages
         except HoldfastError as error:
             job.fail(error)
         except OSError as error:
@@ -241,7 +247,7 @@ class Mover:
                 )
         return len(into)
 
-    def _seal_of(self, job: _Job, order: ReadIn) -> bytes:
+    def _seal_of(self, job: _Job, order: ReadIn | Scrub) -> bytes:
         """The seal that the catalog has, read once for all chunks."""
         with job.lock:
             job.checksums = job.checksums or self._catalog.seal(order.extent)
@@ -260,9 +266,10 @@ class Mover:
 
     def _finish(self, job: _Job, order_id: int) -> None:
         with self._chunk_came:
-            self._in_use[job.slab] -= 1
-            if not self._in_use[job.slab]:
-                del self._in_use[job.slab]
+            if job.slab is not None:
+                self._in_use[job.slab] -= 1
+                if not self._in_use[job.slab]:
+                    del self._in_use[job.slab]
         outcome = Outcome(
             elapsed_ns=self._clock.monotonic_ns() - job.started_ns,
             busy_ns=job.busy_ns,

@@ -27,6 +27,7 @@ class Urgency(IntEnum):
     DEMOTE = 1  # someone waits for the room
     PREFETCH = 2
     WRITE_THROUGH = 3
+    SCRUB = 4  # an audit, which nobody waits for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +63,16 @@ class WriteOut:
     target: Slot
     size_bytes: int
     urgency: Urgency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scrub:
+    """Read an NVMe slot again and compare every plane with the seal in its row; the bytes go nowhere."""
+
+    id: int
+    extent: ExtentId
+    slot: Slot
+    geometry: Geometry
 
 
 class Part(NamedTuple):
@@ -198,7 +209,7 @@ class Write:
     records: tuple[Record, ...]
 
 
-Order = Seal | ReadIn | WriteOut | OpenShard | LoadShard | SaveShard | CloseShard | RetireSlab | Write
+Order = Seal | ReadIn | WriteOut | Scrub | OpenShard | LoadShard | SaveShard | CloseShard | RetireSlab | Write
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

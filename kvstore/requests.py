@@ -104,6 +104,8 @@ class Requests:
                 return self._simple(client, tenant, body)
             case EvictDocument():
                 return await self._evict(tenant, body)
+            case DeleteDocument(name=name):
+                return await self._delete(DocumentId(tenant, name))
             case _:
                 return self._simple(client, tenant, body)
 
@@ -135,8 +137,6 @@ class Requests:
                     if seconds >= 1 / NS  # a clock that saw no time pass has measured nothing
                 ]
                 service.observe_prefill(fingerprint, measured)
-            case DeleteDocument(name=name):
-                service.delete(DocumentId(tenant, name))
             case PinDocument():
                 floor = tier_named(body.tier)
                 pin = service.pin(DocumentId(tenant, body.name), floor, body.ttl_seconds, body.owner, body.reason)
@@ -238,6 +238,13 @@ class Requests:
 
         await self._call(start)
         return EvictionPlan(victim_views(plan))
+
+    async def _delete(self, document: DocumentId) -> Reply:
+        def start(done: Answered[None]) -> None:
+            self._service.delete(document, done)
+
+        await self._call(start)
+        return Done()
 
     def _runs(self, fingerprint: bytes, copies: Iterable[tuple[Extent, Placement | None]]) -> list[RunMessage]:
         slots = [(extent, copy.slot) for extent, copy in copies if copy is not None and copy.slot is not None]

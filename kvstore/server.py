@@ -151,6 +151,10 @@ class Server:
         self._listener = listener
         self._spawn(self._accept(listener))
 
+    def clients(self) -> set[int]:
+        """Those that are connected, or whose process may still look at what it was given."""
+        return {*self._connections, *self._zombies}
+
     def drain(self) -> None:
         """Take no new work; what is under way goes on."""
         self._draining = True

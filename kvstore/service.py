@@ -334,7 +334,7 @@ class Service:
         self._pump()
         return plan
 
-    def delete(self, document: DocumentId) -> None:
+    def delete(self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None) -> None:
         """See Upkeep.delete."""
-        self.upkeep.delete(document)
+        self.upkeep.delete(document, done)
         self._pump()

@@ -197,8 +197,11 @@ class Upkeep:
 
     # Deletion ----------------------------------------------------------------------------------
 
-    def delete(self, document: DocumentId) -> None:
-        """Forget a document; KV that no other document needs goes too. Raises InUse while it is leased or pinned."""
+    def delete(self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None) -> None:
+        """Forget a document; KV that no other document needs goes too. Raises InUse while it is leased or pinned.
+
+        It is invisible at once; `done` hears when the catalog has forgotten it too, so that no restart brings it back.
+        """
         owner = self.state.document(document).document
         leases = self.state.leased(document)
         if leases:
@@ -215,19 +218,22 @@ class Upkeep:
             if shard.document == document:
                 self.store.close_shard(shard)
         del self.state.documents[document]
-        self._tell(document, DropDocument(document.tenant, document.name))
+        self._tell(document, DropDocument(document.tenant, document.name), done=done)
         for extent in owner.extents:
             record = self.state.extents[extent]
             record.documents -= {document}
             self.store.reap(record)
 
-    def _tell(self, document: DocumentId, *records: Record) -> None:
-        """Write what has changed of a document; what is refused is tried again."""
+    def _tell(
+        self, document: DocumentId, *records: Record, done: Callable[[HoldfastError | None], None] = lambda _: None
+    ) -> None:
+        """Write what has changed of a document; what is refused is tried again. `done` hears of the first try."""
 
         def committed(outcome: Outcome) -> None:
             if outcome.error is not None:
                 self.state.ledger.counts["catalog_failures"] += 1
                 self._unsaid.add(document)
+            done(outcome.error)
 
         self.store.submit(Write(id=self.store.new_id(), records=records), committed)
 

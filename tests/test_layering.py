@@ -44,6 +44,7 @@ FLOOR_OF = {
     "seal": "nouns",
     "spec": "nouns",
     "audit": "rules",
+    "audit_state": "rules",
     "claims": "rules",
     "findings": "rules",
     "ledger": "rules",
@@ -56,6 +57,7 @@ FLOOR_OF = {
     "catalog": "effects",
     "check": "effects",
     "inspector": "effects",
+    "verify": "effects",
     "mover": "effects",
     "segments": "effects",
     "attach": "service",
@@ -63,6 +65,7 @@ FLOOR_OF = {
     "loader": "service",
     "loading": "service",
     "opening": "service",
+    "repairs": "service",
     "room": "service",
     "service": "service",
     "store": "service",
@@ -70,6 +73,7 @@ FLOOR_OF = {
     "window": "service",
     "admin": "edges",
     "check_view": "edges",
+    "checks": "edges",
     "client": "edges",
     "connection": "edges",
     "daemon": "edges",
@@ -87,7 +91,14 @@ FLOOR_OF = {
 
 # Where a third-party package may be imported: patterns of paths. What is not here is not imported.
 THIRD_PARTY = {
-    "aiohttp": ("kvstore/admin.py", "kvstore/problems.py", "kvstore/rest.py", "holdfast/cli*", "holdfast/rest.py"),
+    "aiohttp": (
+        "kvstore/admin.py",
+        "kvstore/checks.py",
+        "kvstore/problems.py",
+        "kvstore/rest.py",
+        "holdfast/cli*",
+        "holdfast/rest.py",
+    ),
     "msgspec": ("*",),
     "numpy": ("*",),
     "prometheus_client": ("kvstore/metrics.py",),

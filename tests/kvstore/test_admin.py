@@ -12,6 +12,7 @@ from holdfast.kvstore import problems
 from holdfast.kvstore.admin import BODY_BYTES_MAX, make_app
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import HoldfastError, StorageFailed, all_errors
+from holdfast.kvstore.orders import DropDocument
 from holdfast.kvstore.residency import Tier
 
 from fakes import CLIENT, EXTENT_BYTES, EXTENT_TOKENS, FAR_NS, ingest, tiny_config, tiny_service, tiny_spec
@@ -275,15 +276,37 @@ async def test_any_allowed_name_can_be_named(api, name):
     assert (await api.get(f"/v1/documents/default/{quote(name, safe='')}"))["document"]["name"] == name
 
 
-async def test_delete(api):
+async def test_delete_is_answered_when_the_catalog_has_forgotten(api):
     document = api.ingest("a")
-    async with api.client.delete("/v1/documents/default/a") as response:
+    submitted = asyncio.Event()
+    api.effects.submitted = submitted.set
+    deleting = asyncio.create_task(api.client.delete("/v1/documents/default/a"))
+    await submitted.wait()
+    assert document not in api.service.state.documents
+    await api.get("/v1/status")  # a turn of the loop later it still waits
+    assert not deleting.done()
+    api.effects.complete_all(api.service)
+    async with await deleting as response:
         assert response.status == 204
         assert await response.read() == b""
-    assert document not in api.service.state.documents
-    api.effects.complete_all(api.service)
     assert not api.service.state.extents
     await api.refused("DELETE", "/v1/documents/default/a", 404, "document-not-found")
+
+
+async def test_a_deletion_that_the_catalog_refuses_is_an_error_and_tried_again(api):
+    document = api.ingest("a")
+    api.effects.submitted = lambda: asyncio.get_running_loop().call_soon(refuse)
+
+    def refuse():
+        for order in list(api.effects.orders):
+            api.effects.fail(api.service, order, StorageFailed("full"))
+
+    await api.refused("DELETE", "/v1/documents/default/a", 500, "storage-failed")
+    assert document not in api.service.state.documents
+    api.effects.submitted = lambda: None
+    api.service.tick()
+    assert any(DropDocument(*document) in order.records for order in api.effects.orders)
+    api.effects.complete_all(api.service)
 
 
 async def test_delete_of_what_is_pinned_or_leased_is_refused(api):
