@@ -151,6 +151,26 @@ def config_show(ctx: typer.Context, config: ConfigFile = None, settings: Setting
 
 
 @app.command()
+def calibrate(
+    ctx: typer.Context,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often to measure; medians count.")] = 5,
+    show: Annotated[bool, typer.Option("--show", help="Measure nothing; show what was measured last.")] = False,
+) -> None:
+    """Measure this machine's memories and disks, so that predictions are of it."""
+    from .cli_calibrate import measure_and_show, show_stored
+    from .kvstore.config import load_config
+
+    session = session_of(ctx)
+    found = load_config(config, os.environ, overrides(settings or (), session.data_dir))
+    if show:
+        show_stored(session, found)
+    else:
+        measure_and_show(session, found, rounds)
+
+
+@app.command()
 def version(ctx: typer.Context) -> None:
     """The version of this program."""
     session_of(ctx).show({"version": __version__}, lambda: [f"holdfast {__version__}"])

@@ -55,6 +55,52 @@ def nanoseconds(value: int | None) -> str:
     return duration(None if value is None else value / NS)
 
 
+def speed(bytes_per_second: float) -> str:
+    """In GB/s, as disks and buses are sold."""
+    return f"{bytes_per_second / 1e9:.2f} GB/s"
+
+
+def calibration(found: Json) -> list[Any]:
+    """A calibration, what predictions use by now, and how far they were off."""
+    measured = found["calibration"]
+    links = {link["hop"]: link for link in found.get("links", ())}
+    table = Table(box=None, header_style="bold")
+    for column, side in (
+        ("", "left"),
+        ("MEDIAN", "right"),
+        ("SLOWEST", "right"),
+        ("FASTEST", "right"),
+        ("LATENCY", "right"),
+        ("PREDICTED NOW", "right"),
+    ):
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for rate in measured["rates"]:
+        link = links.get(rate["name"])
+        speeds = [speed(rate[key]) for key in ("bytes_per_second", "slowest", "fastest")]
+        now = speed(link["bytes_per_second"]) if link else "-"
+        table.add_row(plain(rate["name"]), *speeds, nanoseconds(rate["latency_ns"]), now)
+    said: list[Any] = [f"measured {moment(measured['measured_wall_ns'])} on {plain(measured['machine'])}", table]
+    said += [_gpu(gpu) for gpu in measured["gpus"]]
+    said += [f"unknown: {plain(reason)}" for reason in measured["unknown"]]
+    prediction = found.get("prediction")
+    if prediction and prediction["swaps"]:
+        off = ", ".join(
+            f"{name} {100 * prediction[key]:.0f} %" for name, key in (("median", "median_error"), ("p90", "p90_error"))
+        )
+        said.append(f"predictions of the last {prediction['swaps']} swaps were off by: {off}")
+    return said
+
+
+def _gpu(gpu: Json) -> str:
+    def known(value: object, text: str) -> str:
+        return text if value is not None else "unknown"
+
+    memory = known(gpu["hbm_bytes"], f"{size(gpu['hbm_free_bytes'] or 0)} free of {size(gpu['hbm_bytes'] or 0)}")
+    bus = known(gpu["pcie_generation"], f"gen {gpu['pcie_generation']} x{gpu['pcie_width']}")
+    links = known(gpu["nvlinks"], f"{gpu['nvlinks']} links up")
+    return f"GPU {gpu['index']}: {plain(gpu['name'])}, HBM {memory}, PCIe {bus}, NVLink {links}"
+
+
 def moment(wall_ns: int | None) -> str:
     """A time in UTC; "never" for none."""
     if wall_ns is None:

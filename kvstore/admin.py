@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from . import views
+from .calibrations import Calibrations
 from .document import DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, Unavailable
 from .metrics import Metrics
@@ -403,5 +404,5 @@ class Admin:
 def make_app(service: Service, ready: Callable[[], str | None]) -> web.Application:
     """The admin API over a service. `ready` returns why it cannot serve, or None."""
     app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
-    app.add_routes(Admin(service, ready).routes())
+    app.add_routes(Admin(service, ready).routes() + Calibrations(service).routes())
     return app

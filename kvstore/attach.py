@@ -6,6 +6,7 @@ record is its receipt.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from .claims import Lease
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, HoldfastError, LayoutError, SpecMismatch
 from .layout import RUNS_LIMIT, Layout, scheme
-from .ledger import SwapRecord
+from .ledger import Hop, SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
 from .orders import Urgency
@@ -135,14 +136,19 @@ class Attaches:
 
     def _swap(self, lease: Lease, owner: Document, group: str | None) -> SwapRecord:
         planner = self.store.planner
-        target = Tier.DDR if group is None else Tier.HBM
         shard = self.state.groups[group].shards.get(owner.id) if group is not None else None
-        predicted_ns = 0
+        sizes: Counter[Hop] = Counter()
+        move_bytes = 0
         for extent in owner.extents:
             record = self.state.extents[extent]
             source = record.source()
-            if source is not None and not (shard is not None and extent in shard.copies):
-                predicted_ns += planner.reload_ns(record, source.tier, target)
+            if source is None or (shard is not None and extent in shard.copies):
+                continue
+            move_bytes = record.extent.slot_bytes
+            if source.tier is Tier.NVME:
+                sizes[Hop(Tier.NVME, Tier.DDR)] += move_bytes
+            if group is not None:
+                sizes[Hop(Tier.DDR, Tier.HBM)] += move_bytes
         return SwapRecord(
             id=lease.id,
             document=str(owner.id),
@@ -150,7 +156,7 @@ class Attaches:
             client=lease.owner,
             started_wall_ns=self.store.clock.wall_ns(),
             token_count=owner.token_count,
-            predicted_ns=predicted_ns,
+            predicted_ns=planner.predicted_ns(sizes, move_bytes),
             recompute_ns=planner.curve(owner.fingerprint).marginal_prefill_ns(0, owner.token_count),
         )
 

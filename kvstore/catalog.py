@@ -19,6 +19,7 @@ from typing import Any, Final
 import msgspec
 
 from .audit import StoredExtent, Unreadable
+from .calibration import Calibration
 from .claims import Pin
 from .document import Document, DocumentId, WritePolicy
 from .errors import InvalidSpec, StorageFailed
@@ -28,6 +29,7 @@ from .orders import (
     DropDocument,
     DropExtent,
     DropPin,
+    PutCalibration,
     PutDocument,
     PutExtent,
     PutPin,
@@ -105,6 +107,7 @@ class Contents:
     pins: tuple[Pin, ...]
     tenants: dict[str, bytes]
     prefills: tuple[PutPrefills, ...]
+    calibration: Calibration | None
     orphans: tuple[ExtentId, ...]
 
 
@@ -232,8 +235,18 @@ class Catalog:
             pins=tuple(_pin(row) for row in self._rows("*", "pins", "tenant, name")),
             tenants={str(name): bytes(secret) for name, secret in self._rows("*", "tenants", "name")},
             prefills=tuple(_prefills(row) for row in self._rows("*", "prefills", "fingerprint")),
+            calibration=self._calibration(),
             orphans=orphans,
         )
+
+    def _calibration(self) -> Calibration | None:
+        found = self._database.execute("SELECT value FROM meta WHERE name = 'calibration'").fetchone()
+        return msgspec.json.decode(found[0], type=Calibration) if found is not None else None
+
+    def calibration(self) -> Calibration | None:
+        """The newest calibration. Raises StorageFailed."""
+        with self._lock, self._failures("cannot be read"):
+            return self._calibration()
 
     def check(self) -> list[str]:
         """What SQLite finds wrong with the file; empty when it is sound. Reads all of it. Raises StorageFailed."""
@@ -306,6 +319,8 @@ def _statement(record: Record) -> Statement:
             return _replace("documents", *_document_row(document))
         case PutPrefills(fingerprint=fingerprint, points=points):
             return _replace("prefills", fingerprint, msgspec.msgpack.encode(points))
+        case PutCalibration(calibration=calibration):
+            return _replace("meta", "calibration", msgspec.json.encode(calibration).decode())
         case PutPin(pin=pin):
             return _replace("pins", *_pin_row(pin))
         case DropExtent(extent=extent_id):

@@ -155,7 +155,12 @@ class Daemon:
         )
         self.service = reports.service = Service(config, self.clock, effects, self.catalog.tenant_secret)
         self.service.upkeep.restore(
-            contents.specs, contents.extents, contents.documents, contents.pins, contents.prefills
+            contents.specs,
+            contents.extents,
+            contents.documents,
+            contents.pins,
+            contents.prefills,
+            contents.calibration,
         )
         # Not what the catalog names but what was taken over: a smaller budget is kept from the start.
         taken = (record.nvme.slot for record in self.service.state.extents.values() if record.nvme is not None)

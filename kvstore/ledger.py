@@ -133,6 +133,15 @@ class Ledger:
         self.hops.setdefault(hop, HopTime()).add(size_bytes, busy_ns, started_ns, ended_ns)
         self.counts["moves"] += 1
 
+    def prediction_errors(self) -> list[float]:
+        """|predicted - taken| / taken of the remembered swaps that moved bytes, ascending; not their waits for room."""
+        found = []
+        for swap in self.swaps:
+            if swap.outcome == "ready" and swap.reattach_ns is not None and swap.predicted_ns:
+                taken_ns = max(1, swap.reattach_ns - swap.wait_ns)
+                found.append(abs(swap.predicted_ns - taken_ns) / taken_ns)
+        return sorted(found)
+
     def swap(self, record_id: int) -> SwapRecord | None:
         """The record of that attach, while it is remembered."""
         return next((record for record in self.swaps if record.id == record_id), None)

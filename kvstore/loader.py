@@ -277,7 +277,6 @@ class Loader:
         hop = Hop(Tier.NVME, Tier.DDR)
         now_ns = self.store.clock.monotonic_ns()
         self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
-        self.store.planner.learn(hop, target.size_bytes, outcome.busy_ns)
         target.checksums = outcome.checksums
         target.layers_ready = self.geometry(record).layers
         target.apply(Event.COMPLETE)
@@ -349,7 +348,6 @@ class Loader:
         hop = Hop(Tier.DDR, Tier.HBM)
         now_ns = self.store.clock.monotonic_ns()
         self.store.records.ledger.moved(hop, outcome.size_bytes, outcome.busy_ns, started_ns, now_ns)
-        self.store.planner.learn(hop, outcome.size_bytes, outcome.busy_ns)
         loading.swap.hops.setdefault(hop, HopTime()).add(outcome.size_bytes, outcome.busy_ns, started_ns, now_ns)
         assert loading.shard is not None
         for record in records:
@@ -379,6 +377,8 @@ class Loader:
             self._active.remove(loading)
             loading.swap.reattach_ns = self.store.clock.monotonic_ns() - loading.started_ns
             loading.swap.outcome = "ready"
+            for hop, taken in loading.swap.hops.items():
+                self.store.planner.learn(hop, taken.size_bytes, taken.elapsed_ns)
             loading.held += loading.sources.values()
             loading.sources.clear()
             loading.ended(None)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol
 
+from .calibration import Calibration
 from .claims import Pin
 from .document import Document
 from .errors import HoldfastError
@@ -198,7 +199,14 @@ class PutPrefills(NamedTuple):
     kind: Literal["put-prefills"] = "put-prefills"
 
 
-Record = PutPrefills | PutSpec | PutExtent | DropExtent | PutDocument | DropDocument | PutPin | DropPin
+class PutCalibration(NamedTuple):
+    """Catalog: the newest calibration of this machine."""
+
+    calibration: Calibration
+    kind: Literal["put-calibration"] = "put-calibration"
+
+
+Record = PutCalibration | PutPrefills | PutSpec | PutExtent | DropExtent | PutDocument | DropDocument | PutPin | DropPin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

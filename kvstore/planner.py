@@ -7,7 +7,7 @@ prices returns with the cost model.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -15,6 +15,7 @@ from ..eviction.candidate import Candidate
 from ..eviction.history import History
 from ..eviction.policy import Policy
 from ..eviction.victims import choose_victims
+from .calibration import Calibration
 from .clock import Clock
 from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
 from .document import Document, DocumentId
@@ -75,6 +76,7 @@ class Planner:
         self._curves: dict[bytes, PrefillCurve] = {}
         self._prefills: dict[bytes, deque[PrefillPoint]] = {}
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
+        self.calibration: Calibration | None = None
 
     # Prices ------------------------------------------------------------------------------------
 
@@ -116,9 +118,27 @@ class Planner:
             return self.reload_ns(record, Tier.NVME, Tier.DDR)
         return self.recompute_ns(record)
 
-    def learn(self, hop: Hop, size_bytes: int, busy_ns: int) -> None:
-        """A measured move corrects the hop's predicted speed."""
-        self.links[hop] = self.links[hop].observed(size_bytes, busy_ns)
+    def calibrate(self, calibration: Calibration) -> None:
+        """Predict by these measurements; hops that they do not name keep what was learned."""
+        self.calibration = calibration
+        measured = calibration.links()
+        self.links = {hop: measured.get(str(hop), link) for hop, link in self.links.items()}
+
+    def learn(self, hop: Hop, size_bytes: int, elapsed_ns: int) -> None:
+        """A hop of a whole load, or a single move, corrects the hop's predicted speed."""
+        self.links[hop] = self.links[hop].observed(size_bytes, elapsed_ns)
+
+    def predicted_ns(self, sizes: Mapping[Hop, int], move_bytes: int) -> int:
+        """Predicted time of a load that moves these bytes over these hops, in moves of `move_bytes`.
+
+        Hops overlap, so the slowest counts whole, and of each other hop one move: the first on its way in, or the last.
+        """
+        whole = {hop: self.links[hop].move_ns(size) for hop, size in sizes.items() if size}
+        if not whole:
+            return 0
+        slowest = max(whole, key=lambda hop: whole[hop])
+        others = sum(self.links[hop].move_ns(min(sizes[hop], move_bytes)) for hop in whole if hop is not slowest)
+        return whole[slowest] + others
 
     # Room --------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from ..eviction.history import History
 from ..eviction.policy import POLICIES
 from .attach import Attach, Attaches, checked_layout
+from .calibration import Calibration
 from .claims import Pin, Pins
 from .clock import Clock
 from .config import Config
@@ -33,7 +34,7 @@ from .keys import Tokens, as_tokens, block_keys
 from .layout import Layout, chunked, heads_of, zigzag
 from .ledger import Ledger, SwapRecord
 from .loader import Loader
-from .orders import Effects, Outcome, PutSpec, Write
+from .orders import Effects, Outcome, PutCalibration, PutSpec, Write
 from .planner import Planner, Victim
 from .residency import Tier
 from .room import Room
@@ -158,6 +159,13 @@ class Service:
             raise InvalidRequest("a measured prefill has new tokens and took a positive, finite time")
         known = self.planner.observe_prefills(fingerprint, points)
         self.upkeep.remember_prefills(fingerprint, known)
+
+    def calibrate(self, calibration: Calibration) -> None:
+        """Predict by these measurements from now on, and after a restart. Raises InvalidRequest."""
+        if any(rate.bytes_per_second <= 0 or rate.latency_ns < 0 for rate in calibration.rates):
+            raise InvalidRequest("a rate is a positive number of bytes per second, a latency not negative")
+        self.planner.calibrate(calibration)
+        self.store.submit(Write(id=self.store.new_id(), records=(PutCalibration(calibration),)))
 
     def holds(self, client: int) -> bool:
         """Whether a client has a seat, a lease or an ingest: bytes of ours that it may be reading or writing."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from .calibration import Calibration
 from .claims import Pin
 from .costs import PrefillPoint
 from .document import NAME_LIMIT, Document, DocumentId
@@ -264,10 +265,13 @@ class Upkeep:
         documents: Iterable[Document],
         pins: Iterable[Pin],
         prefills: Iterable[PutPrefills] = (),
+        calibration: Calibration | None = None,
     ) -> None:
         """Take over what the catalog holds: NVMe copies where they lie, documents, pins. Before anything else."""
         for spec in specs:
             self.state.specs[spec.fingerprint()] = spec
+        if calibration is not None:
+            self.store.planner.calibrate(calibration)
         for measured in prefills:
             points = [PrefillPoint(cached_tokens=p, new_tokens=t, seconds=s) for p, t, s in measured.points]
             self.store.planner.observe_prefills(measured.fingerprint, points)

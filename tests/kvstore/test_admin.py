@@ -21,6 +21,8 @@ ROUTES = {
     "GET /livez",
     "GET /metrics",
     "GET /readyz",
+    "GET /v1/calibration",
+    "POST /v1/calibration",
     "GET /v1/documents",
     "GET /v1/documents/{tenant}/{name}",
     "DELETE /v1/documents/{tenant}/{name}",

@@ -47,7 +47,7 @@ SPEC = KVSpec(
     quantisation="none",
     extent_blocks=4,
 )
-EMPTY = Contents(specs=(), extents=(), documents=(), pins=(), tenants={}, prefills=(), orphans=())
+EMPTY = Contents(specs=(), extents=(), documents=(), pins=(), tenants={}, prefills=(), calibration=None, orphans=())
 
 
 def extent(index, tenant="acme"):

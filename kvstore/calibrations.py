@@ -1,0 +1,77 @@
+"""Calibrations: what the machine was measured to do, and how well that predicts, over REST."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+from aiohttp import web
+
+from .calibration import Calibration
+from .problems import body, reply
+from .service import Service
+
+QUANTILES: Final = (0.5, 0.9)
+
+
+class LinkView(msgspec.Struct, frozen=True, kw_only=True):
+    """What the planner predicts a hop with now: calibrated, then corrected by every load. 0 moves is a prior."""
+
+    hop: str
+    bytes_per_second: float
+    latency_ns: float
+    moves: int
+
+
+class PredictionView(msgspec.Struct, frozen=True, kw_only=True):
+    """How far predictions of remembered swaps were off: |predicted - taken| / taken. Null when there were none."""
+
+    swaps: int
+    median_error: float | None
+    p90_error: float | None
+
+
+class CalibrationView(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest calibration, null before the first, and what is made of it."""
+
+    calibration: Calibration | None
+    links: list[LinkView]
+    prediction: PredictionView
+
+
+class Calibrations:
+    """The handlers."""
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+
+    def routes(self) -> list[web.RouteDef]:
+        """Every route."""
+        return [web.get("/v1/calibration", self.show), web.post("/v1/calibration", self.take)]
+
+    async def show(self, request: web.Request) -> web.Response:
+        """See CalibrationView."""
+        return reply(self._view())
+
+    async def take(self, request: web.Request) -> web.Response:
+        """Predict by this calibration from now on, and after a restart."""
+        self.service.calibrate(await body(request, Calibration))
+        return reply(self._view(), status=201)
+
+    def _view(self) -> CalibrationView:
+        planner = self.service.planner
+        errors = self.service.state.ledger.prediction_errors()
+        median_error, p90_error = (errors[int(q * (len(errors) - 1))] if errors else None for q in QUANTILES)
+        return CalibrationView(
+            calibration=planner.calibration,
+            links=[
+                LinkView(
+                    hop=str(hop),
+                    bytes_per_second=link.bytes_per_second,
+                    latency_ns=link.latency_ns,
+                    moves=link.move_count,
+                )
+                for hop, link in planner.links.items()
+            ],
+            prediction=PredictionView(swaps=len(errors), median_error=median_error, p90_error=p90_error),
+        )
