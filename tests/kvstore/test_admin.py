@@ -14,6 +14,7 @@ from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import HoldfastError, StorageFailed, all_errors
 from holdfast.kvstore.orders import DropDocument
 from holdfast.kvstore.residency import Tier
+from holdfast.kvstore.wire import PROTOCOL_VERSION
 
 from fakes import CLIENT, EXTENT_BYTES, EXTENT_TOKENS, FAR_NS, ingest, tiny_config, tiny_service, tiny_spec
 
@@ -178,7 +179,7 @@ async def test_metrics(api):
 async def test_version_and_status(api):
     found = await api.get("/v1/version")
     assert found["api"] == "v1"
-    assert found["protocol"] == 1
+    assert found["protocol"] == PROTOCOL_VERSION
     document = api.ingest("a")
     api.attach(document)
     status = await api.get("/v1/status")
