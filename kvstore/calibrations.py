@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Final
 
 import msgspec
 from aiohttp import web
 
 from .calibration import Calibration
+from .errors import HoldfastError
 from .problems import body, reply
 from .service import Service
 
+COMMIT_SECONDS: Final = 30.0
 QUANTILES: Final = (0.5, 0.9)
 
 
@@ -55,7 +58,16 @@ class Calibrations:
 
     async def take(self, request: web.Request) -> web.Response:
         """Predict by this calibration from now on, and after a restart."""
-        self.service.calibrate(await body(request, Calibration))
+        kept: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
+
+        def done(error: HoldfastError | None) -> None:
+            if not kept.done():  # the handler may have been cancelled
+                kept.set_result(error)
+
+        self.service.calibrate(await body(request, Calibration), done)
+        error = await asyncio.wait_for(kept, COMMIT_SECONDS)
+        if error is not None:
+            raise error
         return reply(self._view(), status=201)
 
     def _view(self) -> CalibrationView:

@@ -11,7 +11,7 @@ import os
 import secrets
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,11 +20,24 @@ import msgspec
 
 from .audit import StoredExtent, Unreadable
 from .calibration import Calibration
+from .catalog_rows import (
+    EXTENT_COLUMNS,
+    READERS,
+    Row,
+    document_of,
+    document_row,
+    extent_of,
+    extent_row,
+    pin_of,
+    pin_row,
+    prefills_of,
+    spec_of,
+)
 from .claims import Pin
-from .document import Document, DocumentId, WritePolicy
+from .document import Document
 from .errors import InvalidSpec, StorageFailed
 from .extent import Extent, ExtentId
-from .keys import KEY_BYTES, SECRET_BYTES
+from .keys import SECRET_BYTES
 from .orders import (
     DropDocument,
     DropExtent,
@@ -37,7 +50,6 @@ from .orders import (
     PutSpec,
     Record,
 )
-from .residency import Tier
 from .seal import CHECKSUM_BYTES
 from .slots import Slot
 from .spec import KVSpec
@@ -85,11 +97,8 @@ CREATE TABLE pins (
 ) WITHOUT ROWID;
 """
 
-EXTENT_COLUMNS: Final = """id, tenant, fingerprint, layer_group, start, valid_tokens, previous, block_keys, slot_bytes,
-    segment, segment_offset"""  # all but the seal, which is read when it is needed
 NOT_OURS: Final = (ValueError, TypeError, msgspec.MsgspecError, InvalidSpec)  # how a row that we did not write shows
 
-Row = tuple[Any, ...]  # what SQLite gives and takes: one value per column
 Statement = tuple[str, Row]
 
 
@@ -128,7 +137,7 @@ def inspect(path: Path) -> Rows:
 
     What SQLite cannot make out is told in `integrity`. Raises StorageFailed when the file cannot be opened at all.
     """
-    rows: dict[str, list[Any]] = {table: [] for table in _READERS}
+    rows: dict[str, list[Any]] = {table: [] for table in READERS}
     unreadable: list[Unreadable] = []
     integrity: list[str] = []
     with _failures_of(path, "cannot be opened"):
@@ -137,7 +146,7 @@ def inspect(path: Path) -> Rows:
         try:
             database.execute("BEGIN")
             integrity += [str(row[0]) for row in database.execute("PRAGMA integrity_check") if row[0] != "ok"]
-            for table, (columns, keys, decode, drop) in _READERS.items():
+            for table, (columns, keys, decode, drop) in READERS.items():
                 for row in database.execute(f"SELECT {columns} FROM {table}"):  # noqa: S608 - our own names
                     try:
                         rows[table].append(decode(row))
@@ -222,19 +231,19 @@ class Catalog:
         def share(value: Any) -> Any:
             return shared.setdefault(value, value)
 
-        documents = tuple(_document(row, share) for row in self._rows("*", "documents", "tenant, name"))
+        documents = tuple(document_of(row, share) for row in self._rows("*", "documents", "tenant, name"))
         needed = {extent for document in documents for extent in document.extents}
         rows = self._rows(EXTENT_COLUMNS, "extents", "id")
-        extents = [_extent(tuple(map(share, row))) for row in rows]
+        extents = [extent_of(tuple(map(share, row))) for row in rows]
         orphans = tuple(extent.id for extent, _ in extents if extent.id not in needed)
         self._database.executemany("DELETE FROM extents WHERE id = ?", [(orphan,) for orphan in orphans])
         return Contents(
-            specs=tuple(_spec(row) for row in self._rows("*", "specs", "fingerprint")),
+            specs=tuple(spec_of(row) for row in self._rows("*", "specs", "fingerprint")),
             extents=tuple(entry for entry in extents if entry[0].id in needed),
             documents=documents,
-            pins=tuple(_pin(row) for row in self._rows("*", "pins", "tenant, name")),
+            pins=tuple(pin_of(row) for row in self._rows("*", "pins", "tenant, name")),
             tenants={str(name): bytes(secret) for name, secret in self._rows("*", "tenants", "name")},
-            prefills=tuple(_prefills(row) for row in self._rows("*", "prefills", "fingerprint")),
+            prefills=tuple(prefills_of(row) for row in self._rows("*", "prefills", "fingerprint")),
             calibration=self._calibration(),
             orphans=orphans,
         )
@@ -314,15 +323,15 @@ def _statement(record: Record) -> Statement:
         case PutSpec(spec=spec):
             return _replace("specs", spec.fingerprint(), msgspec.json.encode(spec))
         case PutExtent(extent=extent, checksums=checksums, slot=slot):
-            return _replace("extents", *_extent_row(extent, checksums, slot))
+            return _replace("extents", *extent_row(extent, checksums, slot))
         case PutDocument(document=document):
-            return _replace("documents", *_document_row(document))
+            return _replace("documents", *document_row(document))
         case PutPrefills(fingerprint=fingerprint, points=points):
             return _replace("prefills", fingerprint, msgspec.msgpack.encode(points))
         case PutCalibration(calibration=calibration):
             return _replace("meta", "calibration", msgspec.json.encode(calibration).decode())
         case PutPin(pin=pin):
-            return _replace("pins", *_pin_row(pin))
+            return _replace("pins", *pin_row(pin))
         case DropExtent(extent=extent_id):
             return "DELETE FROM extents WHERE id = ?", (extent_id,)
         case DropDocument(tenant=tenant, name=name):
@@ -334,126 +343,3 @@ def _statement(record: Record) -> Statement:
 def _replace(table: str, *values: object) -> Statement:
     marks = ", ".join("?" * len(values))
     return f"INSERT OR REPLACE INTO {table} VALUES ({marks})", values  # noqa: S608 - our own names
-
-
-# Rows, in the order of the tables' columns, and back.
-
-
-def _spec(row: Row) -> KVSpec:
-    fingerprint, text = row
-    spec = msgspec.json.decode(text, type=KVSpec)
-    if spec.fingerprint() != fingerprint:
-        raise ValueError(f"the spec of {spec.model!r} has another fingerprint")
-    return spec
-
-
-def _prefills(row: Row) -> PutPrefills:
-    fingerprint, points = row
-    return PutPrefills(bytes(fingerprint), msgspec.msgpack.decode(points, type=tuple[tuple[int, int, float], ...]))
-
-
-def _extent_row(extent: Extent, checksums: bytes, slot: Slot) -> Row:
-    assert slot.size_bytes == extent.slot_bytes, "an extent fills its slot"
-    return (
-        extent.id,
-        extent.tenant,
-        extent.fingerprint,
-        extent.group,
-        extent.start,
-        extent.valid_tokens,
-        extent.previous,
-        extent.block_keys,
-        extent.slot_bytes,
-        checksums,
-        slot.slab,
-        slot.offset,
-    )
-
-
-def _extent(row: Row) -> tuple[Extent, Slot]:
-    *identity, keys, slot_bytes, segment, offset = row
-    extent_id, tenant, fingerprint, group, start, valid_tokens, previous = identity
-    if not isinstance(keys, bytes) or len(keys) % KEY_BYTES:
-        raise ValueError(f"extent {extent_id} has no block keys")
-    extent = Extent(
-        id=extent_id,
-        tenant=tenant,
-        fingerprint=fingerprint,
-        group=group,
-        start=start,
-        valid_tokens=valid_tokens,
-        previous=previous,
-        block_keys=keys,
-        slot_bytes=slot_bytes,
-    )
-    return extent, Slot(segment, offset, slot_bytes)
-
-
-def _document_row(document: Document) -> Row:
-    return (
-        document.id.tenant,
-        document.id.name,
-        document.fingerprint,
-        document.token_count,
-        msgspec.msgpack.encode(document.extents),
-        document.write_policy.value,
-        document.created_wall_ns,
-    )
-
-
-def _document(row: Row, share: Callable[[str], str]) -> Document:
-    tenant, name, fingerprint, token_count, extents, write_policy, created_wall_ns = row
-    return Document(
-        id=DocumentId(tenant, name),
-        fingerprint=fingerprint,
-        token_count=token_count,
-        extents=tuple(map(share, msgspec.msgpack.decode(extents, type=tuple[str, ...]))),
-        write_policy=WritePolicy(write_policy),
-        created_wall_ns=created_wall_ns,
-    )
-
-
-def _pin_row(pin: Pin) -> Row:
-    return (
-        pin.document.tenant,
-        pin.document.name,
-        int(pin.floor),
-        pin.size_bytes,
-        pin.owner,
-        pin.reason,
-        pin.created_wall_ns,
-        pin.expires_wall_ns,
-    )
-
-
-def _pin(row: Row) -> Pin:
-    tenant, name, floor, size_bytes, owner, reason, created_wall_ns, expires_wall_ns = row
-    return Pin(
-        document=DocumentId(tenant, name),
-        floor=Tier(floor),
-        size_bytes=size_bytes,
-        owner=owner,
-        reason=reason,
-        created_wall_ns=created_wall_ns,
-        expires_wall_ns=expires_wall_ns,
-    )
-
-
-def _stored(row: Row) -> StoredExtent:
-    *columns, seal = row
-    extent, slot = _extent(tuple(columns))
-    numbers = (*slot, extent.group, extent.start, extent.valid_tokens)
-    if any(not isinstance(n, int) for n in numbers) or slot.size_bytes < 1:  # SQLite keeps any type in any column
-        raise ValueError("a column holds a value of another type")
-    if not isinstance(seal, bytes) or len(seal) % CHECKSUM_BYTES:
-        raise ValueError(f"extent {extent.id} has no seal")
-    return StoredExtent(extent, seal, slot)
-
-
-# For an audit: a table's columns, how many of them are its key, how a row is read, what drops it (if it may be lost).
-_READERS: Final[dict[str, tuple[str, int, Callable[[Row], object], Callable[[Row], Record | None]]]] = {
-    "specs": ("*", 1, _spec, lambda _: None),
-    "extents": (f"{EXTENT_COLUMNS}, checksums", 1, _stored, lambda row: DropExtent(row[0])),
-    "documents": ("*", 2, lambda row: _document(row, str), lambda _: None),
-    "pins": ("*", 2, _pin, lambda row: DropPin(row[0], row[1])),
-}

@@ -160,12 +160,16 @@ class Service:
         known = self.planner.observe_prefills(fingerprint, points)
         self.upkeep.remember_prefills(fingerprint, known)
 
-    def calibrate(self, calibration: Calibration) -> None:
-        """Predict by these measurements from now on, and after a restart. Raises InvalidRequest."""
+    def calibrate(self, calibration: Calibration, done: Callable[[HoldfastError | None], None]) -> None:
+        """Predict by these measurements from now on; `done` hears that they will survive a restart.
+
+        Raises InvalidRequest and changes nothing.
+        """
         if any(rate.bytes_per_second <= 0 or rate.latency_ns < 0 for rate in calibration.rates):
             raise InvalidRequest("a rate is a positive number of bytes per second, a latency not negative")
         self.planner.calibrate(calibration)
-        self.store.submit(Write(id=self.store.new_id(), records=(PutCalibration(calibration),)))
+        write = Write(id=self.store.new_id(), records=(PutCalibration(calibration),))
+        self.store.submit(write, lambda outcome: done(outcome.error))
 
     def holds(self, client: int) -> bool:
         """Whether a client has a seat, a lease or an ingest: bytes of ours that it may be reading or writing."""

@@ -56,6 +56,7 @@ FLOOR_OF = {
     "state": "rules",
     "arena": "effects",
     "catalog": "effects",
+    "catalog_rows": "effects",
     "check": "effects",
     "inspector": "effects",
     "verify": "effects",

@@ -51,13 +51,25 @@ def calibration(*rates):
 def test_predictions_follow_a_calibration_and_hops_it_does_not_name_stay():
     service, effects, _ = tiny_service()
     before = dict(service.planner.links)
-    service.calibrate(calibration())
+    service.calibrate(calibration(), print)
     assert service.planner.links[READ].bytes_per_second == 2e9
     assert service.planner.links[LOAD].latency_ns == 1000
     untouched = [hop for hop in before if hop not in (READ, LOAD)]
     assert all(service.planner.links[hop] == before[hop] for hop in untouched)
     written = [order for order in effects.orders if isinstance(order, Write)]
     assert written[-1].records == (PutCalibration(calibration()),)
+
+
+def test_whoever_calibrates_hears_when_it_is_kept_or_not():
+    service, effects, _ = tiny_service()
+    heard = []
+    service.calibrate(calibration(), heard.append)
+    service.calibrate(calibration(), heard.append)
+    assert heard == []
+    refused = StorageFailed("full")
+    effects.complete(service, effects.orders[0])
+    effects.fail(service, effects.orders[0], refused)
+    assert heard == [None, refused]
 
 
 def test_a_calibration_survives_a_restart(tmp_path):
@@ -77,7 +89,7 @@ def test_a_rate_that_cannot_be_is_refused_and_changes_nothing(bad):
     service, effects, _ = tiny_service()
     before = dict(service.planner.links)
     with pytest.raises(InvalidRequest):
-        service.calibrate(calibration(bad))
+        service.calibrate(calibration(bad), print)
     assert service.planner.links == before
     assert not effects.orders
 
@@ -87,7 +99,7 @@ def test_a_rate_that_cannot_be_is_refused_and_changes_nothing(bad):
 
 def test_of_overlapping_hops_the_slowest_counts_whole_and_of_others_one_move():
     service, _, _ = tiny_service()
-    service.calibrate(calibration(rate("nvme->ddr", 1e9, 10), rate("ddr->hbm", 4e9, 20)))
+    service.calibrate(calibration(rate("nvme->ddr", 1e9, 10), rate("ddr->hbm", 4e9, 20)), print)
     assert service.planner.predicted_ns({}, 100) == 0
     assert service.planner.predicted_ns({READ: 0}, 100) == 0
     assert service.planner.predicted_ns({READ: 1000}, 100) == 1010
