@@ -93,6 +93,8 @@ class Attaches:
         )
         attach = self._attach(lease, owner, group, placed, granted)
         self.loader.start(attach.loading, deadline_ns)
+        if attach.loading.phase is not Phase.READY:
+            attach.loading.swap.predicted_ns = self._predicted_ns(attach.loading, owner)
         self.open[lease.id] = attach
         self.state.leases[lease.id] = lease
         self.state.ledger.swaps.append(attach.loading.swap)
@@ -121,7 +123,7 @@ class Attaches:
         loading = Loading(
             document=owner.id,
             records=extents,
-            spans={record.extent.id: (record.extent.start, record.extent.stop) for record in extents},
+            spans={r.extent.id: (r.extent.start, r.extent.stop) for r in extents} if group is not None else {},
             group=group,
             layout=layout,
             urgency=Urgency.ATTACH,
@@ -135,20 +137,6 @@ class Attaches:
         return attach
 
     def _swap(self, lease: Lease, owner: Document, group: str | None) -> SwapRecord:
-        planner = self.store.planner
-        shard = self.state.groups[group].shards.get(owner.id) if group is not None else None
-        sizes: Counter[Hop] = Counter()
-        move_bytes = 0
-        for extent in owner.extents:
-            record = self.state.extents[extent]
-            source = record.source()
-            if source is None or (shard is not None and extent in shard.copies):
-                continue
-            move_bytes = record.extent.slot_bytes
-            if source.tier is Tier.NVME:
-                sizes[Hop(Tier.NVME, Tier.DDR)] += move_bytes
-            if group is not None:
-                sizes[Hop(Tier.DDR, Tier.HBM)] += move_bytes
         return SwapRecord(
             id=lease.id,
             document=str(owner.id),
@@ -156,9 +144,25 @@ class Attaches:
             client=lease.owner,
             started_wall_ns=self.store.clock.wall_ns(),
             token_count=owner.token_count,
-            predicted_ns=planner.predicted_ns(sizes, move_bytes),
-            recompute_ns=planner.curve(owner.fingerprint).marginal_prefill_ns(0, owner.token_count),
+            recompute_ns=self.store.planner.curve(owner.fingerprint).marginal_prefill_ns(0, owner.token_count),
         )
+
+    def _predicted_ns(self, loading: Loading, owner: Document) -> int:
+        """Time to move what is not at the target yet."""
+        group = loading.group
+        shard = self.state.groups[group].shards.get(owner.id) if group is not None else None
+        sizes: Counter[Hop] = Counter()
+        move_bytes = 0
+        for record in loading.records:
+            source = record.source()
+            if source is None or (shard is not None and record.extent.id in shard.copies):
+                continue
+            move_bytes = record.extent.slot_bytes
+            if source.tier is Tier.NVME:
+                sizes[Hop(Tier.NVME, Tier.DDR)] += move_bytes
+            if group is not None:
+                sizes[Hop(Tier.DDR, Tier.HBM)] += move_bytes
+        return self.store.planner.predicted_ns(sizes, move_bytes)
 
     def claim(self, client: int, lease_id: int) -> Attach:
         """The client's attach. Raises ClaimNotFound."""

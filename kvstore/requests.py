@@ -6,8 +6,9 @@ Knows messages and commands, no sockets. Commands that wait become awaitables he
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from operator import is_
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from .planner import Victim
 from .residency import Placement, Tier
 from .runs import RunMessage, in_runs
 from .service import NS, Service
+from .state import ExtentRecord
 from .views import DocumentView, document_view, pin_view, swap_view, tier_views, victim_views
 from .wire import (
     AbortIngest,
@@ -61,6 +63,7 @@ from .wire import (
 T = TypeVar("T")
 Answered = Callable[[T | HoldfastError], None]
 ALL_LAYERS = 1 << 31
+LATELY_MAX = 256  # documents whose runs are remembered
 LONGEST_SECONDS = 3600.0  # no wait is without end
 NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, EvictDocument)
 
@@ -80,6 +83,7 @@ class Requests:
         """`serial(slab)` names the slab's present memory, so that a client knows when to map it anew."""
         self._service = service
         self._serial = serial
+        self._lately: dict[DocumentId, tuple[list[Placement | None], list[RunMessage]]] = {}  # oldest attach first
 
     def is_new_work(self, body: Request) -> bool:
         """Whether a draining daemon refuses it."""
@@ -204,8 +208,7 @@ class Requests:
         with self._taken_back(lambda: self._service.detach(client, attach.lease.id)):
             if attach.loading.error is not None:  # since the grant
                 raise attach.loading.error
-            copies = [] if body.group is not None else [(r.extent, r.ddr) for r in attach.loading.records]
-            runs = self._runs(owner.fingerprint, copies)
+            runs = self._attached_runs(owner, attach.loading.records) if body.group is None else []
         return Attached(
             attach.lease.id,
             owner.fingerprint,
@@ -245,6 +248,18 @@ class Requests:
 
         await self._call(start)
         return Done()
+
+    def _attached_runs(self, owner: Document, records: Sequence[ExtentRecord]) -> list[RunMessage]:
+        """Its runs, as they were last time when it still lies where it lay; a copy never changes its slot."""
+        copies = [record.ddr for record in records]
+        known = self._lately.pop(owner.id, None)
+        if known is None or len(known[0]) != len(copies) or not all(map(is_, known[0], copies)):
+            extents = ((record.extent, record.ddr) for record in records)
+            known = copies, self._runs(owner.fingerprint, extents)
+        self._lately[owner.id] = known
+        if len(self._lately) > LATELY_MAX:
+            del self._lately[next(iter(self._lately))]
+        return known[1]
 
     def _runs(self, fingerprint: bytes, copies: Iterable[tuple[Extent, Placement | None]]) -> list[RunMessage]:
         slots = [(extent, copy.slot) for extent, copy in copies if copy is not None and copy.slot is not None]

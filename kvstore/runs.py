@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import overload
 
 import msgspec
 
@@ -49,13 +50,42 @@ class RunMessage(msgspec.Struct, frozen=True, array_like=True):
         """Bytes of all its slots."""
         return self.count * self.slot_bytes
 
-    def parts(self) -> Iterator[PartMessage]:
-        """Its extents, in document order."""
-        for index in range(self.count):
-            start = self.start + index * self.step
-            offset = self.offset + index * self.slot_bytes
-            valid_tokens = min(self.step, self.stop - start)
-            yield PartMessage(self.slab, offset, self.slot_bytes, self.serial, start, valid_tokens, self.group)
+    def part(self, index: int) -> PartMessage:
+        """One of its extents."""
+        start = self.start + index * self.step
+        offset = self.offset + index * self.slot_bytes
+        valid_tokens = min(self.step, self.stop - start)
+        return PartMessage(self.slab, offset, self.slot_bytes, self.serial, start, valid_tokens, self.group)
+
+
+class Parts(Sequence[PartMessage]):
+    """The extents of some runs, each made when it is looked at: a document may have thousands."""
+
+    def __init__(self, runs: Sequence[RunMessage]) -> None:
+        self._runs = runs
+
+    def __len__(self) -> int:
+        return sum(run.count for run in self._runs)
+
+    @overload
+    def __getitem__(self, index: int) -> PartMessage: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[PartMessage]: ...
+
+    def __getitem__(self, index: int | slice) -> PartMessage | list[PartMessage]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        left = index + len(self) if index < 0 else index
+        if left >= 0:
+            for run in self._runs:
+                if left < run.count:
+                    return run.part(left)
+                left -= run.count
+        raise IndexError(f"there is no extent {index} in {self._runs}")
+
+    def __iter__(self) -> Iterator[PartMessage]:
+        return (run.part(index) for run in self._runs for index in range(run.count))
 
 
 def in_runs(

@@ -271,9 +271,7 @@ class Service:
         self._pump()
 
     def _touch(self, document: Document) -> None:
-        now_ns = self.clock.monotonic_ns()
-        for extent in document.extents:
-            self.history.touch(extent, now_ns)
+        self.history.touch_all(document.extents, self.clock.monotonic_ns())
 
     # Attach ------------------------------------------------------------------------------------
 

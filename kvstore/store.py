@@ -6,7 +6,7 @@ who leaves and what is loaded is asked of it by room, loader, ingest and attach.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from .clock import Clock
 from .errors import HoldfastError
@@ -139,6 +139,20 @@ class Store:
         assert placement.holds > 0, placement
         placement.holds -= 1
         self.settle(placement)
+
+    def unhold_all(self, placements: Iterable[Placement]) -> None:
+        """Stop using these copies; those that are gone all the same are passed over."""
+        extents = self.records.extents
+        for placement in placements:
+            if placement.state is State.GONE:
+                continue
+            assert placement.holds > 0, placement
+            placement.holds -= 1
+            if placement.state is State.RESIDENT:  # the rule, and quick: a document may have thousands
+                record = extents.get(placement.extent)
+                if record is not None and record.documents:
+                    continue
+            self.settle(placement)
 
     def settle(self, placement: Placement) -> None:
         """Free the slot of a copy that is lost, or unwanted and idle, once nobody holds it."""

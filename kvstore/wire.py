@@ -12,7 +12,7 @@ import msgspec
 
 from .document import WritePolicy
 from .layout import Layout, Run
-from .runs import PartMessage, RunMessage
+from .runs import PartMessage, Parts, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PinView, SwapView, TierView, VictimView
 
@@ -281,9 +281,9 @@ class IngestOpened(Message, frozen=True):
     shard: ShardMessage | None
 
     @property
-    def parts(self) -> list[PartMessage]:
+    def parts(self) -> Parts:
         """The extents to fill, in order."""
-        return [part for run in self.runs for part in run.parts()]
+        return Parts(self.runs)
 
 
 class Attached(Message, frozen=True):
@@ -298,9 +298,9 @@ class Attached(Message, frozen=True):
     layers_ready: int
 
     @property
-    def parts(self) -> list[PartMessage]:
+    def parts(self) -> Parts:
         """The extents, in document order, layer group by layer group."""
-        return [part for run in self.runs for part in run.parts()]
+        return Parts(self.runs)
 
 
 class LayersReady(Message, frozen=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from holdfast.eviction.history import History
+from holdfast.eviction.history import UNCOUNTED_MAX, History
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -84,3 +84,35 @@ def test_it_never_outgrows_its_capacity_and_keeps_the_latest(uses, capacity):
     latest = list(dict.fromkeys(reversed(uses)))[:capacity]
     assert [n for n in "abcdefgh" if history.last_access_ns(n) is not None] == sorted(latest)
     assert len(history) == len(latest)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["ab", "bcd", "e", "a"]), st.integers(0, HALF_LIFE_NS // 4), st.booleans()),
+        max_size=40,
+    )
+)
+def test_uses_of_many_together_count_as_single_uses_in_turn(uses):
+    """However many are not counted yet when somebody looks."""
+    together, single = History(capacity=100, half_life_ns=HALF_LIFE_NS), History(100, HALF_LIFE_NS)
+    now_ns = 0
+    for ids, later_ns, looks in uses:
+        now_ns += later_ns
+        together.touch_all(ids, now_ns)
+        for name in ids:
+            single.touch(name, now_ns)
+        if looks:
+            assert len(together) == len(single)
+    for name in "abcde":
+        assert together.last_access_ns(name) == single.last_access_ns(name)
+        assert together.frequency(name, now_ns) == pytest.approx(single.frequency(name, now_ns))
+    assert list(together._traces) == list(single._traces), "the order of what goes first"
+
+
+def test_uses_that_nobody_looks_at_are_bounded():
+    history = History(capacity=10_000, half_life_ns=HALF_LIFE_NS)
+    kept = [(f"x{number}",) for number in range(1000)]
+    for ids in kept:
+        history.touch_all(ids, 0)
+    assert len(history._uncounted) == UNCOUNTED_MAX
+    assert len(history) == 1000

@@ -189,8 +189,33 @@ def test_an_attach_from_ddr_moves_nothing():
     scene = Scene()
     (attach,) = scene.attach(scene.store("a", tokens(1, 2)))
     assert attach.loading.phase == "ready"
+    assert attach.loading.layers == 2
     assert not scene.effects.orders
-    assert attach.loading.swap.moved_bytes == 0
+    swap = attach.loading.swap
+    assert (swap.outcome, swap.moved_bytes, swap.predicted_ns, swap.source_bytes) == (
+        "ready",
+        0,
+        0,
+        {"ddr": 2 * EXTENT_BYTES},
+    )
+    assert list(scene.state.leases) == [attach.lease.id]
+    assert all(copy.holds == 1 for copy in scene.state.all_placements() if copy.tier is Tier.DDR)
+    scene.detach(attach)
+    assert all(copy.holds == 0 for copy in scene.state.all_placements())
+
+
+def test_an_attach_that_needs_no_room_waits_for_nobody_who_does():
+    """And what it holds does not leave for them."""
+    scene = Scene(ddr=4)
+    document = scene.store("a", tokens(1, 2), WritePolicy.BACK)
+    scene.store("b", tokens(2, 2), WritePolicy.BACK)
+    _, waiting = scene.begin("c", tokens(3, 2))
+    assert not waiting
+    front = [scene.state.extents[e].ddr.state for e in scene.state.documents[document].document.extents]
+    (attach,) = scene.attach(document) if set(front) == {"resident"} else scene.attach(DocumentId("t", "b"))
+    assert attach.loading.phase == "ready"
+    scene.settle()
+    assert waiting
 
 
 @pytest.mark.parametrize("from_nvme", [False, True])
