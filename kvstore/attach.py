@@ -18,7 +18,8 @@ from .ledger import Hop, SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
 from .orders import Urgency
-from .residency import Tier
+from .residency import Placement, Tier
+from .residency import State as Residency
 from .state import State
 
 Waiting = Callable[[int | HoldfastError], None]
@@ -92,8 +93,8 @@ class Attaches:
             deadline_ns=now_ns + self.lease_ns,
         )
         attach = self._attach(lease, owner, group, placed, granted)
-        self.loader.start(attach.loading, deadline_ns)
-        if attach.loading.phase is not Phase.READY:
+        if group is not None or not self._is_here(attach.loading):
+            self.loader.start(attach.loading, deadline_ns)
             attach.loading.swap.predicted_ns = self._predicted_ns(attach.loading, owner)
         self.open[lease.id] = attach
         self.state.leases[lease.id] = lease
@@ -146,6 +147,31 @@ class Attaches:
             token_count=owner.token_count,
             recompute_ns=self.store.planner.curve(owner.fingerprint).marginal_prefill_ns(0, owner.token_count),
         )
+
+    def _is_here(self, loading: Loading) -> bool:
+        """Whether all of it can be read in DDR: then it is held, and ready, and waits for nobody.
+
+        Quick, because there may be thousands of extents.
+        """
+        copies: list[Placement] = []
+        for record in loading.records:
+            copy = record.ddr
+            if copy is None or copy.state is not Residency.RESIDENT:
+                return False
+            copies.append(copy)
+        size_bytes = 0
+        for copy in copies:
+            copy.holds += 1
+            size_bytes += copy.size_bytes
+        loading.held = copies
+        loading.phase = Phase.READY
+        spec = self.state.specs[loading.records[0].extent.fingerprint]
+        loading.layers = max(len(group.layers) for group in spec.groups)
+        loading.swap.source_bytes[Tier.DDR.label] = size_bytes
+        loading.swap.reattach_ns = self.store.clock.monotonic_ns() - loading.started_ns
+        loading.swap.outcome = "ready"
+        loading.granted()
+        return True
 
     def _predicted_ns(self, loading: Loading, owner: Document) -> int:
         """Time to move what is not at the target yet."""

@@ -18,7 +18,7 @@ from .errors import ClaimNotFound, TokenOutOfRange
 from .layout import Layout
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec
-from .views import DocumentView, PinView, SwapView, TierView, VictimView
+from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
 from .wire import (
     SLABS_AT_ONCE,
     AbortIngest,
@@ -32,11 +32,16 @@ from .wire import (
     Documents,
     EvictDocument,
     EvictionPlan,
+    Found,
     IngestOpened,
+    Keys,
+    KeysOf,
     LayersReady,
     LayoutMessage,
     ListDocuments,
     ListTiers,
+    Lookup,
+    LookupTokens,
     MapSlabs,
     MoveDone,
     ObservePrefill,
@@ -168,9 +173,13 @@ class Client:
         body = BeginIngest(name, fingerprint, data, write_policy, group, chunk_tokens, deadline_seconds)
         return self._ask(IngestOpened, body, deadline_seconds + MARGIN_SECONDS)
 
-    def commit_ingest(self, ingest: int, deadline_seconds: float = 600.0) -> DocumentView:
-        """Publish it: returns when the document is complete and visible."""
-        return self._ask(Documents, CommitIngest(ingest), deadline_seconds).documents[0]
+    def commit_ingest(self, ingest: int, seals: Sequence[bytes] = (), deadline_seconds: float = 600.0) -> DocumentView:
+        """Publish it: returns when the document is complete and visible.
+
+        `seals` are this process' own, one per extent of IngestOpened (see `seal`), or empty for the daemon to make.
+        A wrong seal harms this document alone: what it covers is found corrupt when it is read.
+        """
+        return self._ask(Documents, CommitIngest(ingest, list(seals)), deadline_seconds).documents[0]
 
     def abort_ingest(self, ingest: int) -> None:
         """Drop it without a trace."""
@@ -213,6 +222,20 @@ class Client:
         """End a lease. Its views must not be used any more."""
         self._ready.pop(lease, None)
         self._do(Detach(lease))
+
+    # Lookup ------------------------------------------------------------------------------------
+
+    def keys_of(self, fingerprint: bytes, tokens: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
+        """The keys of a token sequence's blocks, 16 bytes each: to ask for it, or a front of it, more than once."""
+        return self._ask(Keys, KeysOf(fingerprint, token_bytes(tokens))).keys
+
+    def lookup(self, fingerprint: bytes, keys: bytes) -> PrefixView:
+        """How much of the sequence with these block keys is in the cache. Nothing is leased, and nothing learnt."""
+        return self._ask(Found, Lookup(fingerprint, keys)).prefix
+
+    def lookup_tokens(self, fingerprint: bytes, tokens: Sequence[int] | npt.NDArray[np.integer]) -> PrefixView:
+        """The same by tokens."""
+        return self._ask(Found, LookupTokens(fingerprint, token_bytes(tokens))).prefix
 
     # Ranks -------------------------------------------------------------------------------------
 

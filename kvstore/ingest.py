@@ -12,9 +12,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .document import Document, WritePolicy
-from .errors import ClaimNotFound, DocumentExists, DocumentIncomplete, DocumentTooLarge, HoldfastError, InUse
+from .errors import (
+    ClaimNotFound,
+    DocumentExists,
+    DocumentIncomplete,
+    DocumentTooLarge,
+    HoldfastError,
+    InUse,
+    InvalidRequest,
+)
 from .extent import Extent
-from .geometry import extent_geometry
+from .geometry import Geometry, extent_geometry
 from .layout import Layout
 from .ledger import Hop, SwapRecord
 from .loader import Loader
@@ -23,6 +31,7 @@ from .orders import Outcome, Part, SaveShard, Seal, Urgency
 from .planner import Demand
 from .residency import Event, Placement, State, Tier
 from .room import Reservation, Room
+from .seal import CHECKSUM_BYTES
 from .slots import SlotClass
 from .state import DocumentRecord, ExtentRecord, Shard
 from .store import Store
@@ -222,8 +231,13 @@ class Ingests:
             raise ClaimNotFound(f"no open ingest {ingest_id} of this client; it ended or was aborted")
         return ingest
 
-    def commit(self, ingest: Ingest, committed: Done) -> None:
-        """Everything is filled: save it out of the group's rows if there is one, seal, publish."""
+    def commit(self, ingest: Ingest, committed: Done, seals: Sequence[bytes] = ()) -> None:
+        """Everything is filled: save it out of the group's rows if there is one, seal, publish.
+
+        `seals` are the writer's own, one per missing extent, empty for those to be sealed here. Raises InvalidRequest
+        for seals of another number or size. A wrong one harms the writer's document alone: reads will not verify.
+        """
+        self._check_seals(ingest, seals)
         if ingest.stage is Stage.FAILED:
             assert ingest.error is not None
             ingest.committed = committed
@@ -232,10 +246,29 @@ class Ingests:
         if ingest.stage is not Stage.FILLING:
             raise InUse(f"ingest {ingest.id} is {ingest.stage}, so it cannot be committed now")
         ingest.committed = committed
+        for extent, seal in zip(ingest.missing, seals, strict=False):
+            ingest.filled[extent.id].checksums = seal
         if ingest.loading is not None and ingest.loading.phase is Phase.MOVING:
             ingest.stage = Stage.LOADING
         else:
             self._proceed(ingest)
+
+    def _check_seals(self, ingest: Ingest, seals: Sequence[bytes]) -> None:
+        if not seals:
+            return
+        if ingest.group is not None:
+            raise InvalidRequest("what ranks save is sealed by the daemon; commit without seals")
+        if len(seals) != len(ingest.missing):
+            raise InvalidRequest(f"{len(seals)} seals for {len(ingest.missing)} extents; send one each, or none")
+        for extent, seal in zip(ingest.missing, seals, strict=True):
+            wanted = self._geometry(extent).plane_count * CHECKSUM_BYTES
+            if seal and len(seal) != wanted:
+                raise InvalidRequest(
+                    f"a seal of {len(seal)} B for tokens [{extent.start}, {extent.stop}), not {wanted}"
+                )
+
+    def _geometry(self, extent: Extent) -> Geometry:
+        return extent_geometry(self.store.records.specs[extent.fingerprint], extent.group)
 
     def _proceed(self, ingest: Ingest) -> None:
         if ingest.shard is not None and ingest.missing:
@@ -272,15 +305,15 @@ class Ingests:
     def _seal(self, ingest: Ingest) -> None:
         ingest.stage = Stage.SEALING
         for extent in ingest.missing:
-            self._seal_one(ingest, extent)
-        if not ingest.missing:
+            if not ingest.filled[extent.id].checksums:
+                self._seal_one(ingest, extent)
+        if not ingest.in_flight:
             self._publish(ingest)
 
     def _seal_one(self, ingest: Ingest, extent: Extent) -> None:
         placement = ingest.filled[extent.id]
         assert placement.slot is not None
-        geometry = extent_geometry(self.store.records.specs[extent.fingerprint], extent.group)
-        order = Seal(id=self.store.new_id(), slot=placement.slot, geometry=geometry)
+        order = Seal(id=self.store.new_id(), slot=placement.slot, geometry=self._geometry(extent))
         ingest.in_flight += 1
 
         def sealed(outcome: Outcome) -> None:
@@ -310,6 +343,7 @@ class Ingests:
         for extent in ingest.extents:
             record = records.extents.setdefault(extent.id, ExtentRecord(extent=extent))
             record.extent = extent  # a restart may have left it without block keys
+            records.fronts.add(extent)
             record.join(owner)
             placement = ingest.filled.get(extent.id)
             if placement is not None:

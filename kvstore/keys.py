@@ -46,13 +46,12 @@ def block_keys(tokens: Tokens, spec: KVSpec, secret: bytes) -> list[bytes]:
     """One key per block of `spec.block_tokens` tokens, the last block possibly part-filled."""
     assert len(secret) == SECRET_BYTES, "a tenant secret has 32 bytes"
     data = memoryview(tokens.astype("<u4", copy=False).tobytes())
-    fingerprint = spec.fingerprint()
+    begun = hashlib.blake2b(spec.fingerprint(), digest_size=KEY_BYTES, key=secret)
     step = spec.block_tokens * 4
     keys = []
     key = ROOT
     for start in range(0, len(data), step):
-        block = hashlib.blake2b(digest_size=KEY_BYTES, key=secret)
-        block.update(fingerprint)
+        block = begun.copy()
         block.update(key)
         block.update(data[start : start + step])
         key = block.digest()

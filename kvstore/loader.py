@@ -40,12 +40,7 @@ class Loader:
     # Start -------------------------------------------------------------------------------------
 
     def start(self, loading: Loading, deadline_ns: int) -> None:
-        """Hold what is there and queue for room. Raises DocumentIncomplete or NoCapacity, holding nothing.
-
-        What lies complete in DDR already, and is wanted there, waits for nobody: it is ready on return.
-        """
-        if loading.group is None and self._is_here(loading):
-            return
+        """Hold what is there and queue for room. Raises DocumentIncomplete or NoCapacity, holding nothing."""
         shard = self._shard(loading)
         here = shard.copies if shard is not None else {}
         for record in loading.records:
@@ -64,32 +59,6 @@ class Loader:
             source = record.source()
             if source is not None:
                 loading.sources[record.extent.id] = self.store.hold(source)
-
-    def _is_here(self, loading: Loading) -> bool:
-        """Whether all of it can be read in DDR: then it is held and ready. Quick: there may be thousands of extents."""
-        copies: list[Placement] = []
-        for record in loading.records:
-            copy = record.ddr
-            if copy is None or copy.state is not State.RESIDENT:
-                return False
-            copies.append(copy)
-        size_bytes = 0
-        for copy in copies:
-            copy.holds += 1
-            size_bytes += copy.size_bytes
-        loading.held = copies
-        loading.phase = Phase.READY
-        if loading.records:
-            spec = self.store.records.specs[loading.records[0].extent.fingerprint]
-            loading.layers = max(len(group.layers) for group in spec.groups)
-        loading.swap.source_bytes[Tier.DDR.label] = size_bytes
-        loading.swap.reattach_ns = self.store.clock.monotonic_ns() - loading.started_ns
-        loading.swap.outcome = "ready"
-        loading.granted()
-        loading.ended(None)
-        if loading.released:
-            self._let_go(loading)
-        return True
 
     def _shard(self, loading: Loading) -> Shard | None:
         if loading.group is None:

@@ -19,13 +19,14 @@ from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
 from .ingest import Ingest
+from .keys import Tokens, as_tokens, block_keys
 from .loading import Loading
 from .planner import Victim
 from .residency import Placement, Tier
 from .runs import RunMessage, in_runs
 from .service import NS, Service
 from .state import ExtentRecord
-from .views import DocumentView, document_view, pin_view, swap_view, tier_views, victim_views
+from .views import DocumentView, document_view, pin_view, prefix_view, swap_view, tier_views, victim_views
 from .wire import (
     AbortIngest,
     AttachDocument,
@@ -38,11 +39,16 @@ from .wire import (
     Done,
     EvictDocument,
     EvictionPlan,
+    Found,
     IngestOpened,
+    Keys,
+    KeysOf,
     LayersReady,
     LayoutMessage,
     ListDocuments,
     ListTiers,
+    Lookup,
+    LookupTokens,
     ObservePrefill,
     PinDocument,
     Pinned,
@@ -94,8 +100,10 @@ class Requests:
         match body:
             case BeginIngest():
                 return await self._begin(client, tenant, body)
-            case CommitIngest(ingest=ingest):
-                committed: Document = await self._call(lambda done: self._service.commit_ingest(client, ingest, done))
+            case CommitIngest(ingest, seals):
+                committed: Document = await self._call(
+                    lambda done: self._service.commit_ingest(client, ingest, done, seals)
+                )
                 return Documents([self._view(committed)])
             case AttachDocument():
                 return await self._attach(client, tenant, body)
@@ -110,6 +118,11 @@ class Requests:
                 return await self._evict(tenant, body)
             case DeleteDocument(name=name):
                 return await self._delete(DocumentId(tenant, name))
+            case KeysOf(fingerprint, tokens):
+                return Keys(await self._keys(tenant, fingerprint, tokens))
+            case LookupTokens(fingerprint, tokens):
+                keys = await self._keys(tenant, fingerprint, tokens)
+                return Found(prefix_view(self._service.lookup(tenant, fingerprint, keys)))
             case _:
                 return self._simple(client, tenant, body)
 
@@ -159,15 +172,21 @@ class Requests:
                 return Documents([document_view(service.state, service.planner, record) for record in records])
             case ShowDocument(name=name):
                 return Documents([self._view(service.state.document(DocumentId(tenant, name)).document)])
+            case Lookup(fingerprint, keys):
+                return Found(prefix_view(service.lookup(tenant, fingerprint, keys)))
             case ListTiers():
                 return Tiers(tier_views(service.state))
             case _:
                 raise MalformedFrame(f"{type(body).__name__} is not expected here")
 
+    async def _keys(self, tenant: str, fingerprint: bytes, data: bytes) -> bytes:
+        spec, secret = self._service.keying(tenant, fingerprint)
+        tokens = as_tokens(_tokens(data), spec)
+        # A long document's keys take longer than others should have to wait.
+        return b"".join(await asyncio.to_thread(block_keys, tokens, spec, secret))
+
     async def _begin(self, client: int, tenant: str, body: BeginIngest) -> Reply:
-        if len(body.tokens) % 4:
-            raise InvalidRequest("tokens are little-endian uint32, four bytes each")
-        tokens = np.frombuffer(body.tokens, dtype="<u4")
+        tokens = _tokens(body.tokens)
         document = DocumentId(tenant, body.name)
         opened: Ingest = await self._call(
             lambda done: self._service.begin_ingest(
@@ -298,6 +317,12 @@ class Requests:
             return await asyncio.wait_for(future, LONGEST_SECONDS)
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {LONGEST_SECONDS:g} s") from error
+
+
+def _tokens(data: bytes) -> Tokens:
+    if len(data) % 4:
+        raise InvalidRequest("tokens are little-endian uint32, four bytes each")
+    return np.frombuffer(data, dtype="<u4")
 
 
 def _shard(loading: Loading | None) -> ShardMessage | None:

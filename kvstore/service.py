@@ -30,12 +30,13 @@ from .errors import (
 from .extent import Extent, cut
 from .geometry import arena_geometry, extent_geometry
 from .ingest import Ingest, Ingests
-from .keys import Tokens, as_tokens, block_keys
+from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
 from .layout import Layout, chunked, heads_of, zigzag
 from .ledger import Ledger, SwapRecord
 from .loader import Loader
 from .orders import Effects, Outcome, PutCalibration, PutSpec, Write
 from .planner import Planner, Victim
+from .prefix import Prefix, longest
 from .residency import Tier
 from .room import Room
 from .slots import RowPool, SlabPool, SlotClass
@@ -253,8 +254,14 @@ class Service:
         """Tokens in front of the first missing extent of any layer group."""
         return min((extent.start for extent in missing), default=token_count)
 
-    def commit_ingest(self, client: int, ingest_id: int, done: Callable[[Document | HoldfastError], None]) -> None:
-        """Publish an ingest; `done` hears the document when it is complete and visible."""
+    def commit_ingest(
+        self,
+        client: int,
+        ingest_id: int,
+        done: Callable[[Document | HoldfastError], None],
+        seals: Sequence[bytes] = (),
+    ) -> None:
+        """Publish an ingest; `done` hears the document when it is complete and visible. Seals: see Ingests.commit."""
         ingest = self.ingests.get(ingest_id, client)
 
         def committed(error: HoldfastError | None) -> None:
@@ -262,7 +269,7 @@ class Service:
                 self._touch(ingest.document)
             done(error if error is not None else ingest.document)
 
-        self.ingests.commit(ingest, committed)
+        self.ingests.commit(ingest, committed, seals)
         self._pump()
 
     def abort_ingest(self, client: int, ingest_id: int) -> None:
@@ -316,6 +323,22 @@ class Service:
         """End a lease; its copies stay where they are until eviction wants their room."""
         self.attaches.end(self.attaches.claim(client, lease_id))
         self._pump()
+
+    # Lookup ------------------------------------------------------------------------------------
+
+    def keying(self, tenant: str, fingerprint: bytes) -> tuple[KVSpec, bytes]:
+        """What a tenant's block keys are made with. Raises SpecMismatch."""
+        return self._spec(fingerprint), self._secret(tenant)
+
+    def lookup(self, tenant: str, fingerprint: bytes, keys: bytes) -> Prefix:
+        """How much of a prefix the tenant has (see prefix); no use that eviction learns from.
+
+        Raises SpecMismatch, or InvalidRequest for what is no sequence of keys.
+        """
+        self._spec(fingerprint)
+        if len(keys) % KEY_BYTES:
+            raise InvalidRequest(f"keys have {KEY_BYTES} bytes each, so {len(keys)} B are no keys")
+        return longest(self.state, tenant, fingerprint, keys)
 
     # Upkeep ------------------------------------------------------------------------------------
 

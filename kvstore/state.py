@@ -13,6 +13,7 @@ from .claims import Lease, Pins
 from .document import Document, DocumentId
 from .errors import DocumentNotFound, GroupNotFound
 from .extent import Extent, ExtentId
+from .fronts import Fronts
 from .layout import Layout
 from .ledger import Ledger
 from .residency import Placement, Tier
@@ -128,6 +129,7 @@ class State:
         self.specs: dict[bytes, KVSpec] = {}
         self.documents: dict[DocumentId, DocumentRecord] = {}
         self.extents: dict[ExtentId, ExtentRecord] = {}
+        self.fronts = Fronts()  # of these extents
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}
         self.private: dict[int, list[Placement]] = {}  # ingest id -> copies nobody else sees yet

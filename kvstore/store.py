@@ -258,6 +258,7 @@ class Store:
             self.settle(placement)
         if not record.placements():
             self.records.extents.pop(record.extent.id, None)
+            self.records.fronts.discard(record.extent)
 
     # Shards ------------------------------------------------------------------------------------
 

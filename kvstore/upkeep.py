@@ -277,6 +277,7 @@ class Upkeep:
             self.store.planner.observe_prefills(measured.fingerprint, points)
         for extent, slot in extents:
             record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
+            self.state.fronts.add(extent)
             if not self.state.nvme.fits_in(SlotClass("", extent.slot_bytes), slot):
                 # The budget shrank, or segments have another size now: what does not fit is given up, visibly.
                 self.state.ledger.counts["not_restored"] += 1

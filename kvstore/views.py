@@ -14,6 +14,7 @@ from .clock import Clock
 from .document import DocumentId
 from .ledger import SwapRecord, Verdict
 from .planner import Planner, Victim
+from .prefix import Prefix
 from .residency import Tier
 from .state import DDR, NVME, DocumentRecord, ExtentRecord, State
 from .store import hbm_device
@@ -30,6 +31,13 @@ class PinView(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     created_wall_ns: int
     expires_wall_ns: int | None
+
+
+class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
+    """How many leading tokens are complete in the cache, and how many of them have their nearest copy in which tier."""
+
+    token_count: int
+    tier_tokens: dict[str, int]
 
 
 class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,6 +148,13 @@ class LeaseView(msgspec.Struct, frozen=True, kw_only=True):
     document: str
     overdue: bool
     remaining_seconds: float
+
+
+def prefix_view(prefix: Prefix) -> PrefixView:
+    """Show what a lookup found."""
+    return PrefixView(
+        token_count=prefix.token_count, tier_tokens={tier.label: tokens for tier, tokens in prefix.tiers.items()}
+    )
 
 
 def pin_view(pin: Pin) -> PinView:

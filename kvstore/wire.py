@@ -14,7 +14,7 @@ from .document import WritePolicy
 from .layout import Layout, Run
 from .runs import PartMessage, Parts, RunMessage
 from .spec import KVSpec
-from .views import DocumentView, PinView, SwapView, TierView, VictimView
+from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
 
 PROTOCOL_VERSION: Final = 2
 SLABS_AT_ONCE: Final = 128  # a message carries at most 253 descriptors
@@ -100,9 +100,10 @@ class BeginIngest(Message, frozen=True):
 
 
 class CommitIngest(Message, frozen=True):
-    """Publish an ingest."""
+    """Publish an ingest. `seals`: none, or one per extent of IngestOpened; the daemon makes those that are empty."""
 
     ingest: int
+    seals: list[bytes] = []
 
 
 class AbortIngest(Message, frozen=True):
@@ -161,6 +162,27 @@ class MapSlabs(Message, frozen=True):
     """Send me those slabs' descriptors."""
 
     slabs: Annotated[list[int], msgspec.Meta(min_length=1, max_length=SLABS_AT_ONCE)]
+
+
+class KeysOf(Message, frozen=True):
+    """The keys of a token sequence (little-endian uint32), to look it up with."""
+
+    fingerprint: bytes
+    tokens: bytes
+
+
+class Lookup(Message, frozen=True):
+    """How much of a prefix is in the cache, by the keys of its blocks, one after another."""
+
+    fingerprint: bytes
+    keys: bytes
+
+
+class LookupTokens(Message, frozen=True):
+    """The same by its tokens, little-endian uint32."""
+
+    fingerprint: bytes
+    tokens: bytes
 
 
 class ListDocuments(Message, frozen=True):
@@ -234,6 +256,9 @@ Request = (
     | Detach
     | ObservePrefill
     | MapSlabs
+    | KeysOf
+    | Lookup
+    | LookupTokens
     | ListDocuments
     | ShowDocument
     | DeleteDocument
@@ -322,6 +347,18 @@ class SlabsMapped(Message, frozen=True):
     size_bytes: int
 
 
+class Keys(Message, frozen=True):
+    """Keys of blocks, 16 bytes each, one after another."""
+
+    keys: bytes
+
+
+class Found(Message, frozen=True):
+    """What is in the cache of a prefix."""
+
+    prefix: PrefixView
+
+
 class Documents(Message, frozen=True):
     """Documents."""
 
@@ -396,6 +433,8 @@ Reply = (
     | LayersReady
     | Receipt
     | SlabsMapped
+    | Keys
+    | Found
     | Documents
     | Pinned
     | EvictionPlan

@@ -16,6 +16,7 @@ from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import (
     ClaimNotFound,
+    CorruptExtent,
     DaemonUnavailable,
     DocumentIncomplete,
     DocumentNotFound,
@@ -36,13 +37,17 @@ from holdfast.kvstore.errors import (
     Unavailable,
 )
 from holdfast.kvstore.frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, encode
+from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.requests import Requests
+from holdfast.kvstore.seal import seal_planes
 from holdfast.kvstore.wire import (
     PROTOCOL_VERSION,
     AttachDocument,
+    Found,
     Goodbye,
     Hello,
     ListDocuments,
+    LookupTokens,
     MapSlabs,
     Refused,
     Welcome,
@@ -394,6 +399,103 @@ def test_numbers_no_machine_has_are_refused(unharmed):
     for attempt, number in IMPOSSIBLE:
         with closing(Client(unharmed.socket)) as client, pytest.raises(MalformedFrame):
             attempt(client, 1, number)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        ["MapSlabs", []],
+        ["MapSlabs", [0] * 129],
+        ["MapSlabs", 0],
+        ["MapSlabs", ["0"]],
+        ["CommitIngest", 1, [7]],
+        ["CommitIngest", 1, "seal"],
+        ["CommitIngest", 1, [None]],
+        ["Lookup", FINGERPRINT],
+        ["Lookup", FINGERPRINT, [1, 2]],
+        ["Lookup", 7, b""],
+        ["LookupTokens", FINGERPRINT, None],
+        ["KeysOf", FINGERPRINT, [1]],
+    ],
+    ids=str,
+)
+def test_messages_of_another_shape_are_malformed(unharmed, body):
+    with closing(Raw(unharmed, HELLO + frame(msgspec.msgpack.encode([2, body])))) as raw:
+        answers = raw.answers()
+    assert [answer.body.code for answer in answers[1:]] == ["malformed-frame"]
+
+
+def test_what_cannot_be_looked_up_is_refused(unharmed):
+    with closing(Client(unharmed.socket)) as client:
+        client.register_spec(SPEC)
+        for error, request in [
+            (InvalidRequest, lambda: client.lookup(FINGERPRINT, b"1234567")),
+            (SpecMismatch, lambda: client.lookup(b"nobody's", b"")),
+            (SpecMismatch, lambda: client.lookup_tokens(b"nobody's", [1])),
+            (SpecMismatch, lambda: client.keys_of(b"nobody's", [1])),
+            (TokenOutOfRange, lambda: client.keys_of(FINGERPRINT, [SPEC.vocabulary_size])),
+            (EmptyDocument, lambda: client.lookup_tokens(FINGERPRINT, [])),
+            (InvalidRequest, lambda: client._ask(Found, LookupTokens(FINGERPRINT, b"123"))),
+        ]:
+            with pytest.raises(error):
+                request()
+
+
+def test_a_front_is_found_by_tokens_and_by_keys_and_only_by_its_tenant(unharmed):
+    tokens = tokens_of("report", 100)
+    with closing(Client(unharmed.socket)) as client, closing(Client(unharmed.socket, "other")) as other:
+        for one in (client, other):
+            one.register_spec(SPEC)
+        put(client, "report", 100)
+        keys = client.keys_of(FINGERPRINT, tokens)
+        assert len(keys) == 7 * 16
+        assert client.lookup(FINGERPRINT, keys).token_count == 100
+        assert client.lookup(FINGERPRINT, keys[: 3 * 16]).token_count == 48
+        assert client.lookup_tokens(FINGERPRINT, [*tokens[:50], 1, 2, 3]).tier_tokens["ddr"] == 48
+        assert other.keys_of(FINGERPRINT, tokens) != keys
+        assert other.lookup(FINGERPRINT, keys).token_count == 0
+        assert other.lookup_tokens(FINGERPRINT, tokens).token_count == 0
+        client.delete("report")
+        assert client.lookup(FINGERPRINT, keys).token_count == 0
+
+
+def test_seals_of_the_writer_are_kept_and_wrong_ones_are_found(daemon):
+    client = daemon.client()
+    spec, tokens = tiny_spec(), tokens_of("report", 64)
+    for name, wrong in (("good", b""), ("bad", bytes(32))):
+        tokens = [*tokens[1:], tokens[0]]
+        opened = client.begin_ingest(name, spec.fingerprint(), tokens)
+        write(client, name, opened.parts)
+        seals = [wrong or seal_planes(view, extent_geometry(spec)) for view in client.views(opened.parts)]
+        with pytest.raises(InvalidRequest):
+            client.commit_ingest(opened.ingest, seals[:1])
+        client.commit_ingest(opened.ingest, seals)
+        until(lambda name=name: durable(client, name), "it is durable")
+        client.evict(name)
+    assert fetch(client, "good") == expected("good", 64)
+    with pytest.raises(CorruptExtent):
+        fetch(client, "bad")
+
+
+def test_many_slabs_are_mapped_at_once_and_only_once():
+    """Whatever they are asked for in; and one that is not ours spoils the request, leaking nothing."""
+    with DaemonProcess(ddr__capacity_bytes="16 MiB", ddr__slab_bytes="64 KiB", limits__pin_bytes="1 MiB") as process:
+        client, other = process.start().client(), process.client("other")
+        content = put(client, "long", 32 * 600, WritePolicy.MEMORY)  # 150 slabs, two messages
+        before = process.descriptors()
+        assert fetch(client, "long") == content
+        attached = client.attach("long")
+        assert len(attached.runs) < 200
+        first = client.views(attached.parts)
+        assert first == client.views(attached.parts)
+        assert len({part.slab for part in attached.parts}) > 128
+        slabs = sorted({part.slab for part in attached.parts})
+        with pytest.raises(ProtocolError):
+            other._connection.call(MapSlabs(slabs[:100]))
+        with pytest.raises(ProtocolError):
+            client._connection.call(MapSlabs([*slabs[:100], 255]))
+        assert process.descriptors() <= before
+        del first
 
 
 def test_measurements_of_no_time_do_not_stop_the_pricing(unharmed):

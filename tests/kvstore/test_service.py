@@ -96,6 +96,53 @@ def test_an_ingest_that_ends_early_leaves_nothing(stage, how):
         scene.service.commit_ingest(CLIENT, ingest.id, done.append)
 
 
+def test_what_its_writer_sealed_is_not_sealed_again():
+    """And what it left to the daemon is."""
+    scene = Scene()
+    ingest, _ = scene.begin("a", tokens(1, 3))
+    heard = []
+    seals = [b"12345678" * 4, b"", b"abcdefgh" * 4]
+    scene.service.commit_ingest(CLIENT, ingest.id, heard.append, seals)
+    scene.state.check()
+    (order,) = scene.pending(Seal)
+    assert order.slot == ingest.filled[ingest.missing[1].id].slot
+    assert not heard
+    scene.settle()
+    assert heard == [ingest.document]
+    sealed = [scene.state.extents[e].ddr.checksums for e in ingest.document.extents]
+    assert [sealed[0], sealed[2]] == [seals[0], seals[2]]
+    assert sealed[1]
+
+
+def test_a_commit_with_all_seals_is_complete_at_once():
+    scene = Scene()
+    ingest, _ = scene.begin("a", tokens(1, 2), WritePolicy.MEMORY)
+    heard = []
+    scene.service.commit_ingest(CLIENT, ingest.id, heard.append, [b"12345678" * 4] * 2)
+    scene.state.check()
+    assert heard == [ingest.document]
+
+
+@pytest.mark.parametrize("seals", [[b""], [b"x" * 32] * 3, [b"x" * 31, b""], [b"x" * 40, b"x" * 32]])
+def test_seals_of_another_shape_are_refused_and_the_ingest_stays_open(seals):
+    scene = Scene()
+    ingest, _ = scene.begin("a", tokens(1, 2))
+    with pytest.raises(InvalidRequest):
+        scene.service.commit_ingest(CLIENT, ingest.id, [].append, seals)
+    scene.state.check()
+    heard = scene.commit(ingest)
+    scene.settle()
+    assert heard == [ingest.document]
+
+
+def test_ranks_shares_are_sealed_by_the_daemon():
+    scene = Scene()
+    scene.group()
+    ingest, _ = scene.begin("a", tokens(1, 2), group="g")
+    with pytest.raises(InvalidRequest, match="by the daemon"):
+        scene.service.commit_ingest(CLIENT, ingest.id, [].append, [b"12345678" * 4] * 2)
+
+
 def test_two_ingests_of_one_prefix_share_it():
     """Neither waits for the other; the second to commit gives its duplicates back, and deleting one keeps the other."""
     scene = Scene()
