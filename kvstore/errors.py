@@ -31,6 +31,7 @@ HoldfastError
 |   `-- GroupFailed             a rank of the group died or raised
 |-- CorruptExtent           stored bytes differ from their checksum; quarantined
 |-- StorageFailed           the device below a tier refused a read or a write
+|   `-- StorageFull             it has no room: fewer bytes must be kept there
 |-- DataDirectoryBusy       another daemon owns the data directory
 `-- MissingExtra            an optional dependency is absent; names the extra to install
 
@@ -228,9 +229,16 @@ class CorruptExtent(HoldfastError):
 
 
 class StorageFailed(HoldfastError):
-    """The device below a tier refused a read or a write."""
+    """The device below a tier refused a read or a write; `moved_bytes` of it had been done by then."""
 
     code = "storage-failed"
+    moved_bytes: int = 0
+
+
+class StorageFull(StorageFailed):
+    """The device below a tier has no room, or a quota says so: keep fewer bytes there."""
+
+    code = "storage-full"
 
 
 class DataDirectoryBusy(HoldfastError):

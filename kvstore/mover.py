@@ -1,17 +1,18 @@
 """Mover: carries out the orders that touch memory and disk, on threads, and reports how they ended.
 
-Byte work (seal, read in, write out) goes to a pool in the order of (urgency, layer, age), so that an attach overtakes
-write-through and the first layers of many extents come before the last of any. Catalog writes go to one thread that
+Byte work (seal, read in, write out) goes to a pool in pieces, in the order of `Transfers`: an attach overtakes
+write-through, also one that is under way, and the first layers of many extents come before the last of any. What is
+written is synced in groups: all that has been written while the last sync ran. Catalog writes go to one thread that
 commits together whatever has queued up. Nothing here decides anything; the service does.
 """
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 from .arena import Arena
@@ -22,12 +23,16 @@ from .geometry import Geometry
 from .orders import Outcome, ReadIn, RetireSlab, Scrub, Seal, Urgency, Write, WriteOut
 from .seal import CHECKSUM_BYTES, checksum, seal_planes, sealed_as
 from .segments import Segments
+from .transfers import Transfers
 from .verify import verify
 
-CHUNK_TARGET_BYTES: Final = 1 << 20  # smaller reads pay more per call than per byte
+READ_FIRST_BYTES: Final = 1 << 20  # the first read of an extent is short, so that all first layers are early
+READ_BYTES: Final = 4 << 20  # the others: each call costs, and the disk likes them long (benchmarks/LOG.md)
+WRITE_BYTES: Final = 4 << 20  # how long an attach may wait for a worker that writes
 COMMIT_WRITES_MAX: Final = 256  # bounds how long one commit, and so one answer, takes
 
 MoverOrder = Seal | ReadIn | WriteOut | Scrub | Write | RetireSlab
+Plane = tuple[int, int, int]  # index, offset, bytes
 
 
 class Report(Protocol):
@@ -46,19 +51,25 @@ class Report(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Sync:
+    """What was written so far is to last."""
+
+
 @dataclass(slots=True)
 class _Job:
-    """How far an order of the pool has come; `lock` guards all but `order`, `slab` and `started_ns`."""
+    """How far an order of the pool has come; `lock` guards what changes."""
 
-    order: Seal | ReadIn | WriteOut | Scrub | RetireSlab
-    slab: int | None  # that the order uses
+    order: Seal | ReadIn | WriteOut | Scrub | RetireSlab | _Sync
     started_ns: int
-    chunks_left: int
+    slab: int | None = None
+    sync_failures: int = 0  # of the target segment, when the order came
+    pieces_left: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     busy_ns: int = 0
     size_bytes: int = 0
-    layers_ready: int = 0
-    layers_ahead: dict[int, int] = field(default_factory=dict)  # start -> stop of chunks behind a gap
+    planes_ready: int = 0
+    planes_ahead: dict[int, int] = field(default_factory=dict)  # start -> stop of pieces behind a gap
     checksums: bytes = b""
     error: HoldfastError | None = None
 
@@ -68,14 +79,13 @@ class _Job:
             self.error = self.error or error
 
 
-class _Chunk(NamedTuple):
-    """What one thread does in one go. The first three fields are its place in the queue, and unique."""
+class _Piece(NamedTuple):
+    """What one thread does in one go: planes of a read, bytes [start, stop) of a write, or all of something else."""
 
-    urgency: Urgency
-    layer_start: int
-    sequence: int
-    layer_stop: int
     job: _Job
+    planes: tuple[Plane, ...] = ()
+    start: int = 0
+    stop: int = 0
 
 
 class Mover:
@@ -92,13 +102,15 @@ class Mover:
         self._catalog = catalog
         self._clock = clock
         self._report = report
-        lock = threading.Lock()
-        self._chunk_came = threading.Condition(lock)
+        self._lock = lock = threading.Lock()
+        self._piece_came = threading.Condition(lock)
         self._write_came = threading.Condition(lock)
-        self._chunks: list[_Chunk] = []  # a heap
+        self._transfers: Transfers[_Piece] = Transfers(threads)
+        self._unsynced: list[_Job] = []
+        self._is_syncing = False  # or about to
+        self._sync_failures: Counter[int] = Counter()  # by segment
         self._writes: deque[tuple[Write, int]] = deque()  # with the time of their submission
         self._in_use: Counter[int] = Counter()  # slabs, by orders not finished
-        self._sequence = 0
         self._is_closing = False
         self._threads = [self._started(f"holdfast-mover-{index}", self._move) for index in range(threads)]
         self._threads.append(self._started("holdfast-catalog", self._commit))
@@ -106,10 +118,9 @@ class Mover:
     def submit(self, order: MoverOrder) -> None:
         """Take the order; it is reported from another thread. Orders that come after `close` began are dropped."""
         now_ns = self._clock.monotonic_ns()
-        with self._chunk_came:
+        with self._lock:
             if self._is_closing:
                 return
-            self._sequence += 1
             match order:
                 case Write():
                     self._writes.append((order, now_ns))
@@ -118,49 +129,49 @@ class Mover:
                     assert not self._in_use[slab], f"slab {slab} is retired while orders use it"
                     # At once, so that whatever is asked of the slab next finds its new inode.
                     self._arena.retire(slab)
-                    self._push(_Job(order, None, now_ns, 1), Urgency.DEMOTE)
+                    self._push(Urgency.DEMOTE, [_Piece(_Job(order, now_ns))])
                 case Seal(slot=slot):
                     assert order.geometry.size_bytes <= slot.size_bytes, order
-                    self._push(_Job(order, slot.slab, now_ns, 1), Urgency.ATTACH)  # a commit waits for it
+                    self._push(Urgency.ATTACH, [_Piece(_Job(order, now_ns, slot.slab))])  # a commit waits for it
                 case Scrub():
-                    self._push(_Job(order, None, now_ns, 1), Urgency.SCRUB)
-                case WriteOut(source=source):
-                    assert order.size_bytes <= min(source.size_bytes, order.target.size_bytes), order
-                    self._push(_Job(order, source.slab, now_ns, 1), order.urgency)
+                    self._push(Urgency.SCRUB, [_Piece(_Job(order, now_ns))])
+                case WriteOut(source=source, target=target, size_bytes=size_bytes):
+                    assert size_bytes <= min(source.size_bytes, target.size_bytes), order
+                    job = _Job(order, now_ns, source.slab, self._sync_failures[target.slab])
+                    starts = range(0, size_bytes, WRITE_BYTES) or range(1)
+                    pieces = [_Piece(job, (), start, min(start + WRITE_BYTES, size_bytes)) for start in starts]
+                    self._push(order.urgency, pieces)
                 case ReadIn(target=target, geometry=geometry):
                     assert geometry.size_bytes <= min(order.source.size_bytes, target.size_bytes), order
-                    self._push(_Job(order, target.slab, now_ns, 0), order.urgency, geometry)
+                    job = _Job(order, now_ns, target.slab)
+                    cut = _cut(geometry, READ_FIRST_BYTES, READ_BYTES)
+                    self._push(order.urgency, [_Piece(job, planes) for planes in cut])
 
     def close(self, deadline_ns: int) -> list[str]:
         """Commit the queued writes, refuse queued byte work with Draining, end the threads.
 
         Waits until `deadline_ns` (monotonic) at most; returns the names of the threads that still run then.
         """
-        with self._chunk_came:
+        with self._lock:
             self._is_closing = True
-            queued = [chunk.job for chunk in self._chunks]
-            self._chunk_came.notify_all()
+            self._piece_came.notify_all()
             self._write_came.notify_all()
-        for job in queued:  # workers still take these chunks, skip them and report
-            job.fail(Draining("the daemon shuts down"))
         for thread in self._threads:
             thread.join(max(0.0, (deadline_ns - self._clock.monotonic_ns()) / 1e9))
         return [thread.name for thread in self._threads if thread.is_alive()]
 
     # The queue, under the lock --------------------------------------------------------------------
 
-    def _push(self, job: _Job, urgency: Urgency, geometry: Geometry | None = None) -> None:
-        """Queue the job: in chunks of layers where there is a geometry, else whole."""
-        layers = geometry.layers if geometry else 1
-        step = -(-CHUNK_TARGET_BYTES // geometry.layer_bytes) if geometry else 1
-        starts = range(0, layers, step)
-        job.chunks_left = len(starts)
+    def _push(self, urgency: Urgency, pieces: list[_Piece]) -> None:
+        """Queue the pieces of one job; reads layer by layer."""
+        job = pieces[0].job
+        job.pieces_left = len(pieces)
         if job.slab is not None:
             self._in_use[job.slab] += 1
-        for start in starts:
-            stop = min(start + step, layers)
-            heapq.heappush(self._chunks, _Chunk(urgency, start, self._sequence, stop, job))
-        self._chunk_came.notify(len(starts))
+        parts = job.order.geometry.parts if isinstance(job.order, ReadIn) else 1
+        for piece in pieces:
+            self._transfers.push(urgency, piece.planes[0][0] // parts if piece.planes else 0, piece)
+        self._piece_came.notify(len(pieces))
 
     # The threads ----------------------------------------------------------------------------------
 
@@ -175,34 +186,42 @@ class Mover:
             while step():
                 pass
         except Exception as error:  # noqa: BLE001 - a bug of ours: a thread that died silently would hang every waiter
-            with self._chunk_came:
+            with self._lock:
                 self._is_closing = True
-                self._chunks.clear()
+                self._transfers.clear()
                 self._writes.clear()
-                self._chunk_came.notify_all()
+                self._piece_came.notify_all()
                 self._write_came.notify_all()
             self._report.crashed(error)
 
     def _move(self) -> bool:
-        """Carry out the next chunk; False when there will be none."""
-        with self._chunk_came:
-            while not self._chunks and not self._is_closing:
-                self._chunk_came.wait()
-            if not self._chunks:
-                return False
-            chunk = heapq.heappop(self._chunks)
-        job = chunk.job
+        """Carry out the next piece; False when there will be none."""
+        with self._lock:
+            while not (found := self._transfers.pop()) and not self._is_closing:
+                self._piece_came.wait()
+        if found is None:
+            return False
+        urgency, piece = found
+        job = piece.job
+        if self._is_closing and not isinstance(job.order, _Sync):
+            job.fail(Draining("the daemon shuts down"))
         if job.error is None:
-            self._carry(chunk)
+            self._carry(piece)
         with job.lock:
-            job.chunks_left -= 1
-            is_last = job.chunks_left == 0
-        if is_last and not isinstance(job.order, RetireSlab):
+            job.pieces_left -= 1
+            is_last = job.pieces_left == 0
+        with self._lock:
+            self._transfers.done(urgency)
+            if is_last and isinstance(job.order, WriteOut) and job.error is None:
+                self._unsynced.append(job)
+                self._call_sync()
+                return True
+        if is_last and isinstance(job.order, Seal | ReadIn | WriteOut | Scrub):
             self._finish(job, job.order.id)
         return True
 
-    def _carry(self, chunk: _Chunk) -> None:
-        job, started_ns = chunk.job, self._clock.monotonic_ns()
+    def _carry(self, piece: _Piece) -> None:
+        job, started_ns = piece.job, self._clock.monotonic_ns()
         size_bytes = 0
         try:
             match job.order:
@@ -210,17 +229,22 @@ class Mover:
                     job.checksums = seal_planes(self._arena.view(seal.slot), seal.geometry)
                     size_bytes = seal.geometry.size_bytes
                 case ReadIn() as read_in:
-                    size_bytes = self._read_in(job, read_in, chunk.layer_start, chunk.layer_stop)
+                    size_bytes = self._read_in(job, read_in, piece.planes)
                 case WriteOut() as write_out:
-                    content = self._arena.view(write_out.source)[: write_out.size_bytes]
-                    self._segments.write(write_out.target, content)
-                    size_bytes = write_out.size_bytes
+                    content = self._arena.view(write_out.source)[piece.start : piece.stop]
+                    self._segments.write(write_out.target, piece.start, content)
+                    size_bytes = len(content)
                 case Scrub() as scrub:
                     verify(self._segments, scrub.slot, scrub.geometry, self._seal_of(job, scrub))
                     size_bytes = scrub.geometry.size_bytes
                 case RetireSlab(slab=slab):
                     self._arena.sweep()
                     self._arena.make(slab)  # else whoever uses the slab next would wait for its pages
+                case _Sync():
+                    self._sync(started_ns)
+        except StorageFailed as error:
+            size_bytes = error.moved_bytes  # what wore the device down is counted, whatever it was good for
+            job.fail(error)
         except HoldfastError as error:
             job.fail(error)
         except OSError as error:
@@ -229,14 +253,13 @@ class Mover:
             job.busy_ns += self._clock.monotonic_ns() - started_ns
             job.size_bytes += size_bytes
             if isinstance(job.order, ReadIn) and job.error is None:
-                self._advance(job, job.order.id, chunk)
+                self._advance(job, job.order, piece.planes)
 
-    def _read_in(self, job: _Job, order: ReadIn, layer_start: int, layer_stop: int) -> int:
-        """Read layers and verify them while they are in the CPU's cache; returns their bytes."""
+    def _read_in(self, job: _Job, order: ReadIn, planes: tuple[Plane, ...]) -> int:
+        """Read planes and verify them while they are in the CPU's cache; returns their bytes."""
         seal = self._seal_of(job, order)
-        planes = order.geometry.planes(layer_start, layer_stop)
-        first = planes[0][1]
-        into = self._arena.view(order.target)[first : first + (layer_stop - layer_start) * order.geometry.layer_bytes]
+        first, stop = planes[0][1], planes[-1][1] + planes[-1][2]
+        into = self._arena.view(order.target)[first:stop]
         self._segments.read(order.source, first, into)
         for plane, offset, size in planes:
             found, sealed = checksum(into[offset - first : offset - first + size]), sealed_as(seal, plane)
@@ -248,24 +271,60 @@ class Mover:
         return len(into)
 
     def _seal_of(self, job: _Job, order: ReadIn | Scrub) -> bytes:
-        """The seal that the catalog has, read once for all chunks."""
+        """The seal that the catalog has, read once for all pieces."""
         with job.lock:
             job.checksums = job.checksums or self._catalog.seal(order.extent)
         if len(job.checksums) != CHECKSUM_BYTES * order.geometry.plane_count:
             raise CorruptExtent(f"extent {order.extent}: its seal has {len(job.checksums)} bytes")
         return job.checksums
 
-    def _advance(self, job: _Job, order_id: int, chunk: _Chunk) -> None:
+    def _advance(self, job: _Job, order: ReadIn, planes: tuple[Plane, ...]) -> None:
         """Say so, under the job's lock, if there are more leading layers than before."""
-        job.layers_ahead[chunk.layer_start] = chunk.layer_stop
-        before = job.layers_ready
-        while job.layers_ready in job.layers_ahead:
-            job.layers_ready = job.layers_ahead.pop(job.layers_ready)
-        if job.layers_ready > before:
-            self._report.advanced(order_id, job.layers_ready)
+        job.planes_ahead[planes[0][0]] = planes[-1][0] + 1
+        before = job.planes_ready
+        while job.planes_ready in job.planes_ahead:
+            job.planes_ready = job.planes_ahead.pop(job.planes_ready)
+        layers = job.planes_ready // order.geometry.parts
+        if layers > before // order.geometry.parts:
+            self._report.advanced(order.id, layers)
+
+    def _call_sync(self) -> None:
+        """Have what is unsynced synced, under the lock. One sync at a time, so that more gathers for the next."""
+        if not self._is_syncing:
+            self._is_syncing = True
+            # Before whatever else waits in its class: the work is done but for this.
+            job = _Job(_Sync(), self._clock.monotonic_ns(), pieces_left=1)
+            self._transfers.push(Urgency.DEMOTE, -1, _Piece(job))
+            self._piece_came.notify()
+
+    def _sync(self, began_ns: int) -> None:
+        """Sync each segment once for all jobs that have gathered, and report them."""
+        with self._lock:
+            gathered, self._unsynced = self._unsynced, []
+        jobs = [(job, job.order) for job in gathered if isinstance(job.order, WriteOut)]
+        failed: dict[int, StorageFailed] = {}
+        for segment in sorted({order.target.slab for _, order in jobs}):
+            try:
+                self._segments.sync(segment)
+            except StorageFailed as error:
+                failed[segment] = error
+        with self._lock:
+            self._sync_failures.update(failed.keys())
+        each_ns = (self._clock.monotonic_ns() - began_ns) // len(jobs)
+        for job, order in jobs:
+            segment = order.target.slab
+            # The kernel tells of a lost write once, maybe while this one was under way: the next sync proves nothing.
+            if job.sync_failures != self._sync_failures[segment]:
+                job.fail(failed.get(segment) or StorageFailed(f"segment {segment}: a sync failed during the write"))
+            job.busy_ns += each_ns
+            self._finish(job, order.id)
+        with self._lock:
+            self._is_syncing = False
+            if self._unsynced:
+                self._call_sync()
 
     def _finish(self, job: _Job, order_id: int) -> None:
-        with self._chunk_came:
+        with self._lock:
             if job.slab is not None:
                 self._in_use[job.slab] -= 1
                 if not self._in_use[job.slab]:
@@ -298,3 +357,20 @@ class Mover:
             outcome = Outcome(elapsed_ns=now_ns - submitted_ns, busy_ns=now_ns - began_ns, error=error)
             self._report.finished(write.id, outcome)
         return True
+
+
+@lru_cache(maxsize=64)  # a model has few geometries
+def _cut(geometry: Geometry, first_bytes: int, most_bytes: int) -> tuple[tuple[Plane, ...], ...]:
+    """The planes in pieces of about `first_bytes`, then twice as much each time up to `most_bytes`.
+
+    So a layer is announced before as many bytes as lie before it were read twice.
+    """
+    pieces: list[tuple[Plane, ...]] = []
+    gathered: list[Plane] = []
+    target = first_bytes
+    for plane in geometry.planes(0, geometry.layers):
+        gathered.append(plane)
+        if sum(size for _, _, size in gathered) >= target:
+            pieces.append(tuple(gathered))
+            gathered, target = [], min(2 * target, most_bytes)
+    return (*pieces, tuple(gathered)) if gathered else tuple(pieces)

@@ -28,6 +28,7 @@ STATUS: Final[dict[type[HoldfastError], int]] = {
     errors.DeadlineExceeded: 504,
     errors.CorruptExtent: 500,
     errors.StorageFailed: 500,
+    errors.StorageFull: 507,
     errors.DataDirectoryBusy: 500,
     errors.MissingExtra: 501,
 }

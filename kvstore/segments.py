@@ -1,7 +1,11 @@
 """Segments: the NVMe tier, as few preallocated files of aligned slots.
 
 I/O is direct (O_DIRECT) where the file system and the alignment of offset, length and buffer allow, else buffered.
-What a slot holds is the caller's affair; so is verifying it.
+What a slot holds is the caller's affair; so is verifying it. No lock is held over a system call but that of making one
+segment, so a device that hangs keeps only those who asked it for something.
+
+Writes are not synced one by one: `sync` does it for all that a segment was given until then. First writes into a new
+segment are slower than later ones (extents are converted); filling it with zeros first would only move that cost.
 """
 
 from __future__ import annotations
@@ -12,22 +16,27 @@ import mmap
 import os
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
 import numpy as np
 
-from .errors import StorageFailed
+from .errors import StorageFailed, StorageFull
 from .slots import Slot
 
 DIRECT_ALIGN_BYTES: Final = 4096
 SEGMENT_NAME: Final = re.compile(r"segment-(\d+)")
 PROBE_NAME: Final = "direct-probe"
 REFUSES_DIRECT: Final = (errno.EINVAL, errno.ENOTSUP)
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Io(Protocol):
-    """The system calls below the tier: the seam where tests inject faults. All raise OSError."""
+    """The system calls below the tier: the seam where tests inject faults. All raise OSError.
+
+    They may move fewer bytes than asked. EINTR they repeat themselves, as Python's own do (PEP 475).
+    """
 
     def pread(self, descriptor: int, into: memoryview, offset: int) -> int: ...
 
@@ -63,24 +72,32 @@ class _Segment:
     """One file, opened twice where direct I/O works: the page cache and direct I/O are coherent on Linux."""
 
     def __init__(self, path: Path, flags: int, direct_flags: int) -> None:
+        self.takes_direct = direct_flags != 0
         self.buffered = os.open(path, os.O_RDWR | os.O_CLOEXEC | flags, 0o600)
         try:
             wanted = os.O_RDWR | os.O_CLOEXEC | direct_flags
-            self.direct = os.open(path, wanted) if direct_flags else None
+            self._direct = os.open(path, wanted) if direct_flags else None
         except OSError:
             os.close(self.buffered)
             raise
 
-    def descriptor(self, buffer: memoryview, offset: int) -> int:
-        """The direct descriptor if everything is aligned."""
-        if self.direct is None or offset % DIRECT_ALIGN_BYTES or len(buffer) % DIRECT_ALIGN_BYTES:
-            return self.buffered
-        return self.buffered if _address(buffer) % DIRECT_ALIGN_BYTES else self.direct
+    def transfer(self, call: Callable[[int, memoryview, int], int], buffer: memoryview, offset: int) -> int:
+        """One call of `call`: direct if everything is aligned and was never refused. Raises OSError."""
+        direct = self._direct
+        if direct is None or not self.takes_direct or (offset | len(buffer) | _address(buffer)) % DIRECT_ALIGN_BYTES:
+            return call(self.buffered, buffer, offset)
+        try:
+            return call(direct, buffer, offset)
+        except OSError as error:
+            if error.errno not in REFUSES_DIRECT:
+                raise
+            self.takes_direct = False  # the probe promised too much: this file is buffered from now on
+            return call(self.buffered, buffer, offset)
 
     def close(self) -> None:
         os.close(self.buffered)
-        if self.direct is not None:
-            os.close(self.direct)
+        if self._direct is not None:
+            os.close(self._direct)
 
 
 class Segments:
@@ -92,7 +109,7 @@ class Segments:
         self.segment_bytes = segment_bytes
         self._io = io or SystemIo()
         self._lock = threading.Lock()
-        self._making = threading.Lock()  # allocating may take long; reading other segments must not wait for it
+        self._making: dict[int, threading.Lock] = {}  # allocating may take long; only that segment's writers wait
         self._made: set[int] = set()
         self._segments: dict[int, _Segment] = {}
         try:
@@ -103,40 +120,51 @@ class Segments:
 
     @property
     def direct(self) -> bool:
-        """Whether the file system takes direct I/O."""
-        return self._direct_flags != 0
+        """Whether the file system takes direct I/O, and no segment was refused it since."""
+        return self._direct_flags != 0 and all(segment.takes_direct for segment in tuple(self._segments.values()))
 
-    def write(self, slot: Slot, data: memoryview) -> None:
-        """Fill the slot's front with `data` and sync it. Raises StorageFailed; then the slot's content is unknown."""
-        assert len(data) <= slot.size_bytes, "more bytes than the slot has"
+    def write(self, slot: Slot, offset: int, data: memoryview) -> None:
+        """Write `data` from `offset` bytes into the slot; `sync` makes it last.
+
+        Raises StorageFailed, StorageFull where there is no room; then what was written is `moved_bytes` long.
+        """
+        assert 0 <= offset <= offset + len(data) <= slot.size_bytes, "writing past the slot"
         self._inside(slot)
-        path = self._path(slot.slab)
+        path, first = self._path(slot.slab), slot.offset + offset
+        done = 0
         try:
             segment = self._created(slot.slab)
-            done = 0
             while done < len(data):
-                rest, offset = data[done:], slot.offset + done
-                done += self._io.pwrite(segment.descriptor(rest, offset), rest, offset)
-            self._io.fdatasync(segment.buffered)
+                count = segment.transfer(self._io.pwrite, data[done:], first + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "the device took nothing")
+                done += count
         except OSError as error:
-            raise _failed(path, f"writing {len(data)} B at {slot.offset}", error) from error
+            raise _failed(path, f"writing {len(data)} B at {first}", error, done) from error
+
+    def sync(self, number: int) -> None:
+        """Make all that was written to the segment last. Raises StorageFailed; then none of it can be trusted to."""
+        try:
+            self._io.fdatasync(self._opened(number).buffered)
+        except OSError as error:
+            raise _failed(self._path(number), "syncing", error) from error
 
     def read(self, slot: Slot, offset: int, into: memoryview) -> None:
         """Fill `into` from `offset` bytes into the slot. Raises StorageFailed, also where the file ends too early."""
         assert 0 <= offset <= offset + len(into) <= slot.size_bytes, "reading past the slot"
         self._inside(slot)
         path, first = self._path(slot.slab), slot.offset + offset
+        done = 0
         try:
             segment = self._opened(slot.slab)
-            done = 0
             while done < len(into):
-                rest, at = into[done:], first + done
-                count = self._io.pread(segment.descriptor(rest, at), rest, at)
+                count = segment.transfer(self._io.pread, into[done:], first + done)
                 if count == 0:
+                    at = first + done
                     raise StorageFailed(f"{path}: reading {len(into)} B at {first}: short read, the file ends at {at}")
                 done += count
         except OSError as error:
-            raise _failed(path, f"reading {len(into)} B at {first}", error) from error
+            raise _failed(path, f"reading {len(into)} B at {first}", error, done) from error
 
     def prune(self, keep: set[int]) -> list[int]:
         """Remove the files of all segments but these; returns their numbers. Raises StorageFailed."""
@@ -173,15 +201,23 @@ class Segments:
 
     def _opened(self, number: int) -> _Segment:
         """An existing segment: reading must not create one."""
+        return self._segments.get(number) or self._known(number, _Segment(self._path(number), 0, self._direct_flags))
+
+    def _known(self, number: int, segment: _Segment) -> _Segment:
+        """Remember a segment that was just opened, unless somebody else was faster."""
         with self._lock:
-            found = self._segments.get(number)
-            if found is None:
-                found = self._segments[number] = _Segment(self._path(number), 0, self._direct_flags)
-            return found
+            known = self._segments.setdefault(number, segment)
+        if known is not segment:
+            segment.close()
+        return known
 
     def _created(self, number: int) -> _Segment:
         """The segment at its full size, its directory entry synced: what is written there may be called durable."""
-        with self._making:
+        if number in self._made:
+            return self._opened(number)
+        with self._lock:
+            making = self._making.setdefault(number, threading.Lock())
+        with making:
             if number in self._made:
                 return self._opened(number)
             path = self._path(number)
@@ -199,10 +235,7 @@ class Segments:
                 if is_new:  # gives back what was allocated before the device was full
                     path.unlink(missing_ok=True)
                 raise
-            with self._lock:
-                known = self._segments.setdefault(number, segment)
-            if known is not segment:  # it was open for reading
-                segment.close()
+            known = self._known(number, segment)
             self._made.add(number)
             return known
 
@@ -244,6 +277,9 @@ def _address(buffer: memoryview) -> int:
     return int(np.frombuffer(buffer, dtype=np.uint8).ctypes.data)
 
 
-def _failed(path: Path, what: str, error: OSError) -> StorageFailed:
+def _failed(path: Path, what: str, error: OSError, moved_bytes: int = 0) -> StorageFailed:
     name = errno.errorcode.get(error.errno or 0, "no errno")
-    return StorageFailed(f"{path}: {what}: {name} ({error.strerror or error})")
+    kind = StorageFull if error.errno in FULL else StorageFailed
+    failed = kind(f"{path}: {what}: {name} ({error.strerror or error})")
+    failed.moved_bytes = moved_bytes
+    return failed

@@ -56,6 +56,7 @@ FLOOR_OF = {
     "residency": "rules",
     "slots": "rules",
     "state": "rules",
+    "transfers": "rules",
     "arena": "effects",
     "catalog": "effects",
     "catalog_rows": "effects",
