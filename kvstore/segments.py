@@ -279,7 +279,7 @@ def _address(buffer: memoryview) -> int:
 
 def _failed(path: Path, what: str, error: OSError, moved_bytes: int = 0) -> StorageFailed:
     name = errno.errorcode.get(error.errno or 0, "no errno")
-    kind = StorageFull if error.errno in FULL else StorageFailed
-    failed = kind(f"{path}: {what}: {name} ({error.strerror or error})")
+    said = f"{path}: {what}: {name} ({error.strerror or error})"
+    failed = StorageFull(said) if error.errno in FULL else StorageFailed(said)
     failed.moved_bytes = moved_bytes
     return failed
