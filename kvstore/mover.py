@@ -21,10 +21,10 @@ from .clock import Clock
 from .errors import CorruptExtent, Draining, HoldfastError, StorageFailed
 from .geometry import Geometry
 from .orders import Outcome, ReadIn, RetireSlab, Scrub, Seal, Urgency, Write, WriteOut
-from .seal import CHECKSUM_BYTES, checksum, seal_planes, sealed_as
+from .seal import CHECKSUM_BYTES, seal_planes
 from .segments import Segments
 from .transfers import Transfers
-from .verify import verify
+from .verify import compare, verify
 
 READ_FIRST_BYTES: Final = 1 << 20  # the first read of an extent is short, so that all first layers are early
 READ_BYTES: Final = 4 << 20  # the others: each call costs, and the disk likes them long (benchmarks/LOG.md)
@@ -261,13 +261,7 @@ class Mover:
         first, stop = planes[0][1], planes[-1][1] + planes[-1][2]
         into = self._arena.view(order.target)[first:stop]
         self._segments.read(order.source, first, into)
-        for plane, offset, size in planes:
-            found, sealed = checksum(into[offset - first : offset - first + size]), sealed_as(seal, plane)
-            if found != sealed:
-                raise CorruptExtent(
-                    f"segment {order.source.slab}, offset {order.source.offset + offset}, plane {plane}: "
-                    f"checksum {found.hex()}, sealed as {sealed.hex()}"
-                )
+        compare(order.source, planes, into, seal)
         return len(into)
 
     def _seal_of(self, job: _Job, order: ReadIn | Scrub) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Sequence
 
 from .errors import CorruptExtent
 from .geometry import Geometry
@@ -16,10 +17,16 @@ def verify(segments: Segments, slot: Slot, geometry: Geometry, seal: bytes) -> N
     # Aligned, as direct reads need it.
     with mmap.mmap(-1, geometry.size_bytes) as buffer, memoryview(buffer) as content:
         segments.read(slot, 0, content)
-        for plane, offset, size in geometry.planes(0, geometry.layers):
-            found, sealed = checksum(content[offset : offset + size]), sealed_as(seal, plane)
-            if found != sealed:
-                raise CorruptExtent(
-                    f"segment {slot.slab}, offset {slot.offset + offset}, plane {plane}: "
-                    f"checksum {found.hex()}, sealed as {sealed.hex()}"
-                )
+        compare(slot, geometry.planes(0, geometry.layers), content, seal)
+
+
+def compare(slot: Slot, planes: Sequence[tuple[int, int, int]], content: memoryview, seal: bytes) -> None:
+    """Compare adjacent planes (index, offset, bytes) of a slot, read into `content`. Raises CorruptExtent."""
+    first = planes[0][1]
+    for plane, offset, size in planes:
+        found, sealed = checksum(content[offset - first : offset - first + size]), sealed_as(seal, plane)
+        if found != sealed:
+            raise CorruptExtent(
+                f"segment {slot.slab}, offset {slot.offset + offset}, plane {plane}: "
+                f"checksum {found.hex()}, sealed as {sealed.hex()}"
+            )
