@@ -7,11 +7,12 @@ each other: the second to commit gives its duplicate copies back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from .document import Document, WritePolicy
+from .enrol import Enrolled, Enrolment, Enrolments
 from .errors import (
     ClaimNotFound,
     DocumentExists,
@@ -20,19 +21,19 @@ from .errors import (
     HoldfastError,
     InUse,
     InvalidRequest,
+    NoCapacity,
 )
 from .extent import Extent
-from .geometry import Geometry, extent_geometry
 from .layout import Layout
-from .ledger import Hop, SwapRecord
+from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
-from .orders import Outcome, Part, SaveShard, Seal, Urgency
-from .planner import Demand
-from .residency import Event, Placement, State, Tier
+from .orders import Urgency
+from .passage import Passage
+from .planner import Demand, could_hold, slots_of
+from .residency import Event, Placement, State
 from .room import Reservation, Room
-from .seal import CHECKSUM_BYTES
-from .slots import SlotClass
+from .spill import Spill
 from .state import DocumentRecord, ExtentRecord, Shard
 from .store import Store
 
@@ -48,6 +49,7 @@ class Stage(StrEnum):
     FAILED = "failed"  # the cached front will not come, but the group may still be writing to its rows
     SAVING = "saving"
     SEALING = "sealing"
+    CATALOGING = "cataloging"  # what is on NVMe already gets its rows
     ENDED = "ended"
 
 
@@ -64,14 +66,18 @@ class Ingest:
     group: str | None
     layout: Layout | None
     stage: Stage = Stage.WAITING
-    filled: dict[str, Placement] = field(default_factory=dict)
+    passage: Passage | None = None
     held: list[Placement] = field(default_factory=list)
     loading: Loading | None = None
     reservation: Reservation | None = None
-    in_flight: int = 0
     error: HoldfastError | None = None
     granted: Done | None = None
     committed: Done | None = None
+
+    @property
+    def filled(self) -> dict[str, Placement]:
+        """The private copies in DDR, by extent."""
+        return self.passage.filled if self.passage is not None else {}
 
     @property
     def shard(self) -> Shard | None:
@@ -86,6 +92,8 @@ class Ingests:
         self.store = store
         self.room = room
         self.loader = loader
+        self.spill = Spill(store, room)
+        self.enrolments = Enrolments(store)
         self.open: dict[int, Ingest] = {}
 
     # Begin -------------------------------------------------------------------------------------
@@ -97,13 +105,19 @@ class Ingests:
         """
         self._refuse(ingest)
         ingest.granted = granted
-        ingest.reservation = Reservation(
-            demand=lambda: Demand(slots=self._slots(ingest.missing)),
-            granted=lambda: self._granted(ingest, deadline_ns),
-            refused=lambda error: self._end(ingest, error),
-            deadline_ns=deadline_ns,
+        ingest.passage = Passage(
+            self.store,
+            self.spill,
+            ingest.id,
+            tuple(reversed(ingest.missing)),  # so that the front is what stays in DDR
+            deadline_ns - self.store.clock.monotonic_ns(),
+            complete=lambda: self._sealed(ingest),
+            failed=lambda error: self._end(ingest, error),
+            idle=lambda: self._sweep(ingest),
         )
-        self.room.request(ingest.reservation)
+        if not could_hold(self.store.records.ddr, slots_of(ingest.missing)):
+            ingest.passage.narrow(self.loader.window.size_bytes)
+        self._reserve(ingest, ingest.passage, deadline_ns)
         self.open[ingest.id] = ingest
         self.store.records.private[ingest.id] = []
         wanted = {extent.id for extent in ingest.extents} - {extent.id for extent in ingest.missing}
@@ -111,6 +125,31 @@ class Ingests:
             source = self.store.records.extents[extent].source()
             assert source is not None
             ingest.held.append(self.store.hold(source))
+
+    def _reserve(self, ingest: Ingest, passage: Passage, deadline_ns: int) -> None:
+        """Queue for all that is missing; where that is too much, for a window of it."""
+
+        def refused(error: HoldfastError) -> None:
+            ingest.reservation = None
+            may_stream = isinstance(error, NoCapacity) and not passage.streams and self._may_stream(ingest)
+            if may_stream and passage.narrow(self.loader.window.size_bytes):
+                self._reserve(ingest, passage, deadline_ns)
+            else:
+                self._end(ingest, error)
+
+        ingest.reservation = Reservation(
+            demand=lambda: Demand(slots=slots_of(passage.window)),
+            granted=lambda: self._granted(ingest, deadline_ns),
+            refused=refused,
+            deadline_ns=deadline_ns,
+        )
+        self.room.request(ingest.reservation)
+
+    def _may_stream(self, ingest: Ingest) -> bool:
+        """Whether NVMe could take the document, so that DDR needs only a window of it."""
+        if ingest.group is None or ingest.document.write_policy is WritePolicy.MEMORY:
+            return False
+        return could_hold(self.store.records.nvme, slots_of(ingest.extents, owner=""))
 
     def _refuse(self, ingest: Ingest) -> None:
         records = self.store.records
@@ -121,14 +160,13 @@ class Ingests:
         for other in self.open.values():
             if other.document.id == document.id:
                 raise InUse(f"{document.id} is being ingested already")
-        for kind, count in self._slots(ingest.extents).items():
-            if count > records.ddr.largest(kind):
-                nvme = records.nvme.largest(SlotClass("", kind.slot_bytes))
-                raise DocumentTooLarge(
-                    f"{document.id} needs {count} extents of {kind.slot_bytes} B; DDR holds "
-                    f"{records.ddr.largest(kind)} and NVMe {nvme} of that size, and a document passes through DDR "
-                    "whole; raise ddr.capacity_bytes"
-                )
+        if not could_hold(records.ddr, slots_of(ingest.extents)) and not self._may_stream(ingest):
+            size_bytes = sum(extent.slot_bytes for extent in ingest.extents)
+            raise DocumentTooLarge(
+                f"{document.id} takes {size_bytes} B and is {document.write_policy}; DDR holds "
+                f"{records.ddr.capacity_bytes} B and NVMe {records.nvme.capacity_bytes} B, and what DDR cannot hold "
+                "whole must fit into NVMe, and may be written there; raise nvme.capacity_bytes or ddr.capacity_bytes"
+            )
         if ingest.group is None:
             return
         group = records.group(ingest.group)
@@ -143,21 +181,9 @@ class Ingests:
                     f"{ingest.group!r}, whose arena has {pool.rows}; use more ranks or a larger arena"
                 )
 
-    def _slots(self, extents: Sequence[Extent]) -> dict[SlotClass, int]:
-        kinds: dict[SlotClass, int] = {}
-        for extent in extents:
-            kind = SlotClass(extent.tenant, extent.slot_bytes)
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return kinds
-
     def _granted(self, ingest: Ingest, deadline_ns: int) -> None:
         ingest.reservation = None
-        for extent in ingest.missing:
-            placement = self.store.take(extent, Tier.DDR)
-            assert placement is not None, "granted without a slot"
-            placement.holds += 1  # the writer's
-            ingest.filled[extent.id] = placement
-            self.store.records.private[ingest.id].append(placement)
+        self._passage(ingest).begin()
         if ingest.group is None:
             self._ready(ingest, None)
             return
@@ -237,7 +263,10 @@ class Ingests:
         `seals` are the writer's own, one per missing extent, empty for those to be sealed here. Raises InvalidRequest
         for seals of another number or size. A wrong one harms the writer's document alone: reads will not verify.
         """
-        self._check_seals(ingest, seals)
+        if seals:
+            if ingest.group is not None:
+                raise InvalidRequest("what ranks save is sealed by the daemon; commit without seals")
+            self._passage(ingest).check_seals(ingest.missing, seals)
         if ingest.stage is Stage.FAILED:
             assert ingest.error is not None
             ingest.committed = committed
@@ -253,81 +282,51 @@ class Ingests:
         else:
             self._proceed(ingest)
 
-    def _check_seals(self, ingest: Ingest, seals: Sequence[bytes]) -> None:
-        if not seals:
-            return
-        if ingest.group is not None:
-            raise InvalidRequest("what ranks save is sealed by the daemon; commit without seals")
-        if len(seals) != len(ingest.missing):
-            raise InvalidRequest(f"{len(seals)} seals for {len(ingest.missing)} extents; send one each, or none")
-        for extent, seal in zip(ingest.missing, seals, strict=True):
-            wanted = self._geometry(extent).plane_count * CHECKSUM_BYTES
-            if seal and len(seal) != wanted:
-                raise InvalidRequest(
-                    f"a seal of {len(seal)} B for tokens [{extent.start}, {extent.stop}), not {wanted}"
-                )
-
-    def _geometry(self, extent: Extent) -> Geometry:
-        return extent_geometry(self.store.records.specs[extent.fingerprint], extent.group)
+    def _passage(self, ingest: Ingest) -> Passage:
+        assert ingest.passage is not None
+        return ingest.passage
 
     def _proceed(self, ingest: Ingest) -> None:
-        if ingest.shard is not None and ingest.missing:
-            self._save(ingest, ingest.shard)
-        else:
-            self._seal(ingest)
-
-    def _save(self, ingest: Ingest, shard: Shard) -> None:
-        ingest.stage = Stage.SAVING
-        parts = []
-        for extent in ingest.missing:
-            slot = ingest.filled[extent.id].slot
-            assert slot is not None
-            parts.append(Part(slot, extent.start, extent.valid_tokens))
-        order = SaveShard(id=self.store.new_id(), group=shard.group, shard=shard.id, parts=tuple(parts))
-        started_ns = self.store.clock.monotonic_ns()
-        ingest.in_flight += 1
-
-        def saved(outcome: Outcome) -> None:
-            ingest.in_flight -= 1
-            if ingest.stage is Stage.ENDED:
-                self._sweep(ingest)
-            elif outcome.error is not None:
-                self._end(ingest, outcome.error)
-            else:
-                now_ns = self.store.clock.monotonic_ns()
-                hop = Hop(Tier.HBM, Tier.DDR)
-                self.store.records.ledger.moved(hop, outcome.size_bytes, outcome.busy_ns, started_ns, now_ns)
-                self.store.planner.learn(hop, outcome.size_bytes, outcome.busy_ns)
-                self._seal(ingest)
-
-        self.store.submit(order, saved)
-
-    def _seal(self, ingest: Ingest) -> None:
-        ingest.stage = Stage.SEALING
-        for extent in ingest.missing:
-            if not ingest.filled[extent.id].checksums:
-                self._seal_one(ingest, extent)
-        if not ingest.in_flight:
+        if not ingest.missing:
             self._publish(ingest)
+        elif ingest.shard is not None:
+            ingest.stage = Stage.SAVING
+            self._passage(ingest).save(ingest.shard)
+        else:
+            ingest.stage = Stage.SEALING
+            self._passage(ingest).seal(ingest.missing)
 
-    def _seal_one(self, ingest: Ingest, extent: Extent) -> None:
-        placement = ingest.filled[extent.id]
-        assert placement.slot is not None
-        order = Seal(id=self.store.new_id(), slot=placement.slot, geometry=self._geometry(extent))
-        ingest.in_flight += 1
+    def _sealed(self, ingest: Ingest) -> None:
+        """All is complete; what lies on NVMe only needs its rows before anybody may read it."""
+        passage = self._passage(ingest)
+        if not passage.written:
+            self._publish(ingest)
+            return
+        ingest.stage = Stage.CATALOGING
 
-        def sealed(outcome: Outcome) -> None:
-            ingest.in_flight -= 1
-            if ingest.stage is Stage.ENDED:
+        def enrolled(claimed: list[Enrolled], error: HoldfastError | None) -> None:
+            passage.in_flight -= 1
+            if ingest.stage is Stage.ENDED or error is not None:
+                self.enrolments.withdraw(claimed)
+                self._end(ingest, error or InUse("aborted"))
                 self._sweep(ingest)
-            elif outcome.error is not None:
-                self._end(ingest, outcome.error)
-            else:
-                placement.checksums = outcome.checksums
-                if not ingest.in_flight:
-                    self._publish(ingest)
+                return
+            self.enrolments.accept(claimed)
+            self._publish(ingest)
+            for item in claimed:
+                self.store.reap(item.record)  # a document that lost other extents meanwhile is not published
 
-        self.store.submit(order, sealed)
+        passage.in_flight += 1
+        self.enrolments.request(
+            Enrolment(
+                ingest=ingest.id,
+                extents=ingest.missing,
+                written=passage.written,
+                held=ingest.held,
+                is_open=lambda: ingest.stage is not Stage.ENDED,
+                done=enrolled,
+            )
+        )
 
     def _publish(self, ingest: Ingest) -> None:
         """Adopt the copies and make the document visible: the point of acknowledgement."""
@@ -393,6 +392,8 @@ class Ingests:
         if ingest.reservation is not None:
             self.room.cancel(ingest.reservation)
             ingest.reservation = None
+        if ingest.passage is not None:
+            ingest.passage.stop()
         self._ready(ingest, error)
         committed, ingest.committed = ingest.committed, None
         if committed is not None:
@@ -401,7 +402,7 @@ class Ingests:
 
     def _sweep(self, ingest: Ingest) -> None:
         """Give everything back once no move is under way."""
-        if ingest.in_flight or ingest.id not in self.open:
+        if ingest.id not in self.open or (ingest.passage is not None and ingest.passage.in_flight):
             return
         shard = ingest.shard
         arrived = ingest.loading is not None and ingest.loading.phase is Phase.READY

@@ -22,7 +22,7 @@ from .document import Document, DocumentId
 from .extent import Extent
 from .ledger import Hop
 from .residency import Placement, State, Tier
-from .slots import RowPool, Slot, SlotClass
+from .slots import RowPool, SlabPool, Slot, SlotClass
 from .state import ExtentRecord, Group, Shard
 from .state import State as Store
 
@@ -428,9 +428,20 @@ class Planner:
         return kept and self.state.nvme.largest(kind) > 0
 
 
-def slots_of(extents: Iterable[Extent]) -> dict[SlotClass, int]:
-    """The DDR slots that these extents take."""
-    return Counter(SlotClass(extent.tenant, extent.slot_bytes) for extent in extents)
+def slots_of(extents: Iterable[Extent], owner: str | None = None) -> dict[SlotClass, int]:
+    """The slots that these extents take in DDR; on NVMe, where nobody owns slots, `owner` is ""."""
+    return Counter(SlotClass(extent.tenant if owner is None else owner, extent.slot_bytes) for extent in extents)
+
+
+def could_hold(pool: SlabPool, wanted: Mapping[SlotClass, int]) -> bool:
+    """Whether these slots would fit if the whole pool were free."""
+    slabs = 0
+    for kind, count in wanted.items():
+        per_slab = pool.per_slab(kind)
+        if not per_slab:
+            return False
+        slabs += -(-count // per_slab)
+    return slabs <= pool.slab_count
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

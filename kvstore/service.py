@@ -88,11 +88,13 @@ class Service:
         self.store.retry_drops()
         self.upkeep.retry_writes()
         self.room.expire(self.clock.monotonic_ns())
+        self.ingests.spill.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
         self._pump()
 
     def _pump(self) -> None:
         self.upkeep.settle()
+        self.ingests.spill.pump()
         self.room.pump()
         self.upkeep.settle()
 

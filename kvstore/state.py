@@ -214,6 +214,12 @@ class State:
         for placement in placements:
             assert placement.state != "gone", f"a gone copy is still listed: {placement}"
             assert placement.holds >= 0, placement
+        named = {id(copy) for record in self.extents.values() for copy in record.placements()}
+        for copies in self.private.values():
+            for copy in copies:
+                assert copy.state is Phase.FILLING, f"a private copy could be read: {copy}"
+                assert copy.holds, f"nobody holds a private copy: {copy}"
+                assert id(copy) not in named, f"a private copy has a record: {copy}"
         for group in self.groups.values():
             self._check_group(group)
         for record in self.extents.values():

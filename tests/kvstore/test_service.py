@@ -177,7 +177,7 @@ def test_a_known_prefix_is_not_written_again():
 def test_bad_documents_are_refused_at_once():
     """Each for its own reason, and nothing is left behind."""
     scene = Scene(ddr=4, documents=1)
-    for ids, error in ([], EmptyDocument), ([1000], TokenOutOfRange), (tokens(1, 5), DocumentTooLarge):
+    for ids, error in ([], EmptyDocument), ([1000], TokenOutOfRange), (tokens(1, 9), DocumentTooLarge):
         with pytest.raises(error):
             scene.begin("a", ids)
     with pytest.raises(SpecMismatch):

@@ -576,6 +576,24 @@ class NarrowMachine(Machine):
         self.store(name, tokens, policy, grouped)
         self.sink_and_ask(name, True)
 
+    @rule(
+        name=st.sampled_from(NAMES),
+        tokens=st.builds(stream, st.integers(1, 3), st.sampled_from([128, 250])),
+        policy=st.sampled_from(WritePolicy),
+        steps=st.integers(0, 30),
+    )
+    def is_coming(self, name, tokens, policy, steps):
+        """A document is on its way out of a group when something else happens."""
+        self.group_comes()
+        known = set(self.ingests)
+        self.begin_one(1, name, tokens, policy, True)
+        self.drain()
+        for ingest in set(self.ingests) - known:
+            self.commit_one(ingest)
+        for _ in range(steps):
+            if self.endable():
+                self.end(self.endable()[-1])
+
 
 Machine.TestCase.settings = NarrowMachine.TestCase.settings = settings(
     max_examples=300,

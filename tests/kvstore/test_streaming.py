@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import (
     CorruptExtent,
+    DocumentTooLarge,
     GroupFailed,
+    HoldfastError,
     NoCapacity,
     StorageFailed,
 )
-from holdfast.kvstore.orders import LoadShard, ReadIn
+from holdfast.kvstore.orders import LoadShard, ReadIn, Write
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.service import Service
 
@@ -188,3 +191,180 @@ def test_a_stream_that_ends_early_leaves_nothing_held(end, after):
     assert not scene.state.leases
     if end != "corrupt":
         assert scene.attach(document, "h")
+
+
+# Ingest from a group ---------------------------------------------------------------------------------
+
+
+def private_bytes(scene):
+    """Bytes that open ingests hold, by device."""
+    used = {"ddr": 0, "nvme": 0}
+    for copies in scene.state.private.values():
+        for copy in copies:
+            used[copy.device] += copy.size_bytes
+    return used
+
+
+def test_a_document_larger_than_ddr_comes_out_of_a_group_through_a_window():
+    """DDR gives no more than the window; what is not in DDR is on NVMe, with its row, before anybody sees it."""
+    scene = Narrow(ddr=6)
+    resident = scene.store("r", tokens(2, 4))
+    ingest, _ = scene.begin("a", tokens(1, 10), group="g")
+    scene.settle()
+    done = scene.commit(ingest)
+    most = 0
+    while scene.effects.orders:
+        most = max(most, private_bytes(scene)["ddr"])
+        assert bool(done) == (ingest.document.id in scene.state.documents)
+        scene.end(scene.effects.orders[0])
+    assert done == [ingest.document]
+    assert most == 2 * EXTENT_BYTES
+    assert all(Tier.DDR in tiers for tiers in scene.tiers(resident)), "it took no room from others"
+    assert scene.tiers(ingest.document.id) == [{Tier.DDR, Tier.NVME}] * 2 + [{Tier.NVME}] * 8
+    assert scene.state.document(ingest.document.id).durable
+    assert len(rows(scene)[1]) == 14
+    scene.idle()
+    (attach,) = scene.attach(ingest.document.id, "g")
+    assert attach.loading.phase == "ready", "it is in the group already"
+
+
+def test_it_is_seen_only_when_the_catalog_has_its_rows():
+    """The seals of NVMe copies lie there: nothing could be read before."""
+    scene = Narrow()
+    ingest, _ = scene.begin("a", tokens(1, 6), group="g")
+    scene.settle()
+    done = scene.commit(ingest)
+    put = scene.end_up_to(Write)
+    assert [record.kind for record in put.records] == ["put-extent"] * 4
+    assert not done
+    assert not scene.state.documents
+    scene.end(put)
+    assert done == [ingest.document]
+
+
+def steps_of(length):
+    """How many orders a streamed ingest takes, from its commit on."""
+    scene = Narrow()
+    ingest, _ = scene.begin("a", tokens(1, length), group="g")
+    scene.settle()
+    scene.commit(ingest)
+    count = 0
+    while scene.effects.orders:
+        scene.end(scene.effects.orders[0])
+        count += 1
+    return count
+
+
+@pytest.mark.parametrize("end", ["abort", "disconnect", "group", "fail"])
+def test_a_streamed_ingest_that_ends_early_leaves_nothing(end):
+    """After any number of its orders: all bytes of both tiers are free, and the catalog has no row."""
+    for after in range(steps_of(6)):
+        scene = Narrow()
+        ingest, _ = scene.begin("a", tokens(1, 6), group="g")
+        scene.settle()
+        done = scene.commit(ingest)
+        for _ in range(after):
+            scene.end(scene.effects.orders[0])
+        if done:
+            assert after == 6 + 6 + 4 + 1, "saves, seals, writes of what makes place, and one commit of their rows"
+            break
+        match end:
+            case "abort":
+                scene.service.abort_ingest(CLIENT, ingest.id)
+            case "disconnect":
+                scene.service.disconnect(CLIENT)
+            case "group":
+                scene.service.disconnect(RANKS[1])
+            case "fail":
+                scene.end(scene.effects.orders[0], StorageFailed("broken"))
+        scene.state.check()
+        scene.settle()
+        assert len(done) == 1
+        assert isinstance(done[0], HoldfastError)
+        assert not +scene.state.used_bytes(), after
+        assert not scene.state.extents
+        scene.idle()
+
+
+def test_a_document_that_no_tier_takes_is_refused_at_once():
+    """A memory-only one that DDR cannot hold, and any that NVMe cannot."""
+    scene = Narrow(nvme=8)
+    with pytest.raises(DocumentTooLarge, match="memory-only"):
+        scene.begin("a", tokens(1, 5), WritePolicy.MEMORY, group="g")
+    with pytest.raises(DocumentTooLarge, match=r"nvme\.capacity_bytes"):
+        scene.begin("a", tokens(1, 9), group="g")
+    assert scene.begin("a", tokens(1, 8), group="g")
+    assert len(scene.state.private) == 1
+
+
+def test_a_document_streams_when_ddr_is_leased():
+    """One that would fit an empty DDR goes through what is left of it; as memory-only it is refused."""
+    scene = Narrow(ddr=8, window=2)
+    leased = scene.store("r", tokens(2, 4))
+    (attach,) = scene.attach(leased)
+    ingest, heard = scene.begin("a", tokens(1, 6), group="g")
+    scene.settle()
+    assert heard == [ingest]
+    assert private_bytes(scene)["ddr"] == 2 * EXTENT_BYTES
+    _, refused = scene.begin("b", tokens(3, 6), WritePolicy.MEMORY, group="h")
+    assert isinstance(refused[0], NoCapacity)
+    done = scene.commit(ingest)
+    scene.settle()
+    assert done == [ingest.document]
+    scene.detach(attach)
+    scene.idle()
+
+
+def test_a_stream_makes_room_on_nvme_after_the_catalog_forgot():
+    """Older documents leave for it; what is pinned stays, and then the ingest is refused without a trace."""
+    scene = Narrow(ddr=4, nvme=8)
+    old = scene.store("old", tokens(2, 4))
+    ingest, _ = scene.begin("a", tokens(1, 6), group="g")
+    scene.settle()
+    done = scene.commit(ingest)
+    scene.settle()
+    assert done == [ingest.document]
+    assert any(Tier.NVME not in tiers for tiers in scene.tiers(old))
+    scene.service.pin(ingest.document.id, Tier.NVME, None, "me", "")
+    second, _ = scene.begin("b", tokens(3, 8), group="h")
+    scene.settle()
+    refused = scene.commit(second)
+    scene.settle()
+    assert isinstance(refused[0], NoCapacity)
+    assert DocumentId("t", "b") not in scene.state.documents
+    scene.idle()
+
+
+def test_two_streams_of_one_prefix_share_it():
+    """The second to be complete gives its duplicates back, on both tiers; one row is left for each extent."""
+    scene = Narrow(ddr=8)
+    first, _ = scene.begin("a", tokens(1, 9), group="g")
+    second, _ = scene.begin("b", tokens(1, 10), group="h")
+    scene.settle()
+    heard = scene.commit(first), scene.commit(second)
+    scene.settle()
+    assert heard == ([first.document], [second.document])
+    assert len(scene.state.extents) == 10
+    assert scene.state.nvme.used_bytes == 10 * EXTENT_BYTES
+    assert all(owner.durable for owner in scene.state.documents.values())
+    scene.idle()
+
+
+def test_only_the_hole_of_a_large_document_is_written_again():
+    """What lies behind it is kept."""
+    scene = Narrow()
+    document = scene.on_nvme(a=tokens(1, 10))
+    (attach,) = scene.attach(document, "g")
+    scene.end(scene.end_up_to(ReadIn), CorruptExtent("bad"))
+    scene.settle()
+    scene.detach(attach)
+    before = scene.state.nvme.used_bytes
+    ingest, _ = scene.begin("a", tokens(1, 10), group="g")
+    assert len(ingest.missing) == 1
+    scene.settle()
+    done = scene.commit(ingest)
+    scene.settle()
+    assert done == [ingest.document]
+    assert scene.state.nvme.used_bytes == before + EXTENT_BYTES
+    assert all(Tier.NVME in tiers for tiers in scene.tiers(document))
+    scene.idle()
