@@ -7,7 +7,7 @@ each other: the second to commit gives its duplicate copies back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
