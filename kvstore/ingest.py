@@ -109,6 +109,7 @@ class Ingests:
             self.store,
             self.spill,
             ingest.id,
+            ingest.missing,
             tuple(reversed(ingest.missing)),  # so that the front is what stays in DDR
             deadline_ns - self.store.clock.monotonic_ns(),
             complete=lambda: self._sealed(ingest),

@@ -23,8 +23,9 @@ from .store import Store
 
 
 class Passage:
-    """`missing` in the order in which they get slots. `filled` are copies in DDR, `written` those on NVMe.
+    """`missing` in document order, `queue` in the order in which they pass through a window.
 
+    `filled` are the copies in DDR, `written` those on NVMe.
     `complete` is called when all extents are sealed, `failed` when one cannot be, and `idle` when, after `stop`, no
     move is under way any more.
     """
@@ -35,6 +36,7 @@ class Passage:
         spill: Spill,
         ingest: int,
         missing: Sequence[Extent],
+        queue: Sequence[Extent],
         patience_ns: int,
         *,
         complete: Callable[[], None],
@@ -48,8 +50,8 @@ class Passage:
         self.filled: dict[str, Placement] = {}
         self.written: dict[str, Placement] = {}
         self.in_flight = 0
-        self.todo = list(missing)  # no slot yet
-        self.window = list(missing)  # what gets slots at the beginning
+        self.todo = list(queue)  # no slot yet
+        self.window = list(missing)  # what gets slots at the beginning, in document order
         self._count = len(missing)
         self._unsealed = len(missing)
         self._needed: Counter[int] = Counter()  # slots of each size that nothing under way will free
@@ -65,14 +67,15 @@ class Passage:
         return len(self.window) < self._count
 
     def narrow(self, window_bytes: int) -> bool:
-        """Begin with a window: the first extents, and one of each size. False when that is all there is."""
-        self.window = []
+        """Begin with a window: the first of the queue, and one of each size. False when that is all there is."""
+        first = set()
         kinds = set()
         for extent in self.todo:
             if extent.slot_bytes <= window_bytes or extent.slot_bytes not in kinds:
-                self.window.append(extent)
+                first.add(extent.id)
                 kinds.add(extent.slot_bytes)
                 window_bytes -= extent.slot_bytes
+        self.window = [extent for extent in self.window if extent.id in first]
         return self.streams
 
     def begin(self) -> None:
