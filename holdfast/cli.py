@@ -108,10 +108,11 @@ def overrides(settings: Sequence[str], data_dir: Path | None) -> dict[str, str]:
 @app.command()
 def serve(ctx: typer.Context, config: ConfigFile = None, settings: Settings = None) -> None:
     """Run the daemon until it is told to stop."""
-    from .kvstore.config import load_config
+    from .kvstore.backing import configured
     from .kvstore.daemon import serve as run
+    from .kvstore.machine import Machine
 
-    found = load_config(config, os.environ, overrides(settings or (), session_of(ctx).data_dir))
+    found = configured(config, os.environ, overrides(settings or (), session_of(ctx).data_dir), Machine())
     raise typer.Exit(run(found))
 
 
@@ -135,10 +136,12 @@ def demo(
 @config_app.command("show")
 def config_show(ctx: typer.Context, config: ConfigFile = None, settings: Settings = None) -> None:
     """The effective configuration, and where each value comes from."""
-    from .kvstore.config import RULES, load_config, render
+    from .kvstore.backing import configured
+    from .kvstore.config import RULES, render
+    from .kvstore.machine import Machine
 
     session = session_of(ctx)
-    found = load_config(config, os.environ, overrides(settings or (), session.data_dir))
+    found = configured(config, os.environ, overrides(settings or (), session.data_dir), Machine())
     if not session.as_json:
         print(render(found), end="")
         return
@@ -372,7 +375,7 @@ def evict(
 
 def target(name: str | None, size: str | None) -> dict[str, object]:
     """What to evict: a document or bytes."""
-    from .kvstore.config import parse_size
+    from .kvstore.sizes import parse_size
 
     if (name is None) == (size is None):
         raise InvalidRequest("name either a document or --bytes")

@@ -232,6 +232,7 @@ def status(s: Json) -> Table:
             ("groups", groups or "none"),
             ("waiting", f"{s['reservations_waiting']} for room, {s['writes_queued']} to be written"),
             ("in flight", f"{s['orders_in_flight']} orders"),
+            ("ddr", s["ddr_backing"]),
         )
     )
 

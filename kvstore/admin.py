@@ -144,7 +144,10 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon at a glance. `not_ready` says why it cannot serve; null when it can."""
+    """The daemon at a glance. `not_ready` says why it cannot serve; null when it can.
+
+    `ddr_backing` says what the arena's pages are, and where.
+    """
 
     version: str
     not_ready: str | None
@@ -157,6 +160,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     reservations_waiting: int
     writes_queued: int
     orders_in_flight: int
+    ddr_backing: str
     tiers: list[views.TierView]
     groups: list[GroupView]
 
@@ -189,11 +193,12 @@ def named(request: web.Request) -> DocumentId:
 
 
 class Admin:
-    """The handlers. `ready` says why the daemon cannot serve, or None."""
+    """The handlers. `ready` says why the daemon cannot serve, or None; `backing` what DDR's pages are."""
 
-    def __init__(self, service: Service, ready: Callable[[], str | None]) -> None:
+    def __init__(self, service: Service, ready: Callable[[], str | None], backing: str) -> None:
         self.service = service
         self.ready = ready
+        self.backing = backing
         self.metrics = Metrics(service, installed_version())
 
     def routes(self) -> list[web.RouteDef]:
@@ -260,6 +265,7 @@ class Admin:
             reservations_waiting=service.room.waiting,
             writes_queued=service.room.writes_queued,
             orders_in_flight=service.store.orders_in_flight,
+            ddr_backing=self.backing,
             tiers=views.tier_views(state),
             groups=[self._group(group) for group in state.groups.values()],
         )
@@ -401,8 +407,8 @@ class Admin:
         )
 
 
-def make_app(service: Service, ready: Callable[[], str | None]) -> web.Application:
-    """The admin API over a service. `ready` returns why it cannot serve, or None."""
+def make_app(service: Service, ready: Callable[[], str | None], backing: str) -> web.Application:
+    """The admin API over a service. `ready` returns why it cannot serve, or None; `backing` is shown as it is."""
     app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
-    app.add_routes(Admin(service, ready).routes() + Calibrations(service).routes())
+    app.add_routes(Admin(service, ready, backing).routes() + Calibrations(service).routes())
     return app

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import mmap
 import os
 import re
 import stat
-import tempfile
 import threading
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,20 +21,10 @@ from pathlib import Path
 from typing import Final
 
 from .errors import StorageFailed
+from .machine import populate
 from .slots import Slot
 
 SLAB_NAME: Final = re.compile(r"slab-(\d{1,9})-(\d{1,15})")
-MOUNTS: Final = Path("/proc/self/mounts")
-
-
-def arena_directory(base: Path, data_dir: Path) -> Path:
-    """The directory for the slabs of the daemon that owns `data_dir`; nothing is created.
-
-    It lies in `base` where that is a directory we may write to, else among the temporary files.
-    """
-    digest = hashlib.blake2b(os.fsencode(data_dir.resolve()), digest_size=8).hexdigest()
-    usable = base.is_dir() and os.access(base, os.W_OK | os.X_OK)
-    return (base if usable else Path(tempfile.gettempdir())) / f"holdfast-{digest}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +68,7 @@ class Arena:
             self._left = self._find()
         except OSError as error:
             raise StorageFailed(f"arena directory {directory}: {error.strerror}") from error
+        self.adopted: frozenset[int] = frozenset()
         self.found: Mapping[int, int] = {number: serial for number, (serial, _) in self._left.items()}
 
     def _find(self) -> dict[int, tuple[int, int]]:
@@ -110,6 +99,7 @@ class Arena:
         Raises StorageFailed when one cannot be mapped.
         """
         assert set(slabs) <= set(self.found), slabs
+        self.adopted = frozenset(slabs)
         while self._left:
             number, (serial, descriptor) = self._left.popitem()
             path = self._path(number, serial)
@@ -122,11 +112,6 @@ class Arena:
             else:
                 os.close(descriptor)
                 path.unlink(missing_ok=True)
-
-    @property
-    def backing(self) -> str:
-        """What the slabs are made of, for `status`: "tmpfs at /dev/shm/holdfast-..."."""
-        return f"{_filesystem(self.directory)} at {self.directory}"
 
     def serial(self, slab: int) -> int:
         """Which inode the slab is, or will be once it is made: a number that no other has had. Quick."""
@@ -179,14 +164,29 @@ class Arena:
             self._retired += held
             return len(self._retired)
 
-    def close(self) -> None:
-        """Retire every slab and remove the directory, if nothing else is in it."""
-        self.keep(())
-        for slab in list(self._slabs):
-            self.retire(slab)
+    def close(self, keep: Collection[int] = ()) -> int:
+        """Let go of every slab; the files of those in `keep` stay for a successor, those of others are removed.
+
+        Returns the bytes that stay. The directory goes too, if nothing is in it.
+        """
+        left_bytes = 0
+        for number, (_, descriptor) in self._left.items():
+            os.close(descriptor)
+            left_bytes += self.slab_bytes if number in keep else 0
+        self._left = {number: left for number, left in self._left.items() if number not in keep}
+        with self._lock:
+            kept = [self._slabs.pop(number) for number in list(self._slabs) if number in keep]
+            self._retired += kept
+        left_bytes += sum(self.slab_bytes for slab in kept if slab.memory is not None)
+        for number, (serial, _) in self._left.items():
+            self._path(number, serial).unlink(missing_ok=True)
+        self._left = {}
+        for number in list(self._slabs):
+            self.retire(number)
         self.sweep()
         with contextlib.suppress(OSError):  # not empty, or gone: nothing of ours is left in it
             self.directory.rmdir()
+        return left_bytes
 
     def _path(self, number: int, serial: int) -> Path:
         return self.directory / f"slab-{number}-{serial}"
@@ -216,11 +216,13 @@ def _created(path: Path, slab_bytes: int) -> _Memory:
         try:
             # Sparse files would be quicker to make, but a full tmpfs then kills with SIGBUS whoever touches a page.
             os.posix_fallocate(descriptor, 0, slab_bytes)
-            return _mapped(descriptor, slab_bytes)
+            memory = _mapped(descriptor, slab_bytes)
+            populate(memory.mapping)
         except OSError:
             os.close(descriptor)
             path.unlink()
             raise
+        return memory
     except OSError as error:
         advice = "; lower ddr.capacity_bytes" if error.errno in (errno.ENOSPC, errno.ENOMEM) else ""
         raise StorageFailed(f"slab {path} of {slab_bytes} B: {error.strerror}{advice}") from error
@@ -272,16 +274,3 @@ def _make_private(directory: Path) -> None:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise StorageFailed(f"arena directory {directory} belongs to user {found.st_uid}, not to us; remove it")
     directory.chmod(0o700)
-
-
-def _filesystem(path: Path) -> str:
-    """The type of file system that holds `path`, as the kernel names it."""
-    best, kind = Path(), "unknown"
-    target = path.resolve()
-    with contextlib.suppress(OSError):  # no /proc: only a label is lost
-        for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines():
-            _, mounted, name, *_ = line.split(" ")
-            at = Path(mounted.replace("\\040", " "))
-            if target.is_relative_to(at) and len(at.parts) >= len(best.parts):
-                best, kind = at, name
-    return kind

@@ -3,68 +3,25 @@
 Later sources win: defaults, a TOML file, environment variables HOLDFAST_SECTION__KEY, overrides
 "section.key". A section or key we do not know is refused with its nearest neighbour, a value we
 cannot use with its key, its origin and what is allowed.
-
-Sizes are integers of bytes or strings with a unit: "64 MiB" is 2^26, "20 GB" is 20e9. Bare letters
-("64M") are refused, for half of the world reads them as 2^20 and the other half as 10^6.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from decimal import Decimal
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Final, Protocol, get_type_hints
+from typing import Annotated, Any, Final, Literal, Protocol, get_type_hints
 
 from .errors import ConfigError
+from .sizes import GIB, KIB, MIB, TIB, about_size, format_size, parse_size
 
-KIB: Final = 1 << 10
-MIB: Final = 1 << 20
-GIB: Final = 1 << 30
-TIB: Final = 1 << 40
-UNITS: Final = {
-    "B": 1,
-    "kB": 10**3,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": KIB,
-    "MiB": MIB,
-    "GiB": GIB,
-    "TiB": TIB,
-}
 PAGE_BYTES: Final = 4096  # slots are read and written directly, in whole pages
 SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, less its final zero
 ENVIRONMENT_PREFIX: Final = "HOLDFAST_"
-
-
-def parse_size(value: object) -> int:
-    """Bytes of an integer or a string such as "64 MiB"; ValueError for anything else."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)", str(value).strip())
-    if not isinstance(value, str) or matched is None:
-        raise ValueError("not a size")
-    number, unit = matched.groups()
-    if unit and unit not in UNITS:
-        raise ValueError(f"unit {unit!r} is not one of {', '.join(UNITS)}")
-    size_bytes = Decimal(number) * UNITS[unit or "B"]
-    if size_bytes != int(size_bytes):
-        raise ValueError("not a whole number of bytes")
-    return int(size_bytes)
-
-
-def format_size(size_bytes: int) -> str:
-    """The exact spelling with the smallest number: 64 MiB, 20 GB, 1001 B."""
-    whole = [(size_bytes // size, unit) for unit, size in UNITS.items() if not size_bytes % size]
-    number, unit = min(whole, key=lambda pair: pair[0]) if size_bytes else (0, "B")
-    return f"{number} {unit}"
 
 
 # What a value may be. A rule turns what a file or a shell says into a value, or raises ValueError.
@@ -182,6 +139,18 @@ class PathText(Text):
         return "a path, not empty"
 
 
+AUTO: Final = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class PathOrAuto(PathText):
+    """A path, or "auto": the daemon chooses."""
+
+    @property
+    def allowed(self) -> str:
+        return f'a path, or "{AUTO}"'
+
+
 # The tree. Keys without a default here get one in `_derived`, from other keys or the environment.
 
 
@@ -199,12 +168,16 @@ class DaemonConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DdrConfig:
-    """The DDR tier: shared-memory slabs. What is larger passes through in windows of `window_bytes`."""
+    """The DDR tier: shared-memory slabs, all made at start; a clean stop leaves or frees them, as `on_stop` says.
 
-    capacity_bytes: Annotated[int, Size(MIB)] = GIB
+    What is larger passes through in windows of `window_bytes`.
+    """
+
+    capacity_bytes: Annotated[int, Size(MIB)]
     slab_bytes: Annotated[int, Size(64 * KIB, 64 * GIB, PAGE_BYTES)] = 64 * MIB
     window_bytes: Annotated[int, Size(0)]
-    directory: Annotated[Path, PathText()] = Path("/dev/shm")  # noqa: S108 - not a temporary file
+    directory: Annotated[Path | Literal["auto"], PathOrAuto()] = AUTO
+    on_stop: Annotated[str, Text(("keep", "free"))] = "keep"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,8 +256,15 @@ class _Setting:
     origin: str
 
 
-def load_config(path: Path | None, environment: Mapping[str, str], overrides: Mapping[str, str]) -> Config:
+def load_config(
+    path: Path | None,
+    environment: Mapping[str, str],
+    overrides: Mapping[str, str],
+    available_bytes: int | None = None,
+) -> Config:
     """The effective configuration: defaults < file < environment < overrides.
+
+    `available_bytes` is the memory that the DDR tier may take a part of by default; None where nobody asked.
 
     Raises ConfigError for a file that cannot be read or is not TOML, an unknown section or key, a
     value of the wrong type or range, and values that contradict each other.
@@ -299,7 +279,7 @@ def load_config(path: Path | None, environment: Mapping[str, str], overrides: Ma
     for setting in settings:
         values[setting.key] = _value(setting, environment)
         origins[setting.key] = setting.origin
-    _derive(values, origins, environment)
+    _derive(values, origins, environment, available_bytes)
     tree = {
         section: kind(**{entry.name: values[f"{section}.{entry.name}"] for entry in fields(kind)})
         for section, kind in SECTIONS.items()
@@ -371,7 +351,7 @@ def _value(setting: _Setting, environment: Mapping[str, str]) -> object:
         raise ConfigError(
             f"{setting.key} = {setting.raw!r} from {setting.origin}: expected {rule.allowed}{reason}"
         ) from error
-    if isinstance(rule, PathText):
+    if isinstance(rule, PathText) and not (isinstance(rule, PathOrAuto) and value == AUTO):
         return _path(str(value), environment)
     return value
 
@@ -387,7 +367,9 @@ def _unknown(what: str, name: str, origin: str, known: list[str]) -> ConfigError
     return ConfigError(f"unknown {what} {name!r} from {origin}; {advice}")
 
 
-def _derive(values: dict[str, Any], origins: dict[str, str], environment: Mapping[str, str]) -> None:
+def _derive(
+    values: dict[str, Any], origins: dict[str, str], environment: Mapping[str, str], available_bytes: int | None
+) -> None:
     """Fill in the defaults that depend on other values, in the order of their dependence."""
 
     def default(key: str, value: object, reason: str) -> None:
@@ -399,9 +381,20 @@ def _derive(values: dict[str, Any], origins: dict[str, str], environment: Mappin
     data_dir: Path = values["daemon.data_dir"]
     default("daemon.socket", data_dir / "holdfast.sock", "in daemon.data_dir")
     default("nvme.directory", data_dir / "nvme", "in daemon.data_dir")
+    default("ddr.capacity_bytes", *_ddr_capacity(values["ddr.slab_bytes"], available_bytes))
     default("ddr.window_bytes", values["ddr.capacity_bytes"] // 4, "a quarter of ddr.capacity_bytes")
     capacity_bytes = values["ddr.capacity_bytes"] + values["nvme.capacity_bytes"]
     default("limits.pin_bytes", capacity_bytes // 2, "half of ddr and nvme capacity")
+
+
+def _ddr_capacity(slab_bytes: int, available_bytes: int | None) -> tuple[int, str]:
+    """Whole slabs of a quarter of the memory there is, and why."""
+    if available_bytes is None:
+        share_bytes, reason = GIB, "for want of a look at the memory"
+    else:
+        share_bytes, reason = available_bytes // 4, f"a quarter of {about_size(available_bytes)} available"
+    least = -(-MIB // slab_bytes)
+    return max(least, share_bytes // slab_bytes) * slab_bytes, reason
 
 
 def _state_directory(environment: Mapping[str, str]) -> tuple[Path, str]:

@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -23,15 +23,18 @@ from typing import Any, Final
 import structlog
 
 from .admin import make_app
-from .arena import Arena, arena_directory
+from .arena import Arena
+from .backing import open_backing
 from .catalog import Catalog
 from .checks import Checks
 from .clock import Clock, SystemClock
 from .config import Config
 from .document import WritePolicy
 from .errors import ConfigError, DataDirectoryBusy, HoldfastError, StorageFailed
+from .machine import Machine
 from .mover import Mover
 from .orders import CloseShard, LoadShard, OpenShard, Order, Outcome, SaveShard
+from .prefault import Prefault
 from .ranks import Ranks
 from .rest import Rest
 from .segments import Segments
@@ -39,9 +42,10 @@ from .server import Server
 from .service import NS, Service
 
 TICK_SECONDS: Final = 0.1  # how late a deadline may be noticed
+PROGRESS_SECONDS: Final = 1.0
+PREFAULT_THREADS: Final = 4  # clearing pages is bound by memory, which a few cores saturate
 EXIT_BUG: Final = 70
 REPORTS_MAX: Final = 64  # in one turn of the loop
-MEMORY_FILE_SYSTEMS: Final = ("tmpfs", "hugetlbfs", "ramfs")
 
 
 class DataDirectory:
@@ -154,6 +158,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
         self._state = "starting"
+        self._was_ready = False
         self.directory = DataDirectory(config.daemon.data_dir)
         try:
             self._open()
@@ -166,8 +171,7 @@ class Daemon:
         self.catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
         contents = self.catalog.load()
         self.segments = Segments(config.nvme.directory, config.nvme.segment_bytes)
-        self.arena = Arena(arena_directory(config.ddr.directory, config.daemon.data_dir), config.ddr.slab_bytes)
-        self.arena.keep(())
+        self._open_arena()
         reports = _Reports(self._loop, self._crashed)
         effects = _Effects()
         effects.ranks = self.ranks = Ranks(reports.finished, self.arena.serial)
@@ -186,10 +190,11 @@ class Daemon:
         # Not what the catalog names but what was taken over: a smaller budget is kept from the start.
         taken = (record.nvme.slot for record in self.service.state.extents.values() if record.nvme is not None)
         self.segments.prune({slot.slab for slot in taken if slot is not None})
+        self.prefault = Prefault(self.arena, range(self.service.state.ddr.slab_count), PREFAULT_THREADS)
         number = version("holdfast")
         self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
         self.checks = Checks(self.service, config, self.server.clients, self.readiness)
-        app = make_app(self.service, self.readiness)
+        app = make_app(self.service, self.readiness, self.backing.description)
         app.add_routes(self.checks.routes())
         self.rest = Rest(app)
         self.log.info(
@@ -199,31 +204,40 @@ class Daemon:
             documents=len(contents.documents),
             extents=len(contents.extents),
             orphans=len(contents.orphans),
-            arena=self.arena.backing,
+            arena=self.backing.description,
             direct_io=self.segments.direct,
         )
         self._check_space()
 
+    def _open_arena(self) -> None:
+        self.backing = open_backing(self.config, Machine())
+        if self.backing.warning:
+            self.log.warning(self.backing.warning)
+        try:
+            self.arena = Arena(self.backing.directory, self.config.ddr.slab_bytes)
+            self.arena.keep(())
+        except StorageFailed:
+            self.backing.release()
+            raise
+
     def _check_space(self) -> None:
-        """Warn of tiers that promise more than their device has, and of an arena that is no memory."""
-        if self.arena.backing.split()[0] not in MEMORY_FILE_SYSTEMS:
-            self.log.warning("the DDR arena is not in memory; set ddr.directory to a tmpfs", arena=self.arena.backing)
-        state = self.service.state
-        places = (("ddr", state.ddr, self.arena.directory), ("nvme", state.nvme, self.config.nvme.directory))
-        for tier, pool, directory in places:
-            device = os.statvfs(directory)
-            free_bytes = device.f_bavail * device.f_frsize + pool.used_bytes
-            if pool.capacity_bytes > free_bytes:
-                self.log.warning(
-                    "capacity_bytes is more than the device has free",
-                    tier=tier,
-                    capacity_bytes=pool.capacity_bytes,
-                    free_bytes=free_bytes,
-                    directory=str(directory),
-                )
+        """Warn of an NVMe tier that promises more than its device has."""
+        pool, directory = self.service.state.nvme, self.config.nvme.directory
+        device = os.statvfs(directory)
+        free_bytes = device.f_bavail * device.f_frsize + pool.used_bytes
+        if pool.capacity_bytes > free_bytes:
+            self.log.warning(
+                "capacity_bytes is more than the device has free",
+                tier="nvme",
+                capacity_bytes=pool.capacity_bytes,
+                free_bytes=free_bytes,
+                directory=str(directory),
+            )
 
     def readiness(self) -> str | None:
         """None when ready, else why not."""
+        if self._state == "starting":
+            return f"starting: pre-faulting {self.prefault.percent} %"
         return None if self._state == "ready" else self._state
 
     async def run(self) -> int:
@@ -234,13 +248,15 @@ class Daemon:
         config = self.config.daemon
         ticks = self._loop.create_task(self._tick())
         try:
-            await self.server.start(config.socket)
             port = await self.rest.start(config.rest_host, config.rest_port)
             host = f"[{config.rest_host}]" if ":" in config.rest_host else config.rest_host
             url = f"http://{host}:{port}"
             (config.data_dir / "rest.json").write_text(json.dumps({"url": url, "pid": os.getpid()}))
-            self._state = "ready"
-            self.log.info("ready", socket=str(config.socket), rest=url)
+            await self._make_slabs()
+            if not self._stop.is_set():
+                await self.server.start(config.socket)
+                self._state, self._was_ready = "ready", True
+                self.log.info("ready", socket=str(config.socket), rest=url)
             await self._stop.wait()
             if self._failure is None:
                 await self._drain()
@@ -248,6 +264,22 @@ class Daemon:
             ticks.cancel()
             await self._close()
         return EXIT_BUG if self._failure is not None else 0
+
+    async def _make_slabs(self) -> None:
+        """Pre-fault the arena. Raises StorageFailed."""
+        work = self.prefault
+        making = self._loop.run_in_executor(None, work.run)
+        stopping = self._loop.create_task(self._stop.wait())
+        try:
+            while not making.done() and not stopping.done():
+                await asyncio.wait((making, stopping), timeout=PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                if not making.done():
+                    self.log.info("pre-faulting", done_bytes=work.done_bytes, total_bytes=work.total_bytes)
+            self._state = "stopping" if stopping.done() else self._state
+        finally:
+            stopping.cancel()
+            work.stop()
+            await making
 
     async def _tick(self) -> None:
         while True:
@@ -288,11 +320,26 @@ class Daemon:
         else:
             self.catalog.close()
             self.segments.close()
-            self.arena.close()
+            self._close_arena()
         for left in (self.config.daemon.socket, self.config.daemon.data_dir / "rest.json"):
             left.unlink(missing_ok=True)
         self.directory.close()
         self.log.info("stopped", failed=self._failure is not None)
+
+    def _close_arena(self) -> None:
+        """Let go of the arena's memory, or leave what the next daemon can use: nothing that this one only made."""
+        keep: Collection[int] = ()
+        if self.config.ddr.on_stop == "keep":
+            keep = range(self.service.state.ddr.slab_count) if self._was_ready else self.arena.adopted
+        left_bytes = self.arena.close(keep)
+        self.backing.release()
+        if left_bytes:
+            self.log.info(
+                "slabs are left for the next start",
+                size_bytes=left_bytes,
+                directory=str(self.backing.directory),
+                free_with=self.backing.free_command,
+            )
 
     # Bugs --------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ import numpy as np
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import DaemonUnavailable, HoldfastError
+from holdfast.kvstore.machine import unmount
 from holdfast.kvstore.spec import KVSpec
 
 from fakes import tiny_spec
@@ -41,6 +42,7 @@ LAYERS = 2
 SETTINGS = {
     "ddr.capacity_bytes": "1 MiB",
     "ddr.slab_bytes": "64 KiB",
+    "ddr.on_stop": "free",
     "nvme.capacity_bytes": "4 MiB",
     "nvme.segment_bytes": "256 KiB",
     "nvme.threads": "2",
@@ -177,6 +179,8 @@ class DaemonProcess:
             self.wait()
         for client in self._clients:
             client.close()
+        while (self.data_dir / "arena").is_mount():  # of one that was killed
+            unmount(self.data_dir / "arena")
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self._shared, ignore_errors=True)
 

@@ -54,7 +54,7 @@ class Live:
     async def _run(self):
         effects = ManualEffects(submitted=lambda: self._loop.call_soon(self._complete))
         self.service, self.effects, self.clock = tiny_service(tiny_config(**self._overrides), effects)
-        app = self._app or make_app(self.service, lambda: self.not_ready)
+        app = self._app or make_app(self.service, lambda: self.not_ready, "tmpfs, at /arena")
         runner = web.AppRunner(app, shutdown_timeout=1.0)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -87,7 +87,7 @@ class Api:
 async def running(**overrides):
     service, effects, clock = tiny_service(tiny_config(**overrides))
     not_ready = [None]
-    async with TestClient(TestServer(make_app(service, lambda: not_ready[0]))) as client:
+    async with TestClient(TestServer(make_app(service, lambda: not_ready[0], "tmpfs, at /arena"))) as client:
         yield Api(client, service, effects, clock, not_ready)
     service.state.check()
 
@@ -103,7 +103,7 @@ async def api():
 
 def test_golden_routes():
     service, _, _ = tiny_service()
-    app = make_app(service, lambda: None)
+    app = make_app(service, lambda: None, "tmpfs, at /arena")
     found = {f"{r.method} {r.resource.canonical}" for r in app.router.routes() if r.method != "HEAD"}
     assert found == ROUTES
 
@@ -188,6 +188,7 @@ async def test_version_and_status(api):
     assert (status["documents"], status["leases"], status["leases_overdue"], status["pins"]) == (1, 1, 0, 0)
     assert [tier["tier"] for tier in status["tiers"]] == ["ddr", "nvme"]
     assert status["groups"] == []
+    assert status["ddr_backing"] == "tmpfs, at /arena"
 
 
 # Documents -------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from holdfast.kvstore.arena import Arena, arena_directory
+from holdfast.kvstore.arena import Arena
 from holdfast.kvstore.errors import StorageFailed
 from holdfast.kvstore.slots import Slot
 
@@ -300,6 +300,41 @@ def test_threads_that_view_a_new_slab_at_once_get_the_same(arena):
     assert [content[index * 4096] for index in range(9)] == [*range(1, 9), 0]
 
 
+def test_kept_at_the_end_they_are_found_by_the_next(directory):
+    before = open_files()
+    arena = Arena(directory, SLAB_BYTES)
+    serials = {number: arena.serial(number) for number in range(4)}
+    for number in (0, 1, 3):
+        arena.make(number)
+    view = arena.view(Slot(1, 0, 4096))
+    view[:4] = b"kept"
+    view.release()
+    assert arena.close(keep={0, 1, 2}) == 2 * SLAB_BYTES, "slab 2 has no memory"
+    assert open_files() == before
+    following = Arena(directory, SLAB_BYTES)
+    assert following.found == {number: serials[number] for number in (0, 1)}
+    assert following.close(keep={1}) == SLAB_BYTES, "of those found too, as long as nobody chose"
+    assert open_files() == before
+    last = Arena(directory, SLAB_BYTES)
+    last.keep({1})
+    assert last.adopted == {1}
+    assert last.view(Slot(1, 0, 4096))[:4] == b"kept"
+    assert last.close() == 0
+    assert not directory.exists()
+
+
+def test_memory_that_cannot_be_filled_in_is_a_typed_error_and_leaves_nothing(arena, directory, monkeypatch):
+    def short(mapping):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("holdfast.kvstore.arena.populate", short)
+    before = open_files()
+    with pytest.raises(StorageFailed, match=r"Cannot allocate memory; lower ddr\.capacity_bytes"):
+        arena.make(0)
+    assert not list(directory.iterdir())
+    assert open_files() == before
+
+
 def test_a_full_device_is_a_typed_error_and_leaves_nothing(arena, directory, monkeypatch):
     def full(descriptor, offset, size):
         raise OSError(28, "No space left on device")
@@ -320,21 +355,6 @@ def test_a_directory_that_is_a_file_or_a_link_is_refused(tmp_path):
     for name in ("file", "link"):
         with pytest.raises(StorageFailed, match=name):
             Arena(tmp_path / name, SLAB_BYTES)
-
-
-def test_the_directory_depends_on_the_data_directory_and_falls_back(tmp_path):
-    first, second = (arena_directory(tmp_path, tmp_path / name) for name in ("a", "b"))
-    assert first != second
-    assert first.parent == tmp_path
-    assert first == arena_directory(tmp_path, tmp_path / "x" / ".." / "a")
-    fallback = arena_directory(tmp_path / "missing", tmp_path / "a")
-    assert fallback == Path(tempfile.gettempdir()) / first.name
-
-
-def test_backing_names_the_file_system(arena, directory):
-    kind, at = arena.backing.split(" at ")
-    assert at == str(directory)
-    assert kind == "tmpfs" or not directory.is_relative_to("/dev/shm")
 
 
 def test_a_forked_child_does_not_inherit_the_mapping(arena):

@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from holdfast.kvstore.config import RULES, format_size, load_config, parse_size, render
+from holdfast.kvstore.config import RULES, load_config, render
 from holdfast.kvstore.errors import ConfigError
+from holdfast.kvstore.sizes import about_size, format_size, parse_size
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,6 +28,7 @@ GOLDEN_KEYS = [
     "ddr.slab_bytes",
     "ddr.window_bytes",
     "ddr.directory",
+    "ddr.on_stop",
     "nvme.capacity_bytes",
     "nvme.segment_bytes",
     "nvme.directory",
@@ -69,7 +71,7 @@ def test_defaults():
     assert (config.daemon.rest_host, config.daemon.rest_port) == ("127.0.0.1", 8470)
     assert (config.ddr.capacity_bytes, config.ddr.slab_bytes) == (1 << 30, 64 << 20)
     assert config.ddr.window_bytes == 256 << 20
-    assert config.ddr.directory == Path("/dev/shm")
+    assert (config.ddr.directory, config.ddr.on_stop) == ("auto", "keep")
     assert (config.nvme.capacity_bytes, config.nvme.segment_bytes) == (4 << 30, 256 << 20)
     assert (config.nvme.directory, config.nvme.threads) == (state / "nvme", 4)
     assert config.eviction.policy == "popularity"
@@ -111,6 +113,27 @@ def test_derived_defaults_follow_what_they_derive_from():
     assert config.nvme.directory == Path("/home/ada/kv/nvme")
     assert config.limits.pin_bytes == 5 << 30
     assert load_config(None, HOME, overrides | {"limits.pin_bytes": "0"}).limits.pin_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("available_bytes", "slab_bytes", "capacity_bytes"),
+    [
+        (21 << 30, 64 << 20, 21 << 28),
+        ((21 << 30) - 1, 64 << 20, 83 << 26),
+        (1, 2 << 30, 2 << 30),
+        (0, 640 << 10, 1280 << 10),
+    ],
+)
+def test_the_ddr_capacity_is_whole_slabs_of_a_quarter_of_the_memory(available_bytes, slab_bytes, capacity_bytes):
+    config = load_config(None, HOME, {"ddr.slab_bytes": str(slab_bytes)}, available_bytes)
+    assert config.ddr.capacity_bytes == capacity_bytes
+    assert config.origins["ddr.capacity_bytes"] == f"default, a quarter of {about_size(available_bytes)} available"
+    assert load_config(None, HOME, {"ddr.capacity_bytes": "2 GiB"}, available_bytes).ddr.capacity_bytes == 2 << 30
+
+
+def test_about_a_size():
+    sizes = [0, 1536, 1 << 20, (21 << 30) + (1 << 29), 3 << 40]
+    assert [about_size(size) for size in sizes] == ["0.0 KiB", "1.5 KiB", "1.0 MiB", "21.5 GiB", "3.0 TiB"]
 
 
 def test_other_variables_are_not_settings():
@@ -201,7 +224,10 @@ def test_a_file_with_the_wrong_type_is_refused(tmp_path, key, value):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ({"ddr.slab_bytes": "2 GiB"}, ["ddr.slab_bytes = 2 GiB", "ddr.capacity_bytes = 1 GiB"]),
+        (
+            {"ddr.slab_bytes": "2 GiB", "ddr.capacity_bytes": "1 GiB"},
+            ["ddr.slab_bytes = 2 GiB", "ddr.capacity_bytes = 1 GiB"],
+        ),
         ({"ddr.window_bytes": "2 GiB"}, ["ddr.window_bytes = 2 GiB", "ddr.capacity_bytes = 1 GiB"]),
         ({"nvme.capacity_bytes": "128 MiB"}, ["nvme.segment_bytes = 256 MiB", "(default)"]),
         ({"limits.pin_bytes": "6 GiB"}, ["limits.pin_bytes = 6 GiB", "5 GiB"]),

@@ -173,9 +173,13 @@ def test_what_only_memory_holds_ends_with_the_process(policy):
 def test_slots_of_a_daemon_that_was_killed_are_gone_from_shared_memory():
     with DaemonProcess() as daemon:
         put(daemon.start().client(), "new", TOKENS)
+        before = {path.name for path in daemon._shared.rglob("slab-*")}
         daemon.restart()
-        slabs = list(daemon._shared.rglob("slab-*"))
-        assert slabs == []
+        after = {path.name for path in daemon._shared.rglob("slab-*")}
+        assert len(after) == len(before) == 16, "one file a slab: memory is never doubled"
+        assert not after & before
+        assert daemon.stop() == 0
+        assert list(daemon._shared.iterdir()) == []
 
 
 def test_a_flipped_byte_is_found_shown_and_repaired():
