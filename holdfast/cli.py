@@ -20,6 +20,8 @@ from .kvstore.errors import InvalidRequest
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from .kvstore.config import Config
+
 DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 PAGE: Final = 1000
 
@@ -105,15 +107,21 @@ def overrides(settings: Sequence[str], data_dir: Path | None) -> dict[str, str]:
     return found
 
 
+def configuration(ctx: typer.Context, path: Path | None, settings: Sequence[str] | None) -> Config:
+    """The effective configuration on this machine."""
+    from .kvstore.backing import configured
+    from .kvstore.machine import Machine
+
+    given = overrides(settings or (), session_of(ctx).data_dir)
+    return configured(path, os.environ, given, Machine())
+
+
 @app.command()
 def serve(ctx: typer.Context, config: ConfigFile = None, settings: Settings = None) -> None:
     """Run the daemon until it is told to stop."""
-    from .kvstore.backing import configured
     from .kvstore.daemon import serve as run
-    from .kvstore.machine import Machine
 
-    found = configured(config, os.environ, overrides(settings or (), session_of(ctx).data_dir), Machine())
-    raise typer.Exit(run(found))
+    raise typer.Exit(run(configuration(ctx, config, settings)))
 
 
 @app.command()
@@ -136,12 +144,10 @@ def demo(
 @config_app.command("show")
 def config_show(ctx: typer.Context, config: ConfigFile = None, settings: Settings = None) -> None:
     """The effective configuration, and where each value comes from."""
-    from .kvstore.backing import configured
     from .kvstore.config import RULES, render
-    from .kvstore.machine import Machine
 
     session = session_of(ctx)
-    found = configured(config, os.environ, overrides(settings or (), session.data_dir), Machine())
+    found = configuration(ctx, config, settings)
     if not session.as_json:
         print(render(found), end="")
         return
@@ -163,10 +169,9 @@ def calibrate(
 ) -> None:
     """Measure this machine's memories and disks, so that predictions are of it."""
     from .cli_calibrate import measure_and_show, show_stored
-    from .kvstore.config import load_config
 
     session = session_of(ctx)
-    found = load_config(config, os.environ, overrides(settings or (), session.data_dir))
+    found = configuration(ctx, config, settings)
     if show:
         show_stored(session, found)
     else:
@@ -399,10 +404,9 @@ def check(
     """Audit catalog, slabs, segment files and leases; exit code 1 when anything worse than a note remains."""
     from .cli_check import run_check
     from .kvstore.check import Wish
-    from .kvstore.config import load_config
 
     session = session_of(ctx)
-    found = load_config(config, os.environ, overrides(settings or (), session.data_dir))
+    found = configuration(ctx, config, settings)
     raise typer.Exit(run_check(session, found, Wish(fix=fix, data=data)))
 
 

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def measure_and_show(session: Session, config: Config, rounds: int) -> None:
     """Measure this machine, store the result and show it. Raises HoldfastError."""
     from .calibrate import calibrate
-    from .kvstore.arena import arena_directory
+    from .kvstore.backing import arena_directory
     from .kvstore.clock import SystemClock
+    from .kvstore.machine import Machine
 
     if session.url is not None:
         raise InvalidRequest("calibrate measures the machine it runs on; run it beside the daemon, with --data-dir")
@@ -30,7 +31,7 @@ def measure_and_show(session: Session, config: Config, rounds: int) -> None:
         if not session.as_json and sys.stderr.isatty():
             print(f"\r\033[K{step}", end="", file=sys.stderr, flush=True)
 
-    directory = arena_directory(config.ddr.directory, config.daemon.data_dir)
+    directory = arena_directory(config, Machine())
     measured = calibrate(config, directory, SystemClock(), rounds, progress)
     progress("")
     show(session, stored(config, measured))

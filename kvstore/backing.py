@@ -90,12 +90,19 @@ def open_backing(config: Config, machine: Machine) -> Backing:
             refused = f" (mounting a tmpfs ourselves: {error.strerror})"
             continue
         mount = machine.mount_of(place.directory if place.mount_bytes is not None else place.base)
-        _forget(set(_directories(config)) - {place.directory}, machine)
+        _forget((other for other in slab_directories(config) if other != place.directory), machine)
         warning = f"{place.lacks}{refused}; {_advice(config)}" if place.lacks else ""
         if mount.kind not in MEMORY_FILE_SYSTEMS:
             warning = warning or "the DDR arena lies on a disk; set ddr.directory to a tmpfs"
         return Backing(place.directory, _described(mount, place.directory, machine), warning, mount.is_ours)
     raise AssertionError("the last place needs no mounting")
+
+
+def arena_directory(config: Config, machine: Machine) -> Path:
+    """Where the arena is, or would be if nothing had to be mounted. Raises StorageFailed like open_backing."""
+    at = config.daemon.data_dir.resolve() / MOUNT_POINT
+    is_mounted = _mounted_on(at, machine) is not None
+    return next(p.directory for p in _places(config, machine) if p.mount_bytes is None or is_mounted)
 
 
 def configured(
@@ -142,15 +149,11 @@ def _places(config: Config, machine: Machine) -> Iterator[_Place]:
     yield _Place(temporary / name, temporary, lacks="the DDR arena lies among the temporary files")
 
 
-def _directories(config: Config) -> Iterator[Path]:
-    """Everywhere that a daemon on this data directory may have put slabs, but for places named in earlier lives."""
-    name = _name(config)
-    for base in (SHARED_MEMORY, Path(tempfile.gettempdir()), config.ddr.directory):
-        if isinstance(base, Path):
-            yield base / name
-    at = config.daemon.data_dir.resolve() / MOUNT_POINT
-    yield at
-    yield at / name
+def slab_directories(config: Config) -> list[Path]:
+    """Everywhere that a daemon on this data directory may have put slabs, but for what was named in earlier lives."""
+    name, at = _name(config), config.daemon.data_dir.resolve() / MOUNT_POINT
+    bases = (SHARED_MEMORY, Path(tempfile.gettempdir()), config.ddr.directory, at)
+    return [at, *dict.fromkeys(base / name for base in bases if isinstance(base, Path))]
 
 
 def _left(directory: Path) -> list[Path]:
@@ -229,7 +232,7 @@ def _room(config: Config, place: _Place, machine: Machine) -> _Room:
             return _Room(None, min(free_bytes, limit_bytes) + left_bytes)
         if device.f_blocks:  # a tmpfs without a limit has none
             device_bytes = device.f_bavail * device.f_frsize + left_bytes
-    everywhere_bytes = sum(map(_left_bytes, set(_directories(config))))
+    everywhere_bytes = sum(map(_left_bytes, slab_directories(config)))
     return _Room(machine.available_memory() + everywhere_bytes, device_bytes)
 
 

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from .arena import SLAB_NAME, arena_directory
+from .arena import SLAB_NAME
 from .audit import Facts, SlabFile, StoredExtent
+from .backing import slab_directories
 from .catalog import Catalog, Rows, inspect
 from .config import Config
 from .errors import CorruptExtent, InvalidRequest, StorageFailed
@@ -51,7 +52,7 @@ def gather(config: Config, present: Collection[ExtentId] | None = None) -> Facts
         elif path.name != PROBE_NAME and config.nvme.directory != config.daemon.data_dir:
             foreign.append(str(path))
     slabs = []
-    for path in _entries(arena_directory(config.ddr.directory, config.daemon.data_dir)):
+    for path in (path for directory in slab_directories(config) for path in _entries(directory)):
         if SLAB_NAME.fullmatch(path.name):
             _, number, serial = path.name.split("-")
             slabs.append(SlabFile(int(number), int(serial), str(path)))

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from holdfast.kvstore.arena import arena_directory
 from holdfast.kvstore.audit import Facts, StoredExtent, audit, overlapping, readable
+from holdfast.kvstore.backing import arena_directory
 from holdfast.kvstore.check import Wish, check
 from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.config import load_config
 from holdfast.kvstore.daemon import DataDirectory
 from holdfast.kvstore.findings import KINDS, Code, Forget, Severity
 from holdfast.kvstore.geometry import extent_geometry
+from holdfast.kvstore.machine import Machine
 from holdfast.kvstore.seal import CHECKSUM_BYTES
 from holdfast.kvstore.slots import Slot
 from hypothesis import given
@@ -72,7 +73,7 @@ class Place:
 
     @property
     def arena(self):
-        found = arena_directory(self.config.ddr.directory, self.directory)
+        found = arena_directory(self.config, Machine())
         found.mkdir(exist_ok=True)
         return found
 

@@ -9,7 +9,6 @@ from contextlib import closing
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from holdfast.kvstore.arena import arena_directory
 from holdfast.kvstore.audit import StoredExtent
 from holdfast.kvstore.audit_state import Held, Look, accounts, against_rows, books, claims
 from holdfast.kvstore.checks import Checks
@@ -94,7 +93,7 @@ def orphan_file(daemon):
 
 
 def orphan_slab(daemon):
-    directory = arena_directory(daemon._shared, daemon.data_dir)
+    (directory,) = daemon._shared.iterdir()
     (newest,) = directory.glob("slab-0-*")
     serial = int(newest.name.split("-")[2])
     newest.with_name(f"slab-0-{serial - 1}").write_bytes(b"old")
