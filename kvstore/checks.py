@@ -212,7 +212,8 @@ class Checks:
     def _add_others(self, look: Look) -> None:
         """What is few, or may have moved between containers."""
         state = self._service.state
-        for copies in (*state.private.values(), state.leaving, *(shard.copies.values() for shard in state.shards())):
+        outside = (*state.private.values(), state.spares.values(), state.leaving)
+        for copies in (*outside, *(shard.copies.values() for shard in state.shards())):
             look.add(list(copies))
         look.pins |= {pin.document for pin in state.pins.all()}
         look.leaving |= {copy.extent for copy in state.leaving}

@@ -40,7 +40,10 @@ HoldfastError
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from typing import ClassVar, Final
+
+TOKEN_RANGE: Final = re.compile(r"tokens \[(\d+), (\d+)\)")
 
 
 class HoldfastError(Exception):
@@ -52,6 +55,11 @@ class HoldfastError(Exception):
     def message(self) -> str:
         """The sentence for a person: what is wrong and what to do."""
         return str(self)
+
+    @property
+    def token_ranges(self) -> tuple[tuple[int, int], ...]:
+        """The tokens [start, stop) that have to be recomputed, where that is what is wrong: the message names them."""
+        return tuple((int(start), int(stop)) for start, stop in TOKEN_RANGE.findall(self.message))
 
 
 class InvalidRequest(HoldfastError):

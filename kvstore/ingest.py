@@ -346,8 +346,8 @@ class Ingests:
             records.fronts.add(extent)
             record.join(owner)
             placement = ingest.filled.get(extent.id)
-            if placement is not None:
-                self._adopt(ingest, record, placement)
+            if placement is not None and self.store.offer(record, placement):
+                records.private[ingest.id].remove(placement)  # `_release` gives back what was a duplicate
         known = records.documents.get(document.id)
         published = known or DocumentRecord(document=document)
         published.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
@@ -365,14 +365,6 @@ class Ingests:
     def _present(self, extent: Extent) -> bool:
         record = self.store.records.extents.get(extent.id)
         return record is not None and record.source() is not None
-
-    def _adopt(self, ingest: Ingest, record: ExtentRecord, placement: Placement) -> None:
-        if record.source() is not None:
-            return  # another ingest was first; `_release` gives this duplicate back
-        placement.apply(Event.COMPLETE)
-        placement.holds -= 1
-        record.ddr = placement
-        self.store.records.private[ingest.id].remove(placement)
 
     # Ends --------------------------------------------------------------------------------------
 

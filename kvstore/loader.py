@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .errors import CorruptExtent, HoldfastError, InUse
+from .errors import HoldfastError, InUse
 from .extent import ExtentId
 from .geometry import Geometry, extent_geometry
 from .ledger import Hop, HopTime
-from .loading import Loading, Phase, incomplete
+from .loading import Loading, Phase, incomplete, unreadable
 from .opening import open_shard
 from .orders import CloseShard, LoadShard, Outcome, Part, ReadIn, Urgency
 from .planner import Demand, slots_of
@@ -43,9 +43,9 @@ class Loader:
         """Hold what is there and queue for room. Raises DocumentIncomplete or NoCapacity, holding nothing."""
         shard = self._shard(loading)
         here = shard.copies if shard is not None else {}
-        for record in loading.records:
-            if record.source() is None and record.extent.id not in here:
-                raise incomplete(loading, record)
+        gone = [record for record in loading.records if record.source() is None and record.extent.id not in here]
+        if gone:
+            raise incomplete(loading, *gone)
         loading.reservation = Reservation(
             demand=lambda: self._demand(loading),
             granted=lambda: self._granted(loading),
@@ -264,15 +264,14 @@ class Loader:
     ) -> None:
         waiting = self._reading.pop(record.extent.id, [])
         if outcome.error is not None:
-            if isinstance(outcome.error, CorruptExtent):
-                self.store.records.ledger.counts["quarantined"] += 1
-                self.store.fail_nvme(record, source)
+            self.store.distrust(record, source, outcome.error)
             self.store.unhold(source)
             for loading in waiting:
-                self.fail(loading, outcome.error)
+                self.fail(loading, unreadable(loading, record, outcome.error))
             target.holds -= 1
             self.store.fail(target)
             return
+        self.store.trust(record)
         self.store.unhold(source)
         hop = Hop(Tier.NVME, Tier.DDR)
         now_ns = self.store.clock.monotonic_ns()

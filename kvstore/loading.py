@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from .document import DocumentId
-from .errors import DocumentIncomplete, HoldfastError
+from .errors import CorruptExtent, DocumentIncomplete, HoldfastError, StorageFailed
 from .extent import ExtentId
 from .layout import Layout
 from .ledger import SwapRecord
@@ -16,6 +17,8 @@ from .orders import Urgency
 from .residency import Placement
 from .room import Reservation
 from .state import ExtentRecord, Shard
+
+RECOMPUTE: Final = "ingest the document again to recompute them; what lies behind is kept"
 
 
 class Phase(StrEnum):
@@ -69,10 +72,24 @@ class Loading:
     error: HoldfastError | None = None
 
 
-def incomplete(loading: Loading, record: ExtentRecord) -> DocumentIncomplete:
+def incomplete(loading: Loading, *records: ExtentRecord) -> DocumentIncomplete:
     """Some of its KV is gone: the error that names the tokens."""
-    extent = record.extent
-    return DocumentIncomplete(
-        f"{loading.document}: tokens [{extent.start}, {extent.stop}) are gone; "
-        "ingest the document again to recompute them"
-    )
+    return DocumentIncomplete(f"{loading.document}: {_tokens(records)} are gone; {RECOMPUTE}")
+
+
+def unreadable(loading: Loading, record: ExtentRecord, error: HoldfastError) -> HoldfastError:
+    """A read has failed: the same error, with the tokens that it would have brought."""
+    if not isinstance(error, CorruptExtent | StorageFailed):
+        return error  # the daemon shuts down
+    return type(error)(f"{loading.document}: {_tokens([record])} cannot be read ({error.message}); {RECOMPUTE}")
+
+
+def _tokens(records: Iterable[ExtentRecord]) -> str:
+    """Ranges in order, neighbours together."""
+    merged: list[list[int]] = []
+    for start, stop in sorted({(record.extent.start, record.extent.stop) for record in records}):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(stop, merged[-1][1])
+        else:
+            merged.append([start, stop])
+    return ", ".join(f"tokens [{start}, {stop})" for start, stop in merged)

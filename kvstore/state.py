@@ -133,6 +133,7 @@ class State:
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}
         self.private: dict[int, list[Placement]] = {}  # ingest id -> copies nobody else sees yet
+        self.spares: dict[ExtentId, Placement] = {}  # good DDR copies, should the one that is being filled fail
         self.leaving: list[Placement] = []  # copies that no record names any more, whose slots are not free yet
 
     def document(self, document: DocumentId) -> DocumentRecord:
@@ -189,7 +190,7 @@ class State:
         """Every copy of every extent, those of open ingests included."""
         found = [copy for record in self.extents.values() for copy in record.placements()]
         found += [copy for copies in self.private.values() for copy in copies]
-        found += self.leaving
+        found += [*self.spares.values(), *self.leaving]
         return found + [copy for shard in self.shards() for copy in shard.copies.values()]
 
     def used_bytes(self) -> Counter[str]:
@@ -220,6 +221,11 @@ class State:
                 assert copy.state is Phase.FILLING, f"a private copy could be read: {copy}"
                 assert copy.holds, f"nobody holds a private copy: {copy}"
                 assert id(copy) not in named, f"a private copy has a record: {copy}"
+        for extent, spare in self.spares.items():
+            ddr = self.extents[extent].ddr
+            assert ddr is not None, f"a spare for nothing: {spare}"
+            assert ddr.state is Phase.FILLING, f"a spare for what is complete: {ddr}"
+            assert spare.movable, spare
         for group in self.groups.values():
             self._check_group(group)
         for record in self.extents.values():

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from .clock import Clock
-from .errors import HoldfastError
-from .extent import Extent
+from .errors import CorruptExtent, HoldfastError, StorageFailed
+from .extent import Extent, ExtentId
 from .ledger import Verdict
 from .orders import (
     CloseShard,
@@ -49,6 +49,7 @@ class Store:
         self._progress: dict[int, Callable[[int], None]] = {}
         self._loads: dict[str, set[int]] = {}  # orders that read into a group's HBM
         self._undropped: list[Placement] = []
+        self._refused: set[ExtentId] = set()  # whose NVMe copy the device did not read at the last attempt
 
     # Orders ------------------------------------------------------------------------------------
 
@@ -156,6 +157,10 @@ class Store:
 
     def settle(self, placement: Placement) -> None:
         """Free the slot of a copy that is lost, or unwanted and idle, once nobody holds it."""
+        spare = self.records.spares.get(placement.extent)
+        if spare is not None and placement.readable and self.records.extents[placement.extent].ddr is placement:
+            del self.records.spares[placement.extent]
+            self.drop(spare)
         if placement.holds:
             return
         if placement.state is State.LOST or (placement.state is State.DRAINING and placement.tier is not Tier.HBM):
@@ -167,6 +172,22 @@ class Store:
                 self.drop_nvme(record)
             elif placement in record.placements():
                 self.drop(placement)
+
+    def offer(self, record: ExtentRecord, placement: Placement) -> bool:
+        """Take a complete DDR copy over from an ingest, which held it; False where there is a good one already.
+
+        Beside one that is still being filled, and may fail, it is kept as a spare.
+        """
+        taken = record.ddr is not None
+        if record.ddr is not None and (record.ddr.readable or placement.extent in self.records.spares):
+            return False
+        placement.apply(Event.COMPLETE)
+        placement.holds -= 1
+        if taken:
+            self.records.spares[placement.extent] = placement
+        else:
+            record.ddr = placement
+        return True
 
     def drop(self, placement: Placement) -> None:
         """A complete DDR copy leaves at once; nobody may hold it. NVMe copies leave by `drop_nvme`."""
@@ -193,6 +214,25 @@ class Store:
         if placement is record.nvme:
             placement.apply(Event.FAIL)
             self._uncatalog(record, placement)
+
+    def distrust(self, record: ExtentRecord, placement: Placement, error: HoldfastError) -> None:
+        """A read of the NVMe copy failed. A mismatch is quarantined at once; what the device refuses, at the 2nd time.
+
+        A refusal may be of the moment, and giving up all that was asked for during an outage would lose good KV. But a
+        copy that stays unreadable must make place for one that is computed again.
+        """
+        if isinstance(error, StorageFailed):
+            self.records.ledger.counts["read_failures"] += 1
+        if isinstance(error, CorruptExtent) or (isinstance(error, StorageFailed) and placement.extent in self._refused):
+            self.records.ledger.counts["quarantined"] += 1
+            self._refused.discard(placement.extent)
+            self.fail_nvme(record, placement)
+        elif isinstance(error, StorageFailed):
+            self._refused.add(placement.extent)
+
+    def trust(self, record: ExtentRecord) -> None:
+        """A read of the NVMe copy went well."""
+        self._refused.discard(record.extent.id)
 
     def _uncatalog(self, record: ExtentRecord, placement: Placement) -> None:
         placement.holds += 1  # until the commit
@@ -231,7 +271,7 @@ class Store:
         if record is None or not any(copy is placement for copy in record.placements()):
             return
         if placement is record.ddr:
-            record.ddr = None
+            record.ddr = self.records.spares.pop(placement.extent, None)
         else:
             record.nvme = None
         self.records.leaving.append(placement)
@@ -254,10 +294,14 @@ class Store:
         """Drop what no document needs any more; forget the record when its last copy is gone."""
         if record.documents:
             return
+        spare = self.records.spares.pop(record.extent.id, None)
+        if spare is not None:
+            self.drop(spare)
         for placement in record.placements():
             self.settle(placement)
         if not record.placements():
             self.records.extents.pop(record.extent.id, None)
+            self._refused.discard(record.extent.id)
             self.records.fronts.discard(record.extent)
 
     # Shards ------------------------------------------------------------------------------------

@@ -6,17 +6,19 @@ import pytest
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import (
     CorruptExtent,
+    DocumentIncomplete,
     DocumentTooLarge,
     GroupFailed,
     HoldfastError,
     NoCapacity,
     StorageFailed,
+    from_code,
 )
-from holdfast.kvstore.orders import LoadShard, ReadIn, Write
+from holdfast.kvstore.orders import LoadShard, ReadIn, SaveShard, Seal, Write
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.service import Service
 
-from fakes import CLIENT, EXTENT_BYTES
+from fakes import CLIENT, EXTENT_BYTES, FAR_NS
 from scene import FINGERPRINT, RANKS, SPEC, Scene, rows, tokens
 
 OTHER_RANKS = (31, 32)
@@ -368,3 +370,95 @@ def test_only_the_hole_of_a_large_document_is_written_again():
     assert scene.state.nvme.used_bytes == before + EXTENT_BYTES
     assert all(Tier.NVME in tiers for tiers in scene.tiers(document))
     scene.idle()
+
+
+# Holes -----------------------------------------------------------------------------------------------
+
+
+def test_a_bad_extent_names_its_tokens():
+    """The engine is told what to recompute, by the error and, later, by the document; what lies behind is kept."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 4))
+    scene.evict(document, Tier.DDR)
+    (attach,) = scene.attach(document)
+    reads = scene.pending(ReadIn)
+    scene.end(reads[1], CorruptExtent("bad"))
+    assert isinstance(attach.loading.error, CorruptExtent)
+    assert attach.loading.error.token_ranges == ((32, 64),)
+    scene.end(reads[2], CorruptExtent("bad"))
+    scene.end(reads[0], CorruptExtent("bad"))
+    scene.settle()
+    scene.detach(attach)
+    with pytest.raises(DocumentIncomplete, match=r"tokens \[0, 96\) are gone") as refused:
+        scene.attach(document)
+    assert refused.value.token_ranges == ((0, 96),)
+    assert from_code(refused.value.code, refused.value.message).token_ranges == ((0, 96),)
+    assert scene.state.ledger.counts["quarantined"] == 3
+
+
+def test_a_read_that_the_device_refuses_twice_makes_place_for_a_new_copy():
+    """Once may be of the moment: nothing is given up. Both times the tokens are named."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 3))
+    scene.evict(document, Tier.DDR)
+    for attempt in (1, 2):
+        (attach,) = scene.attach(document)
+        scene.end(scene.pending(ReadIn)[1], StorageFailed("EIO"))
+        assert isinstance(attach.loading.error, StorageFailed)
+        assert attach.loading.error.token_ranges == ((32, 64),)
+        scene.settle()
+        scene.detach(attach)
+        scene.evict(document, Tier.DDR)
+        assert scene.state.ledger.counts["quarantined"] == attempt - 1
+    ingest, _ = scene.begin("a", tokens(1, 3))
+    assert [(extent.start, extent.stop) for extent in ingest.missing] == [(32, 64)]
+    scene.commit(ingest)
+    scene.settle()
+    assert all(Tier.NVME in tiers for tiers in scene.tiers(document))
+
+
+def test_a_read_that_goes_well_clears_the_first_refusal():
+    """Two refusals with a good read between them are two moments."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 1))
+    for error in (StorageFailed("EIO"), None, StorageFailed("EIO")):
+        scene.evict(document, Tier.DDR)
+        (attach,) = scene.attach(document)
+        scene.end(scene.pending(ReadIn)[0], error)
+        scene.settle()
+        scene.detach(attach)
+    assert not scene.state.ledger.counts["quarantined"]
+    assert scene.tiers(document) == [{Tier.NVME}]
+
+
+@pytest.mark.parametrize("end", ["saved", "failed", "group"])
+def test_a_good_copy_is_not_given_up_for_one_that_may_fail(end):
+    """An ingest that is complete while the same KV is still being saved out of HBM is kept until that has ended."""
+    scene = Scene()
+    scene.group()
+    document = scene.store("a", tokens(1, 1), WritePolicy.MEMORY)
+    (attach,) = scene.attach(document, "g")
+    scene.settle()
+    scene.detach(attach)
+    scene.evict(None, Tier.DDR, EXTENT_BYTES)
+    ingest, _ = scene.begin("b", tokens(1, 1), WritePolicy.MEMORY)
+    assert ingest.missing
+    scene.service.evict(document, Tier.HBM, 0, FAR_NS, [].append)
+    (save,) = scene.pending(SaveShard)
+    scene.service.commit_ingest(CLIENT, ingest.id, [].append)
+    scene.end(scene.pending(Seal)[0])
+    assert scene.state.used_bytes()["ddr"] == 2 * EXTENT_BYTES
+    if end == "group":
+        scene.service.disconnect(RANKS[0])
+        scene.state.check()
+    scene.end(save, GroupFailed("gone") if end != "saved" else None)
+    scene.settle()
+    assert scene.state.used_bytes()["ddr"] == EXTENT_BYTES
+    assert scene.tiers(ingest.document.id) == [{Tier.DDR}]
+    (attach,) = scene.attach(ingest.document.id)
+    assert attach.loading.phase == "ready"
+    scene.detach(attach)
+    scene.service.delete(ingest.document.id)
+    scene.service.delete(document)
+    scene.settle()
+    assert scene.empty()
