@@ -31,6 +31,17 @@ FAULTS = (
     "commit, after",
     "view, before",
 )
+ALL_FAULTS = (  # those too that strike only when a segment is made, or a slab changes its tenant
+    *FAULTS,
+    "fallocate, before",
+    "fallocate, after",
+    "fsync, before",
+    "fsync, after",
+    "retire, before",
+    "retire, after",
+    "sweep, before",
+    "sweep, after",
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,16 @@ class Kill:
                 super().fdatasync(descriptor)
                 fault.check("fdatasync, after")
 
+            def fallocate(self, descriptor, size_bytes):
+                fault.check("fallocate, before")
+                super().fallocate(descriptor, size_bytes)
+                fault.check("fallocate, after")
+
+            def fsync(self, descriptor):
+                fault.check("fsync, before")
+                super().fsync(descriptor)
+                fault.check("fsync, after")
+
         class FaultySegments(Segments):
             def __init__(self, directory, segment_bytes):
                 super().__init__(directory, segment_bytes, Io())
@@ -87,6 +108,17 @@ class Kill:
             def view(self, slot):
                 fault.check("view, before")
                 return super().view(slot)
+
+            def retire(self, slab):
+                fault.check("retire, before")
+                super().retire(slab)
+                fault.check("retire, after")
+
+            def sweep(self):
+                fault.check("sweep, before")
+                found = super().sweep()
+                fault.check("sweep, after")
+                return found
 
         class _Hook:
             """A record whose statement is never made: the process ends while the transaction is open."""
