@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 ROOMS := kvstore eviction engine_adapter ring_attention
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format links clean bench-reattach
+.PHONY: help setup demo test check format links clean soak bench-reattach
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +22,9 @@ demo: $(STAMP) ## Run the demonstration
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest -q
+
+soak: $(STAMP) ## Kill a daemon at random for MINUTES (20), from SEED if given, and hold it against a model
+	PYTHONPATH=tests $(BIN)/python tests/crash_harness.py --minutes $(or $(MINUTES),20) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP) links ## Lint, formatting, types, layering, packaging
 	$(BIN)/ruff check

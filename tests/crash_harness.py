@@ -24,6 +24,7 @@ import random
 import sqlite3
 import sys
 import time
+from collections import Counter
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -344,7 +345,8 @@ class Harness:
         self.daemon = daemon
         self.model = Model()
         self.lives: list[dict] = []
-        self.counts = {"lives": 0, "operations": 0, "kills": 0, "points struck": 0, "stops": 0, "documents read": 0}
+        self.counts = {"lives": 0, "operations": 0, "kills": 0, "stops": 0, "documents read": 0}
+        self.struck: Counter[str] = Counter()  # named points at which a daemon was killed
 
     def live(self, life: dict) -> None:
         """Start, verify, work, die, audit. Raises Violation."""
@@ -361,6 +363,11 @@ class Harness:
         self._end(life)
         self._audit()
         self.counts["lives"] += 1
+
+    @property
+    def told(self) -> str:
+        """How far it is, in a line."""
+        return json.dumps(self.counts | {"struck": dict(sorted(self.struck.items()))})
 
     def _verify(self) -> None:
         """What the new daemon shows is what the model allows."""
@@ -437,7 +444,8 @@ class Harness:
             self.counts["stops"] += 1
             expected = 0
         else:
-            self.counts["points struck"] += life["point"] is not None and not self.daemon.alive
+            if life["point"] and not self.daemon.alive:
+                self.struck[life["point"][0]] += 1
             self._kill()
             status = self.daemon.wait()
             self.counts["kills"] += 1
@@ -507,7 +515,7 @@ class Worker:
         self._open([(index, op) for index, op in self.operations.items() if index > self.current])
 
 
-def run(seed: int, *, lives: int | None = None, minutes: float | None = None, say=print) -> dict:
+def run(seed: int, *, lives: int | None = None, minutes: float | None = None, say=print) -> Harness:
     """Lives until their number or the time is up; raises Violation after printing how to repeat it."""
     rng = random.Random(seed)
     deadline = time.monotonic() + minutes * 60 if minutes is not None else None
@@ -522,7 +530,7 @@ def run(seed: int, *, lives: int | None = None, minutes: float | None = None, sa
     return replay(more(), say=say)
 
 
-def replay(lives, say=print) -> dict:
+def replay(lives, say=print) -> Harness:
     """Live these lives on a fresh directory."""
     with DaemonProcess(daemon__drain_seconds="10") as daemon:
         harness = Harness(daemon)
@@ -530,13 +538,14 @@ def replay(lives, say=print) -> dict:
             for life in lives:
                 harness.live(life)
                 if not harness.counts["lives"] % 50:
-                    say(json.dumps(harness.counts))
+                    say(harness.told)
         except (Violation, AssertionError, HoldfastError):
             say("the lives that led here, for --replay:")
             say(json.dumps(harness.lives))
             say(daemon.log_text()[-3000:])
             raise
-        return harness.counts
+        say(harness.told)
+        return harness
 
 
 def main() -> int:
@@ -546,11 +555,10 @@ def main() -> int:
     parser.add_argument("--replay", type=Path)
     chosen = parser.parse_args()
     if chosen.replay is not None:
-        counts = replay(json.loads(chosen.replay.read_text()))
+        replay(json.loads(chosen.replay.read_text()))
     else:
         seed = chosen.seed if chosen.seed is not None else int.from_bytes(os.urandom(4), "big")
-        counts = run(seed, minutes=chosen.minutes)
-    sys.stdout.write(f"{json.dumps(counts)}\n")
+        run(seed, minutes=chosen.minutes)
     return 0
 
 

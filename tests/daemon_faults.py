@@ -31,12 +31,15 @@ FAULTS = (
     "commit, after",
     "view, before",
 )
-ALL_FAULTS = (  # those too that strike only when a segment is made, or a slab changes its tenant
-    *FAULTS,
+CREATION_FAULTS = (  # strike when a segment is made
     "fallocate, before",
     "fallocate, after",
     "fsync, before",
     "fsync, after",
+)
+ALL_FAULTS = (  # the last strike when a slab changes its tenant
+    *FAULTS,
+    *CREATION_FAULTS,
     "retire, before",
     "retire, after",
     "sweep, before",

@@ -12,7 +12,7 @@ import pytest
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import CorruptExtent, DaemonUnavailable, DocumentIncomplete
 
-from daemon_faults import FAULTS, Kill
+from daemon_faults import CREATION_FAULTS, FAULTS, Kill
 from daemon_process import DaemonProcess, durable, expected, fetch, put, tokens_of, until, write
 from fakes import EXTENT_BYTES, tiny_spec
 
@@ -87,6 +87,13 @@ class Drop(Story):
         until(lambda: durable(client, "new"), "the new document is durable")
 
 
+class Creation(Ingest):
+    """As above, but the segment's file is made during it."""
+
+    def before(self, client):
+        pass
+
+
 def run(daemon, story):
     """Set the stage and act. Returns the durable documents that a kill must not take away, and whether one came."""
     client = daemon.client()
@@ -134,8 +141,15 @@ def rows(daemon):
     return count
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-@pytest.mark.parametrize("story", [Ingest(), Evict(), Delete(), Drop()], ids=lambda story: type(story).__name__)
+MOMENTS = [
+    *((story, kind) for story in (Ingest(), Evict(), Delete(), Drop()) for kind in FAULTS),
+    *((Creation(), kind) for kind in CREATION_FAULTS),
+]
+
+
+@pytest.mark.parametrize(
+    ("story", "kind"), MOMENTS, ids=lambda case: case if isinstance(case, str) else type(case).__name__
+)
 def test_a_kill_at_any_moment_loses_nothing_durable(story, kind):
     for count in range(1, MOMENTS_MAX):
         with DaemonProcess() as daemon:
