@@ -49,6 +49,8 @@ from holdfast.kvstore.errors import (
     NoCapacity,
     Unavailable,
 )
+from holdfast.kvstore.geometry import extent_geometry
+from holdfast.kvstore.seal import seal_planes
 
 from daemon_clients import client_process
 from daemon_faults import ALL_FAULTS, Kill
@@ -109,7 +111,7 @@ def some_operations(rng: random.Random, tenants: tuple[str, ...], count: int) ->
         match kind:
             case "put":
                 policy = rng.choices([p.value for p in WritePolicy], [6, 2, 1])[0]
-                found.append([kind, tenant, name, policy])
+                found.append([kind, tenant, name, policy, rng.random() < 0.5])  # the last: sealed by its writer
                 if rng.random() < 0.4:
                     found.append(["settle", tenant, name])
             case "evict":
@@ -156,8 +158,8 @@ def works(pipe, path: Path, data_dir: Path, operations: list) -> None:
         pipe.send(("done",))
     except Unavailable as error:  # it is dying, or dead
         pipe.send(("lost", str(error)))
-    except Violation as error:
-        pipe.send(("violation", str(error)))
+    except (Violation, HoldfastError) as error:
+        pipe.send(("violation", repr(error)))
     pipe.recv()  # claims live on until the parent says so, or kills us
 
 
@@ -165,7 +167,10 @@ def one(pipe, client: Client, data_dir: Path, operation: list) -> tuple[str, dic
     """(what came of it, how the document looks now). Raises Unavailable or Violation."""
     kind, tenant = operation[:2]
     if kind == "check":
-        found = Rest(left_address(data_dir)).post("/v1/check", {"data": operation[2], "deadline_seconds": 30}, 40)
+        try:
+            found = Rest(left_address(data_dir)).post("/v1/check", {"data": operation[2], "deadline_seconds": 30}, 40)
+        except InUse:  # the other worker checks
+            return "busy", None
         if not found["clean"]:
             raise Violation(f"check beside work: {found['remaining']}")
         return "ok", None
@@ -201,9 +206,11 @@ def act(pipe, client: Client, kind: str, tenant: str, name: str, *more) -> None:
             policy = WritePolicy(more[0]) if more else WritePolicy.THROUGH
             spec = tiny_spec().fingerprint()
             opened = client.begin_ingest(name, spec, tokens_of(name), write_policy=policy, deadline_seconds=OP_SECONDS)
+            seals = []
             for part in opened.parts[: len(opened.parts) // 2 if kind != "put" else None]:
                 view = client.view(part)
                 view[:] = content_of(tenant, name, part.start)
+                seals.append(seal_planes(view, extent_geometry(tiny_spec())))
                 view.release()
             if kind == "vanish":
                 pipe.send(("vanish",))
@@ -211,7 +218,7 @@ def act(pipe, client: Client, kind: str, tenant: str, name: str, *more) -> None:
             if kind == "abort":
                 client.abort_ingest(opened.ingest)
             else:
-                client.commit_ingest(opened.ingest, 20.0)
+                client.commit_ingest(opened.ingest, seals if more[1] else (), deadline_seconds=20.0)
         case "read":
             read(client, tenant, name)
         case "settle":

@@ -127,6 +127,7 @@ def test_what_was_changed_beside_the_daemon_is_found_and_mended(daemon, damage, 
     assert set(found) == codes
     assert answer["clean"]
     assert check(daemon)[0] == []
+    until(lambda: sql(daemon, "SELECT count(*) FROM extents") == [(6,)], "what was given up is written again from DDR")
     client = daemon.restart().client()
     for name in ("one", "two"):
         assert fetch(client, name) == expected(name, TOKENS)
