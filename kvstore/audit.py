@@ -40,11 +40,16 @@ class Unreadable(NamedTuple):
 
 
 class SlabFile(NamedTuple):
-    """A file of the arena."""
+    """A file of an arena."""
 
     number: int
     serial: int
     path: str
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Where only the newest counts."""
+        return self.path.rpartition("/")[0], self.number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,12 +297,12 @@ def _files(facts: Facts, rows: Sequence[StoredExtent]) -> Iterator[Finding]:
             path = f"{facts.nvme_directory}/segment-{number}"
             detail = f"{size} B, no row names it"
             yield Finding(code=Code.SEGMENT_FILE_ORPHAN, subject=path, detail=detail, repair=Remove(path))
-    newest: dict[int, int] = {}
+    newest: dict[tuple[str, int], int] = {}
     for slab in facts.slabs:
-        newest[slab.number] = max(slab.serial, newest.get(slab.number, 0))
+        newest[slab.place] = max(slab.serial, newest.get(slab.place, 0))
     for slab in facts.slabs:
-        if slab.serial < newest[slab.number] or slab.number >= facts.slab_count:
-            why = "a newer file has its number" if slab.serial < newest[slab.number] else "the budget has no such slab"
+        if slab.serial < newest[slab.place] or slab.number >= facts.slab_count:
+            why = "a newer file has its number" if slab.serial < newest[slab.place] else "the budget has no such slab"
             yield Finding(code=Code.SLAB_FILE_ORPHAN, subject=slab.path, detail=why, repair=Remove(slab.path))
     for path in facts.foreign:
         yield Finding(code=Code.FOREIGN_FILE, subject=path, detail="no file of ours")

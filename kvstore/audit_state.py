@@ -56,7 +56,7 @@ class Look:
     extents: dict[ExtentId, Held] = field(default_factory=dict)
     documents: dict[DocumentId, tuple[Document, bool]] = field(default_factory=dict)  # with whether it is durable
     pins: frozenset[DocumentId] = frozenset()
-    leaving: frozenset[ExtentId] = frozenset()
+    unlisted: frozenset[ExtentId] = frozenset()  # that have a copy which no record names: leaving, or private
     copies: dict[int, Placement] = field(default_factory=dict)  # by identity
     is_steady: bool = False
 
@@ -104,7 +104,7 @@ def against_rows(
     for key, row in extents.items():
         looks = (before, after)
         copies = [look.extents[key].copy for look in looks if key in look.extents]
-        if not any(copies) and not any(key in look.leaving for look in looks):
+        if not any(copies) and not any(key in look.unlisted for look in looks):
             detail = "the daemon has no such copy"
             subject = about(row.extent, ())
             yield Finding(code=Code.EXTENT_ROW_STALE, subject=subject, detail=detail, repair=Forget(key))

@@ -216,7 +216,7 @@ class Checks:
         for copies in (*outside, *(shard.copies.values() for shard in state.shards())):
             look.add(list(copies))
         look.pins |= {pin.document for pin in state.pins.all()}
-        look.leaving |= {copy.extent for copy in state.leaving}
+        look.unlisted |= {copy.extent for copies in (state.leaving, *state.private.values()) for copy in copies}
 
     # Reading and mending -------------------------------------------------------------------------
 

@@ -31,7 +31,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
-from holdfast.kvstore.arena import arena_directory
 from holdfast.kvstore.check import Wish, check
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.clock import SystemClock
@@ -414,7 +413,7 @@ class Harness:
         files = {int(path.name.split("-")[1]) for path in config.nvme.directory.glob("segment-*")}
         if files != {segment for (segment,) in rows()}:
             raise Violation(f"segment files {sorted(files)}, rows in {sorted({s for (s,) in rows()})}")
-        slabs = arena_directory(config.ddr.directory, self.daemon.data_dir).glob("slab-*")
+        slabs = Path(self.daemon.settings["ddr.directory"]).rglob("slab-*")
         if sum(path.stat().st_size for path in slabs) > config.ddr.capacity_bytes:
             raise Violation("more slab files than the DDR budget")
 
