@@ -205,7 +205,7 @@ class Requests:
         with self._taken_back(lambda: self._service.abort_ingest(client, opened.id)):
             if opened.error is not None:  # since the grant
                 raise opened.error
-            copies = [(extent, opened.filled[extent.id]) for extent in opened.missing]
+            copies = [(extent, opened.filled.get(extent.id)) for extent in opened.missing]
             runs = self._runs(body.fingerprint, copies)
         return IngestOpened(opened.id, opened.cached_tokens, runs, _shard(opened.loading))
 
