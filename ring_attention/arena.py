@@ -5,26 +5,22 @@ Shapes: L layers, Hkv kv heads of this rank, R rows, D key dim, Dv value dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import prod
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..kvstore.errors import InvalidSpec
 from ..kvstore.geometry import Geometry, arena_geometry, extent_geometry
 from ..kvstore.layout import Copy, Span
 from ..kvstore.spec import GroupKind, KVSpec
+from .moves import Buffers, Bytes, Ends, Move, moves_of
 from .segment import KVSegment, span_tokens
+from .staging import Staging
 
-Bytes = NDArray[np.uint8]
-Buffers = Mapping[int, memoryview | Bytes]  # extents' canonical bytes by the buffer id that copies name
-Rows = slice | NDArray[np.intp]
-SHORT_RUN_ROWS: Final = 16
 TORCH_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -42,12 +38,14 @@ class HBMArena:
         self.spec = spec
         self.rows = rows
         self.device = torch.device(device)
+        # How extents come and go where the CPU cannot address the rows.
+        self.staging = Staging(self.device) if self.device.type != "cpu" else None
         self._extent: Geometry = extent_geometry(spec)
         shape = arena_geometry(spec, rows, tp)
         plane = (shape.layers, shape.heads, rows)
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        self.key = torch.zeros(*plane, group.key_dim, dtype=dtype, device=self.device)
-        self.value = torch.zeros(*plane, group.value_dim, dtype=dtype, device=self.device)
+        self.key = _zeros((*plane, group.key_dim), dtype, self.device)
+        self.value = _zeros((*plane, group.value_dim), dtype, self.device)
         # The same memory as bytes: extents carry no dtype.
         self._parts = (self.key.view(torch.uint8), self.value.view(torch.uint8))
 
@@ -65,30 +63,29 @@ class HBMArena:
 
     def load(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
         """Fill arena rows (the copies' target) from extents (their source), for layers [start, stop)."""
-        moves = _moves([_Ends.loading(copy) for copy in copies])
+        moves = moves_of([Ends.loading(copy) for copy in copies])
+        if self.staging is not None:
+            self.staging.load(self._parts, moves, buffers, self._extent, (layer_start, layer_stop))
+            return
         for layer in range(layer_start, layer_stop):
             for part in range(self._extent.parts):
-                rows = self._parts[part][layer]
-                extents = self._planes(moves, buffers, layer, part)
-                if self.device.type == "cuda":
-                    _load_staged(rows, moves, extents)
-                    continue
-                arena = rows.numpy()
-                for move, extent in zip(moves, extents, strict=True):
+                arena = self._parts[part][layer].numpy()
+                for move, extent in zip(moves, self._planes(moves, buffers, layer, part), strict=True):
                     arena[move.arena] = extent[move.extent]
 
     def save(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
         """Fill extents (the copies' target, writable) from arena rows (their source), for layers [start, stop)."""
-        moves = _moves([_Ends.saving(copy) for copy in copies])
+        moves = moves_of([Ends.saving(copy) for copy in copies])
+        if self.staging is not None:
+            self.staging.save(self._parts, moves, buffers, self._extent, (layer_start, layer_stop))
+            return
         for layer in range(layer_start, layer_stop):
             for part in range(self._extent.parts):
-                # On CUDA the plane comes over in one copy, then rows are picked on the host.
-                arena = self._parts[part][layer].cpu().numpy()
-                extents = self._planes(moves, buffers, layer, part)
-                for move, extent in zip(moves, extents, strict=True):
+                arena = self._parts[part][layer].numpy()
+                for move, extent in zip(moves, self._planes(moves, buffers, layer, part), strict=True):
                     extent[move.extent] = arena[move.arena]
 
-    def _planes(self, moves: Sequence[_Move], buffers: Buffers, layer: int, part: int) -> list[Bytes]:
+    def _planes(self, moves: Sequence[Move], buffers: Buffers, layer: int, part: int) -> list[Bytes]:
         """Byte view [heads, rows, row bytes] of the extent's plane of each move."""
         extent = self._extent
         shape = (extent.heads, extent.rows, extent.row_bytes(part))
@@ -98,75 +95,9 @@ class HBMArena:
         ]
 
 
-class _Ends(NamedTuple):
-    """A copy told as extent and arena, whichever way it goes."""
-
-    buffer: int
-    extent_head: int
-    arena_head: int
-    head_count: int
-    extent_row: int
-    arena_row: int
-    row_count: int
-
-    @classmethod
-    def loading(cls, copy: Copy) -> _Ends:
-        heads = (copy.source_head, copy.target_head, copy.head_count)
-        return cls(copy.source, *heads, copy.source_row, copy.target_row, copy.row_count)
-
-    @classmethod
-    def saving(cls, copy: Copy) -> _Ends:
-        heads = (copy.target_head, copy.source_head, copy.head_count)
-        return cls(copy.target, *heads, copy.target_row, copy.source_row, copy.row_count)
-
-
-@dataclass(frozen=True, slots=True)
-class _Move:
-    """Rows of some heads of one extent: what to index its plane and the arena's with."""
-
-    buffer: int
-    extent: tuple[slice, Rows]
-    arena: tuple[slice, Rows]
-
-
-def _moves(copies: Sequence[_Ends]) -> list[_Move]:
-    """A move by slices per long run of rows; one by index for all short runs of an extent.
-
-    A striped layout has a copy per token: one by one they take 15 times as long (measured).
-    """
-    moves: list[_Move] = []
-    grouped: dict[tuple[int, int, int, int], list[_Ends]] = {}
-    for ends in copies:
-        grouped.setdefault(ends[:4], []).append(ends)
-    for (buffer, extent_head, arena_head, head_count), runs in grouped.items():
-        extent_heads = slice(extent_head, extent_head + head_count)
-        arena_heads = slice(arena_head, arena_head + head_count)
-        short = [run for run in runs if run.row_count < SHORT_RUN_ROWS]
-        pairs: list[tuple[Rows, Rows]] = [
-            (slice(run.extent_row, run.extent_row + run.row_count), slice(run.arena_row, run.arena_row + run.row_count))
-            for run in runs
-            if run.row_count >= SHORT_RUN_ROWS
-        ]
-        if short:
-            extent_rows = np.concatenate([np.arange(run.extent_row, run.extent_row + run.row_count) for run in short])
-            arena_rows = np.concatenate([np.arange(run.arena_row, run.arena_row + run.row_count) for run in short])
-            pairs.append((extent_rows, arena_rows))
-        moves += [_Move(buffer, (extent_heads, ours), (arena_heads, theirs)) for ours, theirs in pairs]
-    return moves
-
-
-def _load_staged(arena: Tensor, moves: Sequence[_Move], extents: Sequence[Bytes]) -> None:
-    """One host-to-device copy of all moves, then a scatter on the device. Not yet run on a GPU."""
-    blocks = [extent[move.extent] for move, extent in zip(moves, extents, strict=True)]
-    host = torch.empty(sum(block.size for block in blocks), dtype=torch.uint8, pin_memory=arena.is_cuda)
-    offset = 0
-    for block in blocks:
-        np.copyto(host[offset : offset + block.size].numpy().reshape(block.shape), block)
-        offset += block.size
-    staged = host.to(arena.device)
-    offset = 0
-    for move, block in zip(moves, blocks, strict=True):
-        heads, rows = move.arena
-        index = rows if isinstance(rows, slice) else torch.from_numpy(rows).to(arena.device)
-        arena[heads, index] = staged[offset : offset + block.size].view(block.shape)
-        offset += block.size
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On a CPU numpy makes them, because it asks for huge pages: copies into those are a fifth faster."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size_bytes = prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size_bytes, np.uint8)).view(dtype).view(shape)

@@ -7,8 +7,8 @@ from holdfast.kvstore.errors import InvalidSpec
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.layout import Span, copies, scheme, shard_holding
 from holdfast.kvstore.spec import GroupKind
-from holdfast.ring_attention import arena as arena_module
 from holdfast.ring_attention.arena import HBMArena
+from holdfast.ring_attention.staging import Staging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_helpers import extents_for, loaded, saved, tiny_model
@@ -50,21 +50,30 @@ def test_rows_survive_the_way_through_extents(count, first, second, cp, other_cp
         assert torch.equal(arena.value, expected.value)
 
 
-@pytest.mark.parametrize("name", ["contiguous", "striped"])
-def test_staged_loading_fills_the_same_rows(name, monkeypatch):
-    """The way a GPU is filled, with its device copy left out."""
+@pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
+@pytest.mark.parametrize("staged", ["load", "save", "both"])
+def test_the_way_of_a_gpu_moves_the_same_bytes(name, staged, monkeypatch):
+    """Staged on the CPU device: what a GPU does, without its stream and its pinned memory."""
+    layout, other = scheme(name, 70, 2), scheme("contiguous", 70, 3)
+    made = HBMArena.__init__
+    straight = {"load": HBMArena.load, "save": HBMArena.save}
 
-    def staged(arena, copies, buffers, layer_start, layer_stop):
-        moves = arena_module._moves([arena_module._Ends.loading(copy) for copy in copies])
-        for layer in range(layer_start, layer_stop):
-            for part in (0, 1):
-                extents = arena._planes(moves, buffers, layer, part)
-                arena_module._load_staged(arena._parts[part][layer], moves, extents)
+    def stage(arena, *arguments, **options):
+        made(arena, *arguments, **options)
+        arena.staging = Staging(arena.device)
 
-    layout = scheme(name, 70, 2)
+    monkeypatch.setattr(HBMArena, "__init__", stage)
+    for way in {"load", "save"} - {staged} if staged != "both" else ():
+
+        def unstaged(arena, *arguments, way=way):
+            arena.staging, kept = None, arena.staging
+            straight[way](arena, *arguments)
+            arena.staging = kept
+
+        monkeypatch.setattr(HBMArena, way, unstaged)
     buffers, holdings = saved(MODEL, filled(layout), layout)
-    monkeypatch.setattr(HBMArena, "load", staged)
-    for arena, expected in zip(loaded(MODEL, buffers, holdings, layout), filled(layout), strict=True):
+    for arena, expected in zip(loaded(MODEL, buffers, holdings, other), filled(other), strict=True):
+        assert arena.staging is not None
         assert torch.equal(arena.key, expected.key)
         assert torch.equal(arena.value, expected.value)
 
