@@ -46,6 +46,10 @@ class Arena(Protocol):
         """Fill extents from rows."""
         ...
 
+    def forget(self, slab: memoryview) -> None:
+        """The slab is about to be unmapped: let go of what was made of it."""
+        ...
+
 
 @dataclass(eq=False, slots=True)
 class _Shard:
@@ -88,7 +92,14 @@ class Agent:
         self._thread.start()
 
     def _connect(self, resume: list[int]) -> Client:
-        client = Client(self._socket, self._tenant, resume=resume, on_command=self._commands.put, on_lost=self._on_lost)
+        client = Client(
+            self._socket,
+            self._tenant,
+            resume=resume,
+            on_command=self._commands.put,
+            on_lost=self._on_lost,
+            on_unmap=self._arena.forget,
+        )
         try:
             fingerprint = client.register_spec(self._spec)
             seat = self._seat

@@ -68,6 +68,9 @@ class FakeArena:
                 copy.target_row : copy.target_row + copy.row_count,
             ] = self.planes[layer, part][heads, rows]
 
+    def forget(self, slab: memoryview) -> None:
+        """Nothing is made of slabs here."""
+
     def _plane(self, buffer: memoryview, layer: int, part: int) -> Bytes:
         shape = (self._extent.heads, self._extent.rows, self._extent.row_bytes(part))
         offset = self._extent.plane_offset(layer, part)

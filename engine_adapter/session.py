@@ -26,6 +26,7 @@ from ..kvstore.wire import Attached
 from .engine import Answer, Engine
 
 CHUNK_TOKENS: Final = 2048
+REPAIRS: Final = 3  # times that more of a document may turn out to be corrupt while it is ingested
 FALLBACK: Final = (Unavailable, NoCapacity, DocumentIncomplete, DocumentNotFound, CorruptExtent, StorageFailed)
 
 
@@ -62,8 +63,23 @@ class Session:
     ) -> DocumentView:
         """Prefill a document and publish it. What other documents share of it, or what is left of it, is reused.
 
-        An error on the way leaves nothing visible.
+        What is left may turn out to be corrupt only when it is read: then it is prefilled too. An error leaves nothing
+        visible.
         """
+        for _ in range(REPAIRS):
+            with suppress(CorruptExtent, DocumentIncomplete):
+                return self._ingest(name, tokens, write_policy, chunk_tokens, progress, deadline_seconds)
+        return self._ingest(name, tokens, write_policy, chunk_tokens, progress, deadline_seconds)
+
+    def _ingest(
+        self,
+        name: str,
+        tokens: Sequence[int],
+        write_policy: WritePolicy,
+        chunk_tokens: int,
+        progress: Callable[[int], None],
+        deadline_seconds: float,
+    ) -> DocumentView:
         opened = self._client.begin_ingest(
             name,
             self._fingerprint,

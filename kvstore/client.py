@@ -80,7 +80,9 @@ class Client:
         resume: list[int] | None = None,
         on_command: Callable[[Command], None] | None = None,
         on_lost: Callable[[], None] | None = None,
+        on_unmap: Callable[[memoryview], None] | None = None,
     ) -> None:
+        self._on_unmap = on_unmap  # hears of a whole slab that we are about to let go of
         self._connection = Connection(socket, tenant, resume=resume, on_command=on_command, on_lost=on_lost)
         self._slabs: dict[int, tuple[int, memoryview]] = {}  # the memory's serial, and the mapping
         self._ready: dict[int, int] = {}  # by lease: leading layers known to be readable
@@ -100,7 +102,9 @@ class Client:
     def close(self) -> None:
         """Let go of every claim and disconnect. Views of shared memory must not be used any more."""
         self._connection.close()
-        self._slabs.clear()
+        with self._mapping:
+            for slab in list(self._slabs):
+                self._unmap(slab)
 
     def _ask(self, kind: type[R], body: Request, deadline_seconds: float = REPLY_SECONDS) -> R:
         reply, _ = self._connection.call(body, deadline_seconds)
@@ -276,10 +280,17 @@ class Client:
         assert isinstance(reply, SlabsMapped), reply
         try:
             for (slab, serial), descriptor in zip(reply.slabs, descriptors, strict=True):
+                self._unmap(slab)
                 self._slabs[slab] = (serial, memoryview(mmap.mmap(descriptor, reply.size_bytes)))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _unmap(self, slab: int) -> None:
+        """Forget a mapping; its memory goes with the last view of it."""
+        known = self._slabs.pop(slab, None)
+        if known is not None and self._on_unmap is not None:
+            self._on_unmap(known[1])
 
 
 def token_bytes(tokens: Sequence[int] | npt.NDArray[np.integer]) -> bytes:

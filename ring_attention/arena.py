@@ -85,6 +85,11 @@ class HBMArena:
                 for move, extent in zip(moves, self._planes(moves, buffers, layer, part), strict=True):
                     extent[move.extent] = arena[move.arena]
 
+    def forget(self, slab: memoryview) -> None:
+        """The slab is about to be unmapped: pinned memory must not be."""
+        if self.staging is not None:
+            self.staging.unpin(slab)
+
     def _planes(self, moves: Sequence[Move], buffers: Buffers, layer: int, part: int) -> list[Bytes]:
         """Byte view [heads, rows, row bytes] of the extent's plane of each move."""
         extent = self._extent
@@ -97,7 +102,7 @@ class HBMArena:
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros. On a CPU numpy makes them, because it asks for huge pages: copies into those are a fifth faster."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
     size_bytes = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size_bytes:
+        return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(size_bytes, np.uint8)).view(dtype).view(shape)

@@ -29,7 +29,7 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._pinned: dict[int, mmap.mmap] = {}  # address -> what is registered there, kept mapped until `unpin`
 
     @property
@@ -94,18 +94,17 @@ class Staging:
         ):
             self._pinned[address] = mapping
 
-    def unpin(self, mapping: mmap.mmap) -> None:
+    def unpin(self, slab: memoryview) -> None:
         """Forget a slab before it is unmapped; nothing happens when it is not known."""
-        address = next((at for at, known in self._pinned.items() if known is mapping), None)
-        if address is not None:
+        address = _address(slab)
+        if self._pinned.pop(address, None) is not None:
             self._wait()
-            del self._pinned[address]
             torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Forget every slab."""
         for mapping in list(self._pinned.values()):
-            self.unpin(mapping)
+            self.unpin(memoryview(mapping))
 
     # The stream --------------------------------------------------------------------------------
 
@@ -165,5 +164,5 @@ def _on(index: tuple[slice, Rows], device: torch.device) -> tuple[slice, slice |
     return heads, rows if isinstance(rows, slice) else torch.from_numpy(rows).to(device)
 
 
-def _address(mapping: mmap.mmap) -> int:
-    return int(np.frombuffer(mapping, np.uint8).ctypes.data)
+def _address(slab: mmap.mmap | memoryview) -> int:
+    return int(np.frombuffer(slab, np.uint8).ctypes.data)

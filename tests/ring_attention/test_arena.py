@@ -52,6 +52,7 @@ def test_rows_survive_the_way_through_extents(count, first, second, cp, other_cp
 
 @pytest.mark.parametrize("name", ["contiguous", "zigzag", "striped"])
 @pytest.mark.parametrize("staged", ["load", "save", "both"])
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")  # extents are read-only here
 def test_the_way_of_a_gpu_moves_the_same_bytes(name, staged, monkeypatch):
     """Staged on the CPU device: what a GPU does, without its stream and its pinned memory."""
     layout, other = scheme(name, 70, 2), scheme("contiguous", 70, 3)
