@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -21,19 +21,11 @@ from ..kvstore.client import Client
 from ..kvstore.config import load_config
 from ..kvstore.document import WritePolicy
 from ..kvstore.errors import HoldfastError, InvalidRequest, Unavailable
-from ..kvstore.geometry import Geometry, extent_geometry
 from ..kvstore.spec import KVSpec
-from ..kvstore.views import DocumentView, PinView, TierView, VictimView
-from ..kvstore.wire import Attached, IngestOpened
-
-Array = npt.NDArray[Any]
-NUMPY_DTYPES: Final = {
-    "float32": np.float32,
-    "float64": np.float64,
-    "float16": np.float16,
-    "bfloat16": np.uint16,
-    "float8_e4m3fn": np.uint8,
-}
+from ..kvstore.views import DocumentView, PinView, PrefixView, TierView, VictimView
+from ..kvstore.wire import Attached
+from .planes import Array, Planes, in_extents
+from .writer import IngestWriter
 
 
 def connect(socket: str | Path | None = None, *, data_dir: str | Path | None = None, tenant: str = "default") -> Store:
@@ -59,17 +51,79 @@ class Piece:
     value: Array
 
 
-@dataclass(frozen=True, slots=True)
+class _Pieces(Sequence[Piece]):
+    """The extents of one layer of some runs."""
+
+    def __init__(self, planes: Sequence[Planes], position: int) -> None:
+        self._planes = planes
+        self._position = position
+
+    def __len__(self) -> int:
+        return sum(planes.run.count for planes in self._planes)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return (self._piece(planes, index) for planes in self._planes for index in range(planes.run.count))
+
+    @overload
+    def __getitem__(self, index: int) -> Piece: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Piece]: ...
+
+    def __getitem__(self, index: int | slice) -> Piece | list[Piece]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        left = range(len(self))[index]  # raises IndexError
+        for planes in self._planes:
+            if left < planes.run.count:
+                return self._piece(planes, left)
+            left -= planes.run.count
+        raise AssertionError(index)
+
+    def _piece(self, planes: Planes, index: int) -> Piece:
+        cut = planes.extent(index)
+        key, value = (planes.at(part, self._position, cut)[0] for part in (0, 1))
+        return Piece(cut.start, key, value)
+
+
 class LayerKV:
     """One layer of an attached document, in token order. `index` is the model's layer index."""
 
-    index: int
-    pieces: tuple[Piece, ...]
+    def __init__(self, index: int, planes: Sequence[Planes], position: int) -> None:
+        self.index = index
+        self._planes = planes
+        self._position = position
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """What it consists of, one piece per extent, without a copy; each is made when it is looked at."""
+        return _Pieces(self._planes, self._position)
 
     def gathered(self) -> tuple[Array, Array]:
         """Key and value of all tokens, copied into one array each: [kv heads, tokens, dim]."""
-        keys = np.concatenate([piece.key for piece in self.pieces], axis=1)
-        return keys, np.concatenate([piece.value for piece in self.pieces], axis=1)
+        both = []
+        for part in (0, 1):
+            heads, dim = self._planes[0].arrays[part].shape[2::2]
+            both.append(np.empty((heads, self._planes[-1].run.stop, dim), self._planes[0].arrays[part].dtype))
+        self.copy_into(*both)
+        return both[0], both[1]
+
+    def copy_into(self, key: Array, value: Array) -> None:
+        """Copy key and value of all tokens into the caller's arrays: [kv heads, tokens, dim], of the model's dtype.
+
+        Raises InvalidRequest for arrays of another shape or dtype, and copies nothing.
+        """
+        stop = self._planes[-1].run.stop
+        for part, array in enumerate((key, value)):
+            ours = self._planes[0].arrays[part]
+            heads, dim = ours.shape[2::2]
+            if array.shape != (heads, stop, dim) or array.dtype != ours.dtype:
+                raise InvalidRequest(f"{array.dtype} {array.shape} is no room for {ours.dtype} {(heads, stop, dim)}")
+        for planes in self._planes:
+            for cut in planes.cuts(0, stop):
+                for part, array in enumerate((key, value)):
+                    source = planes.at(part, self._position, cut)
+                    np.copyto(in_extents(array[:, cut.start : cut.stop], cut.extents), source)
 
 
 class Attachment:
@@ -83,118 +137,24 @@ class Attachment:
 
     def layers(self) -> Iterator[LayerKV]:
         """Every layer, in order, each as soon as it may be read; no copy. Raises CorruptExtent or StorageFailed."""
+        planes = self._planes()
         # Layer groups of one model are stored side by side; the k-th layers of all of them come together.
         depth = max(len(group.layers) for group in self.spec.groups)
         for position in range(depth):
             self._client.wait_layers(self._attached.lease, position + 1)
             for number, group in enumerate(self.spec.groups):
                 if position < len(group.layers):
-                    yield self._layer(number, position)
+                    yield LayerKV(group.layers[position], planes[number], position)
 
-    def _layer(self, group: int, position: int) -> LayerKV:
-        geometry = extent_geometry(self.spec, group)
-        parts = sorted((p for p in self._attached.parts if p.group == group), key=lambda part: part.start)
-        pieces = []
-        for part in parts:
-            view = self._client.view(part)
-            planes = [plane(view, geometry, self.spec, position, which)[:, : part.valid_tokens] for which in (0, 1)]
-            for array in planes:
-                array.flags.writeable = False  # sealed: whoever writes here corrupts everybody's copy
-            pieces.append(Piece(part.start, *planes))
-        return LayerKV(self.spec.groups[group].layers[position], tuple(pieces))
-
-
-def plane(view: memoryview, geometry: Geometry, spec: KVSpec, layer: int, part: int) -> Array:
-    """The key (0) or value (1) plane of one layer of an extent: [kv heads, capacity, dim], without a copy."""
-    dtype = np.dtype(NUMPY_DTYPES[spec.dtype])
-    dim = geometry.row_bytes(part) // dtype.itemsize
-    shape = (geometry.heads, geometry.rows, dim)
-    if not dim:
-        return np.empty(shape, dtype)
-    offset = geometry.plane_offset(layer, part)
-    return np.frombuffer(view, dtype, count=geometry.heads * geometry.rows * dim, offset=offset).reshape(shape)
-
-
-class IngestWriter:
-    """An open ingest: write the KV of every missing token of every layer, then leave the `with` block to publish."""
-
-    def __init__(self, client: Client, spec: KVSpec, opened: IngestOpened, token_count: int) -> None:
-        self._client = client
-        self._spec = spec
-        self._token_count = token_count
-        self._released = False
-        self._opened = opened
-        self._views = [client.view(part) for part in opened.parts]
-        layers = [len(spec.groups[part.group].layers) for part in opened.parts]
-        self._written = [
-            np.zeros((count, part.valid_tokens), dtype=bool) for count, part in zip(layers, opened.parts, strict=True)
-        ]
-        self._places = {
-            layer: (number, position)
-            for number, group in enumerate(spec.groups)
-            for position, layer in enumerate(group.layers)
-        }
-
-    @property
-    def cached_tokens(self) -> int:
-        """Leading tokens whose KV the store has already."""
-        return self._opened.cached_tokens
-
-    @property
-    def missing(self) -> list[tuple[int, int]]:
-        """Token ranges [start, stop) to write, in order."""
-        return sorted({(part.start, part.start + part.valid_tokens) for part in self._opened.parts})
-
-    def write(self, layer: int, start: int, key: Array, value: Array) -> None:
-        """Store one layer's KV of tokens [start, start + n): [kv heads, n, dim]. What is stored already is skipped.
-
-        Raises InvalidRequest when the layer, the shape or the dtype is not the model's, when the tokens are not the
-        document's, and when the block has ended.
-        """
-        if self._released:
-            raise InvalidRequest("this ingest has ended; write inside its block")
-        if layer not in self._places:
-            raise InvalidRequest(f"layer {layer} is not in this model")
-        number, position = self._places[layer]
-        self._check(number, key, value)
-        stop = start + key.shape[1]
-        if not 0 <= start <= stop <= self._token_count:
-            raise InvalidRequest(f"tokens [{start}, {stop}) are not in this document of {self._token_count} tokens")
-        geometry = extent_geometry(self._spec, number)
-        for part, view, written in zip(self._opened.parts, self._views, self._written, strict=True):
-            low, high = max(start, part.start), min(stop, part.start + part.valid_tokens)
-            if part.group != number or low >= high:
-                continue
-            rows = slice(low - part.start, high - part.start)
-            for which, array in enumerate((key, value)):
-                plane(view, geometry, self._spec, position, which)[:, rows] = array[:, low - start : high - start]
-            written[position, rows] = True
-
-    def _check(self, number: int, key: Array, value: Array) -> None:
-        group = self._spec.groups[number]
-        dtype = np.dtype(NUMPY_DTYPES[self._spec.dtype])
-        for name, array, dim in (("key", key, group.key_dim), ("value", value, group.value_dim)):
-            if not isinstance(array, np.ndarray):
-                raise InvalidRequest(
-                    f"{name} is no numpy array but {type(array).__module__}.{type(array).__qualname__}"
-                )
-            tokens = key.shape[1] if key.ndim == 3 else "tokens"
-            if array.shape != (group.kv_heads, tokens, dim) or array.dtype != dtype:
-                wanted = f"{dtype} ({group.kv_heads}, {tokens}, {dim})"
-                raise InvalidRequest(f"{name} is {array.dtype} {array.shape}; this model has {wanted}")
-
-    def check_complete(self) -> None:
-        """Raises InvalidRequest, naming what is missing, unless every token of every layer was written."""
-        for part, written in zip(self._opened.parts, self._written, strict=True):
-            if not written.all():
-                layer, row = (int(index) for index in np.argwhere(~written)[0])
-                index = self._spec.groups[part.group].layers[layer]
-                raise InvalidRequest(f"layer {index}: token {part.start + row} was never written; nothing is published")
-
-    def release(self) -> None:
-        """Let go of the shared memory."""
-        self._released = True
-        self._views.clear()
+    def _planes(self) -> list[list[Planes]]:
+        """The runs of every layer group, in token order, as arrays."""
+        runs = self._attached.runs
+        views = self._client.views(runs)
+        found: list[list[Planes]] = [[] for _ in self.spec.groups]
+        for run, view in zip(runs, views, strict=True):
+            # Sealed: whoever writes here corrupts everybody's copy.
+            found[run.group].append(Planes.of(run, self.spec, view.toreadonly()))
+        return found
 
 
 class Store:
@@ -235,10 +195,13 @@ class Store:
         published = False
         try:
             writer = IngestWriter(self._client, spec, opened, len(tokens))
-            yield writer
-            writer.check_complete()
-            writer.release()
-            self._client.commit_ingest(opened.ingest)
+            try:
+                yield writer
+                writer.check_complete()
+                seals = writer.seals()
+            finally:
+                writer.release()
+            self._client.commit_ingest(opened.ingest, seals)
             published = True
         finally:
             if not published:
@@ -255,6 +218,10 @@ class Store:
         finally:
             with suppress(Unavailable):  # a daemon that is gone holds no lease
                 self._client.detach(attached.lease)
+
+    def lookup(self, spec: KVSpec, tokens: Sequence[int] | npt.NDArray[np.integer]) -> PrefixView:
+        """How many leading tokens are in the cache, and in which tiers. Nothing is leased, and nothing learnt."""
+        return self._client.lookup_tokens(self._client.register_spec(spec), tokens)
 
     def documents(self) -> list[DocumentView]:
         """The tenant's documents, by name."""

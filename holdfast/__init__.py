@@ -15,8 +15,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine_adapter.api import Attachment, IngestWriter, LayerKV, Store, connect
+    from .engine_adapter.api import Attachment, LayerKV, Store, connect
     from .engine_adapter.session import Session
+    from .engine_adapter.writer import IngestWriter
     from .kvstore.document import WritePolicy
     from .kvstore.errors import HoldfastError
     from .kvstore.spec import GroupKind, KVSpec, LayerGroup, sized
@@ -28,7 +29,7 @@ _PLACES = {
     "Attachment": "engine_adapter.api",
     "GroupKind": "kvstore.spec",
     "HoldfastError": "kvstore.errors",
-    "IngestWriter": "engine_adapter.api",
+    "IngestWriter": "engine_adapter.writer",
     "KVSpec": "kvstore.spec",
     "LayerGroup": "kvstore.spec",
     "LayerKV": "engine_adapter.api",

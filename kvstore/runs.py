@@ -76,13 +76,12 @@ class Parts(Sequence[PartMessage]):
     def __getitem__(self, index: int | slice) -> PartMessage | list[PartMessage]:
         if isinstance(index, slice):
             return list(self)[index]
-        left = index + len(self) if index < 0 else index
-        if left >= 0:
-            for run in self._runs:
-                if left < run.count:
-                    return run.part(left)
-                left -= run.count
-        raise IndexError(f"there is no extent {index} in {self._runs}")
+        left = range(len(self))[index]  # raises IndexError
+        for run in self._runs:
+            if left < run.count:
+                return run.part(left)
+            left -= run.count
+        raise AssertionError(index)
 
     def __iter__(self) -> Iterator[PartMessage]:
         return (run.part(index) for run in self._runs for index in range(run.count))
