@@ -44,11 +44,12 @@ def calibrate(config: Config, arena_directory: Path, clock: Clock, rounds: int, 
             arena.keep(())
             rates += measure(arena, files, clock, config.nvme.threads, rounds, progress)
             rates += _hbm_rates(arena, clock, rounds, progress, unknown)
+            hardware = machine(config.nvme.directory)
         finally:
             arena.close()
     return Calibration(
         measured_wall_ns=clock.wall_ns(),
-        machine=machine(config.nvme.directory),
+        machine=hardware,
         rates=tuple(rates),
         gpus=_gpus(unknown),
         unknown=tuple(unknown),
@@ -62,7 +63,7 @@ def machine(directory: Path) -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
-    device = directory.stat().st_dev if directory.exists() else 0
+    device = directory.stat().st_dev
     return f"{model}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, disk {os.major(device)}:{os.minor(device)}"
 
 
@@ -97,7 +98,8 @@ def _hbm_rates(arena: Arena, clock: Clock, rounds: int, progress: Progress, unkn
 
 @contextmanager
 def _scratch(beside: Path) -> Iterator[Path]:
-    """A directory of ours on the same device, removed at the end."""
+    """A directory of ours on the same device, removed at the end; `beside` too, where there was none."""
+    is_ours = not beside.exists()
     try:
         beside.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = Path(tempfile.mkdtemp(prefix=SCRATCH_PREFIX, dir=beside))
@@ -107,5 +109,6 @@ def _scratch(beside: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        with suppress(OSError):  # it was there before us, or is in use by now
-            beside.rmdir()
+        if is_ours:
+            with suppress(OSError):  # somebody uses it by now
+                beside.rmdir()

@@ -54,6 +54,7 @@ def test_a_daemon_takes_it_over_and_still_has_it_after_sigkill():
         rates = {rate["name"]: rate for rate in found["calibration"]["rates"]}
         for hop in RATES[1:]:
             assert links[hop]["bytes_per_second"] == rates[hop]["bytes_per_second"]
+        assert daemon.data_dir.joinpath("nvme").is_dir(), "the daemon's own directory is gone"
         assert found["prediction"] == {"swaps": 0, "median_error": None, "p90_error": None}
         daemon.restart()
         again = json.loads(run(*words, "--show", "--json").stdout)
