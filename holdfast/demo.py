@@ -137,7 +137,6 @@ class Demo:
         return {
             "ddr.capacity_bytes": str((main + 4 * extra) * slot),
             "ddr.slab_bytes": str(slot),
-            "ddr.on_stop": "free",
             "nvme.capacity_bytes": str((main + 6 * extra) * slot),
             "nvme.segment_bytes": str(slot),
             "daemon.rest_port": "0",

@@ -39,7 +39,8 @@ class DaemonProcess:
 
     def __init__(self, data_dir: Path, settings: dict[str, str]) -> None:
         self._data_dir = data_dir
-        self._settings = settings
+        # Its directory does not outlive it: no memory, and no mount, may stay there.
+        self._settings = {"ddr.capacity_bytes": "1 GiB", "ddr.on_stop": "free", **settings}
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
