@@ -56,6 +56,7 @@ class Look:
     extents: dict[ExtentId, Held] = field(default_factory=dict)
     documents: dict[DocumentId, tuple[Document, bool]] = field(default_factory=dict)  # with whether it is durable
     pins: frozenset[DocumentId] = frozenset()
+    telling: frozenset[DocumentId] = frozenset()  # of which the catalog is being told something
     unlisted: frozenset[ExtentId] = frozenset()  # that have a copy which no record names: leaving, or private
     copies: dict[int, Placement] = field(default_factory=dict)  # by identity
     is_steady: bool = False
@@ -120,13 +121,14 @@ def _documents(
             detail = "it is durable, as far as the daemon knows"
             repair = Commit(PutDocument(ours))
             yield Finding(code=Code.DOCUMENT_WITHOUT_ROW, subject=str(document), detail=detail, repair=repair)
+    telling = before.telling | after.telling
     for document in rows:
-        if document not in before.documents and document not in after.documents:
+        if document not in before.documents and document not in after.documents and document not in telling:
             repair = Commit(DropDocument(*document))
             detail = "the daemon has no such document"
             yield Finding(code=Code.DOCUMENT_ROW_STALE, subject=str(document), detail=detail, repair=repair)
     for document in pins:
-        if document not in before.pins | after.pins and document not in after.documents:
+        if document not in before.pins | after.pins | telling and document not in after.documents:
             repair = Commit(DropPin(*document))
             detail = "the daemon has neither the pin nor the document"
             yield Finding(code=Code.PIN_WITHOUT_DOCUMENT, subject=str(document), detail=detail, repair=repair)

@@ -215,6 +215,7 @@ class Checks:
         outside = (*state.private.values(), state.spares.values(), state.leaving)
         for copies in (*outside, *(shard.copies.values() for shard in state.shards())):
             look.add(list(copies))
+        look.telling |= self._service.upkeep.telling
         look.pins |= {pin.document for pin in state.pins.all()}
         look.unlisted |= {copy.extent for copies in (state.leaving, *state.private.values()) for copy in copies}
 

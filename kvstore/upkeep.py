@@ -5,6 +5,7 @@ Evictions and prefetches carry on after the command returns; `settle` looks whic
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -51,6 +52,12 @@ class Upkeep:
         self.state = loader.store.records
         self._evictions: list[Eviction] = []
         self._unsaid: set[DocumentId] = set()  # of which the catalog may still tell something old
+        self._telling: Counter[DocumentId] = Counter()  # and of which it is being told something new
+
+    @property
+    def telling(self) -> frozenset[DocumentId]:
+        """Documents whose deletion or pin is on its way to the catalog."""
+        return frozenset(self._telling)
 
     # Time --------------------------------------------------------------------------------------
 
@@ -231,11 +238,15 @@ class Upkeep:
         """Write what has changed of a document; what is refused is tried again. `done` hears of the first try."""
 
         def committed(outcome: Outcome) -> None:
+            self._telling[document] -= 1
+            if not self._telling[document]:
+                del self._telling[document]
             if outcome.error is not None:
                 self.state.ledger.counts["catalog_failures"] += 1
                 self._unsaid.add(document)
             done(outcome.error)
 
+        self._telling[document] += 1
         self.store.submit(Write(id=self.store.new_id(), records=records), committed)
 
     def retry_writes(self) -> None:
@@ -292,7 +303,7 @@ class Upkeep:
                 self.state.pins.add(pin)
             except HoldfastError:  # the document was never durable, or the budget shrank
                 self.state.ledger.counts["pins_not_restored"] += 1
-                self._write(DropPin(*pin.document))
+                self._tell(pin.document, DropPin(*pin.document))
         for document in [record.document for record in self.state.documents.values()]:
             pin_of = self.state.pins.get(document.id)
             if pin_of is not None and pin_of.floor is not Tier.NVME:

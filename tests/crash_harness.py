@@ -131,11 +131,12 @@ def some_life(rng: random.Random) -> dict:
     work = [some_operations(rng, tenants, rng.randrange(3, 18)) for tenants in TENANTS]
     end = rng.choices(["point", "kill", "stop"], [5, 4, 1])[0]
     return {
-        "budget": rng.choices(list(BUDGETS), [6, 2, 1])[0],
+        "budget": rng.choices(list(BUDGETS), [6, 2, 2])[0],
         "work": work,
         "end": end,
-        "point": [rng.choice(ALL_FAULTS), rng.choice([1, 1, 2, 3, 5, 8, 13, 21, 34])] if end == "point" else None,
+        "point": [rng.choice(ALL_FAULTS), rng.choice([1, 1, 1, 2, 2, 3, 5, 8, 13, 21])] if end == "point" else None,
         "kill_after": rng.randrange(sum(map(len, work)) + 1),
+        "commit_ms": rng.choice([0, 0, 5, 20]),
         "kill_ms": rng.choice([0, 0, 1, 2, 5, 10, 30]),
     }
 
@@ -361,7 +362,8 @@ class Harness:
         daemon.settings |= BUDGETS[life["budget"]]
         armed = daemon.directory / "armed"
         armed.unlink(missing_ok=True)
-        daemon.start(Kill(*life["point"], armed) if life["point"] else None)
+        kind, count = life["point"] or ("none", 0)
+        daemon.start(Kill(kind, count, armed, life["commit_ms"]))
         self.model.begin_life(life["budget"])
         self._verify()
         armed.touch()

@@ -10,6 +10,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -54,6 +55,7 @@ class Kill:
     kind: str
     count: int
     armed: Path
+    commit_ms: int = 0  # how slow the catalog's disk is: what happens between data and commit happens more often
 
     counter: ClassVar[itertools.count] = itertools.count(1)
     lock: ClassVar[threading.Lock] = threading.Lock()
@@ -103,6 +105,8 @@ class Kill:
 
         class FaultyCatalog(Catalog):
             def commit(self, records):
+                if fault.commit_ms and fault.armed.exists():
+                    time.sleep(fault.commit_ms / 1000)
                 fault.check("commit, before")
                 super().commit([*records, _Hook(fault)] if fault.kind == "commit, within" else records)
                 fault.check("commit, after")

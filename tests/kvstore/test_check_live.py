@@ -271,6 +271,22 @@ def test_what_moved_between_the_looks_is_no_finding():
     assert document == DocumentId("default", "a")
 
 
+def test_a_deletion_on_its_way_to_the_catalog_is_no_finding():
+    service, effects, _ = tiny_service()
+    document = ingest(service, effects, "a", token_count=32)
+    rows = {document: looked(service).documents[document][0]}
+    service.delete(document)
+    look = looked(service)
+    look.telling = service.upkeep.telling
+    assert list(against_rows(look, {}, rows, [document], look)) == []
+    effects.complete_all(service)
+    look.telling = service.upkeep.telling
+    assert {finding.code for finding in against_rows(look, {}, rows, [document], look)} == {
+        Code.DOCUMENT_ROW_STALE,
+        Code.PIN_WITHOUT_DOCUMENT,
+    }
+
+
 def test_a_scrub_holds_its_copy_and_lets_go():
     service, effects, _ = tiny_service()
     document = ingest(service, effects, "a", token_count=32)
