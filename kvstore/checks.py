@@ -87,17 +87,20 @@ class Checks:
         if self._task is not None and not self._task.done():
             raise InUse("a check is under way already; GET /v1/check shows how far it is")
         self._reading = _Reading(0, 0, {}, {})
-        self._task = asyncio.get_running_loop().create_task(self._check(Wish(fix=wanted.fix, data=wanted.data)))
-        await asyncio.wait([self._task], timeout=wanted.deadline_seconds)
-        return self._answer(self._task)
+        work = self._check(Wish(fix=wanted.fix, data=wanted.data))
+        self._task = task = asyncio.get_running_loop().create_task(work)
+        await asyncio.wait([task], timeout=wanted.deadline_seconds)
+        return self._answer(task)  # not the next one, which may have begun since
 
     async def show(self, request: web.Request) -> web.Response:
         """The check under way, or the last one."""
-        if self._task is None or self._task.cancelled():
+        if self._task is None:
             raise NotFound("no check has run since the daemon started; POST /v1/check starts one")
         return self._answer(self._task)
 
     def _answer(self, task: asyncio.Task[Report]) -> web.Response:
+        if task.cancelled():
+            raise Unavailable("the daemon is shutting down; the check was ended")
         if task.done():
             return reply(CheckView.of(task.result()))
         reading = self._reading

@@ -321,4 +321,4 @@ async def test_one_check_runs_at_a_time_and_ends_with_the_daemon():
             assert (response.status, (await response.json())["state"]) == (202, "running")
         await checks.close()
         async with client.get("/v1/check") as response:
-            assert response.status == 404
+            assert response.status == 503
