@@ -182,7 +182,7 @@ class Store:
         spec: KVSpec,
         tokens: Sequence[int] | npt.NDArray[np.integer],
         *,
-        write_policy: WritePolicy = WritePolicy.THROUGH,
+        write_policy: WritePolicy = WritePolicy.AUTO,
         deadline_seconds: float = 60.0,
     ) -> Iterator[IngestWriter]:
         """Store a document: write what is missing inside the block; leaving it publishes, an error leaves no trace."""

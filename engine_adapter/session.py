@@ -56,7 +56,7 @@ class Session:
         name: str,
         tokens: Sequence[int],
         *,
-        write_policy: WritePolicy = WritePolicy.THROUGH,
+        write_policy: WritePolicy = WritePolicy.AUTO,
         chunk_tokens: int = CHUNK_TOKENS,
         progress: Callable[[int], None] = ignore_progress,
         deadline_seconds: float = 120.0,

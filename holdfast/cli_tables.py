@@ -171,7 +171,7 @@ def document(d: Json) -> Table:
             ("resident", resident),
             ("state", state(d)),
             ("tokens gone", gone),
-            ("write policy", d["write_policy"]),
+            ("write policy", f"{d['write_policy']} ({d['write_reason']})"),
             ("created", moment(d["created_wall_ns"])),
             ("last used", f"{duration(used)} ago" if used is not None else "unknown"),
             ("frequency", f"{d['frequency']:.3g}"),
@@ -203,7 +203,7 @@ def scores(parts: Json) -> str:
 
 def tiers(found: Sequence[Json]) -> Table:
     """Every device."""
-    columns = ("DEVICE", "USED", "CAPACITY", "FULL", "IN USE", "PINNED")
+    columns = ("DEVICE", "USED", "CAPACITY", "FULL", "IN USE", "PINNED", "SPLIT", "WITHDRAWN", "WRITTEN", "AMPLIFIED")
     rows = (
         (
             t["device"],
@@ -212,6 +212,10 @@ def tiers(found: Sequence[Json]) -> Table:
             f"{t['used_bytes'] / t['capacity_bytes']:.0%}" if t["capacity_bytes"] else "-",
             size(t["leased_bytes"]),
             size(t["pinned_bytes"]),
+            size(t["fragmented_bytes"]),
+            size(t["withdrawn_bytes"]),
+            size(sum(t["written_bytes"].values())),
+            f"{t['write_amplification']:.2f}" if t["write_amplification"] is not None else "-",
         )
         for t in found
     )

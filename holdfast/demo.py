@@ -30,6 +30,7 @@ from .demo_stage import DaemonProcess, Reference, Stage, compare, ending_on_sigt
 from .engine_adapter.group import RankGroup
 from .engine_adapter.session import Session
 from .kvstore.client import Client
+from .kvstore.document import WritePolicy
 from .kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest
 from .kvstore.geometry import extent_geometry
 from .kvstore.spec import KVSpec
@@ -216,7 +217,9 @@ class Demo:
         with self._bar() as bar:
             task = bar.add_task("prefill", total=len(story.tokens))
             started = time.monotonic()
-            view = self.session.ingest(MAIN, story.tokens, progress=moving(bar, task, 0))
+            view = self.session.ingest(
+                MAIN, story.tokens, write_policy=WritePolicy.THROUGH, progress=moving(bar, task, 0)
+            )
             story.prefill_seconds = time.monotonic() - started
             story.stored_with_cp = self.cp
         self._screen.print(
@@ -343,7 +346,12 @@ class Demo:
         with self._bar() as bar:
             task = bar.add_task("prefill", total=len(names) * self._extra_tokens)
             for index, name in enumerate(names):
-                session.ingest(name, self._slice(index), progress=moving(bar, task, index * self._extra_tokens))
+                session.ingest(
+                    name,
+                    self._slice(index),
+                    write_policy=WritePolicy.THROUGH,
+                    progress=moving(bar, task, index * self._extra_tokens),
+                )
                 self._await_durable(name)
                 if name == PINNED:
                     self.client.pin(name, "ddr", owner="demo", reason="the operator said so")

@@ -263,7 +263,7 @@ class Admin:
             pinned_bytes=state.pins.pinned_bytes,
             pin_budget_bytes=state.pins.budget_bytes,
             reservations_waiting=service.room.waiting,
-            writes_queued=service.room.writes_queued,
+            writes_queued=service.writes.queued,
             orders_in_flight=service.store.orders_in_flight,
             ddr_backing=self.backing,
             tiers=views.tier_views(state),

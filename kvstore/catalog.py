@@ -38,6 +38,7 @@ from .document import Document
 from .errors import InvalidSpec, StorageFailed
 from .extent import Extent, ExtentId
 from .keys import SECRET_BYTES
+from .ledger import Wear
 from .orders import (
     DropDocument,
     DropExtent,
@@ -48,6 +49,7 @@ from .orders import (
     PutPin,
     PutPrefills,
     PutSpec,
+    PutWear,
     Record,
 )
 from .seal import CHECKSUM_BYTES
@@ -55,6 +57,7 @@ from .slots import Slot
 from .spec import KVSpec
 
 SCHEMA_VERSION: Final = 2
+WEAR: Final = "wear"  # its name in meta
 SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE specs (fingerprint BLOB PRIMARY KEY, spec BLOB NOT NULL) WITHOUT ROWID;
@@ -118,6 +121,7 @@ class Contents:
     prefills: tuple[PutPrefills, ...]
     calibration: Calibration | None
     orphans: tuple[ExtentId, ...]
+    wear: Wear
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,12 +249,17 @@ class Catalog:
             tenants={str(name): bytes(secret) for name, secret in self._rows("*", "tenants", "name")},
             prefills=tuple(prefills_of(row) for row in self._rows("*", "prefills", "fingerprint")),
             calibration=self._calibration(),
+            wear=self._wear(),
             orphans=orphans,
         )
 
     def _calibration(self) -> Calibration | None:
         found = self._database.execute("SELECT value FROM meta WHERE name = 'calibration'").fetchone()
         return msgspec.json.decode(found[0], type=Calibration) if found is not None else None
+
+    def _wear(self) -> Wear:
+        found = self._database.execute("SELECT value FROM meta WHERE name = ?", (WEAR,)).fetchone()
+        return msgspec.json.decode(found[0], type=Wear) if found is not None else Wear()
 
     def calibration(self) -> Calibration | None:
         """The newest calibration. Raises StorageFailed."""
@@ -330,6 +339,8 @@ def _statement(record: Record) -> Statement:
             return _replace("prefills", fingerprint, msgspec.msgpack.encode(points))
         case PutCalibration(calibration=calibration):
             return _replace("meta", "calibration", msgspec.json.encode(calibration).decode())
+        case PutWear(wear=wear):
+            return _replace("meta", WEAR, msgspec.json.encode(wear).decode())
         case PutPin(pin=pin):
             return _replace("pins", *pin_row(pin))
         case DropExtent(extent=extent_id):

@@ -167,7 +167,7 @@ class Client:
         fingerprint: bytes,
         tokens: Sequence[int] | npt.NDArray[np.integer],
         *,
-        write_policy: WritePolicy = WritePolicy.THROUGH,
+        write_policy: WritePolicy = WritePolicy.AUTO,
         group: str | None = None,
         chunk_tokens: int = 2048,
         deadline_seconds: float = 60.0,
@@ -183,7 +183,8 @@ class Client:
         `seals` are this process' own, one per extent of IngestOpened (see `seal`), or empty for the daemon to make.
         A wrong seal harms this document alone: what it covers is found corrupt when it is read.
         """
-        return self._ask(Documents, CommitIngest(ingest, list(seals)), deadline_seconds).documents[0]
+        body = CommitIngest(ingest, list(seals), deadline_seconds)
+        return self._ask(Documents, body, deadline_seconds + MARGIN_SECONDS).documents[0]
 
     def abort_ingest(self, ingest: int) -> None:
         """Drop it without a trace."""

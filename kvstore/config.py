@@ -182,12 +182,18 @@ class DdrConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NvmeConfig:
-    """The NVMe tier: preallocated segment files, read and written by `threads`."""
+    """The NVMe tier: preallocated segment files, read and written by `threads`.
+
+    `backlog_bytes` bounds what waits to be written through; `when_behind` says what happens to a document beyond that:
+    it stays in "memory" until the disk has caught up, or its commit has to "wait".
+    """
 
     capacity_bytes: Annotated[int, Size(MIB)] = 4 * GIB
     segment_bytes: Annotated[int, Size(64 * KIB, TIB, PAGE_BYTES)] = 256 * MIB
     directory: Annotated[Path, PathText()]
     threads: Annotated[int, Whole(1, 64)] = 4
+    backlog_bytes: Annotated[int, Size(0)]
+    when_behind: Annotated[str, Text(("memory", "wait"))] = "memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -383,6 +389,7 @@ def _derive(
     default("nvme.directory", data_dir / "nvme", "in daemon.data_dir")
     default("ddr.capacity_bytes", *_ddr_capacity(values["ddr.slab_bytes"], available_bytes))
     default("ddr.window_bytes", values["ddr.capacity_bytes"] // 4, "a quarter of ddr.capacity_bytes")
+    default("nvme.backlog_bytes", values["ddr.capacity_bytes"] // 8, "an eighth of ddr capacity")
     capacity_bytes = values["ddr.capacity_bytes"] + values["nvme.capacity_bytes"]
     default("limits.pin_bytes", capacity_bytes // 2, "half of ddr and nvme capacity")
 

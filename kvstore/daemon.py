@@ -179,6 +179,7 @@ class Daemon:
             self.arena, self.segments, self.catalog, self.clock, config.nvme.threads, reports
         )
         self.service = reports.service = Service(config, self.clock, effects, self.catalog.tenant_secret)
+        self.service.state.ledger.wear = contents.wear
         self.service.upkeep.restore(
             contents.specs,
             contents.extents,
@@ -291,7 +292,7 @@ class Daemon:
         self._state = "draining"
         self.server.drain()
         await self.checks.close()
-        self.log.info("draining", leases=len(self.service.state.leases), writes=self.service.room.writes_queued)
+        self.log.info("draining", leases=len(self.service.state.leases), writes=self.service.writes.queued)
         self.service.write_back()
         deadline_ns = self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS)
         while self.clock.monotonic_ns() < deadline_ns and self._busy():  # noqa: ASYNC110 - many things, one deadline
@@ -306,7 +307,7 @@ class Daemon:
 
     def _busy(self) -> bool:
         service = self.service
-        return bool(service.store.orders_in_flight or service.room.writes_queued or service.attaches.open)
+        return bool(service.store.orders_in_flight or service.writes.queued or service.attaches.open)
 
     async def _close(self) -> None:
         self._state = "stopped"

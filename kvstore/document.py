@@ -25,6 +25,7 @@ class DocumentId(NamedTuple):
 class WritePolicy(StrEnum):
     """When a document's KV goes to NVMe."""
 
+    AUTO = "auto"  # THROUGH if it is expected back, else BACK; decided at commit
     THROUGH = "write-through"  # at commit; durable soon after it is acknowledged
     BACK = "write-back"  # when DDR evicts it
     MEMORY = "memory-only"  # never; DDR eviction drops it

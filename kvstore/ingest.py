@@ -32,10 +32,12 @@ from .orders import Urgency
 from .passage import Passage
 from .planner import Demand, could_hold, slots_of
 from .residency import Event, Placement, State
+from .reuse import Decision
 from .room import Reservation, Room
 from .spill import Spill
 from .state import DocumentRecord, ExtentRecord, Shard
 from .store import Store
+from .writes import Turn
 
 Done = Callable[[HoldfastError | None], None]
 
@@ -50,6 +52,7 @@ class Stage(StrEnum):
     SAVING = "saving"
     SEALING = "sealing"
     CATALOGING = "cataloging"  # what is on NVMe already gets its rows
+    BEHIND = "behind"  # complete, but the disk has to catch up first (nvme.when_behind = wait)
     ENDED = "ended"
 
 
@@ -70,6 +73,8 @@ class Ingest:
     held: list[Placement] = field(default_factory=list)
     loading: Loading | None = None
     reservation: Reservation | None = None
+    deadline_ns: int | None = None  # of its commit
+    turn: Turn | None = None
     error: HoldfastError | None = None
     granted: Done | None = None
     committed: Done | None = None
@@ -258,12 +263,15 @@ class Ingests:
             raise ClaimNotFound(f"no open ingest {ingest_id} of this client; it ended or was aborted")
         return ingest
 
-    def commit(self, ingest: Ingest, committed: Done, seals: Sequence[bytes] = ()) -> None:
+    def commit(
+        self, ingest: Ingest, committed: Done, seals: Sequence[bytes] = (), deadline_ns: int | None = None
+    ) -> None:
         """Everything is filled: save it out of the group's rows if there is one, seal, publish.
 
         `seals` are the writer's own, one per missing extent, empty for those to be sealed here. Raises InvalidRequest
         for seals of another number or size. A wrong one harms the writer's document alone: reads will not verify.
         """
+        ingest.deadline_ns = deadline_ns
         if seals:
             if ingest.group is not None:
                 raise InvalidRequest("what ranks save is sealed by the daemon; commit without seals")
@@ -289,7 +297,7 @@ class Ingests:
 
     def _proceed(self, ingest: Ingest) -> None:
         if not ingest.missing:
-            self._publish(ingest)
+            self._complete(ingest)
         elif ingest.shard is not None:
             ingest.stage = Stage.SAVING
             self._passage(ingest).save(ingest.shard)
@@ -301,7 +309,7 @@ class Ingests:
         """All is complete; what lies on NVMe only needs its rows before anybody may read it."""
         passage = self._passage(ingest)
         if not passage.written:
-            self._publish(ingest)
+            self._complete(ingest)
             return
         ingest.stage = Stage.CATALOGING
 
@@ -313,7 +321,7 @@ class Ingests:
                 self._sweep(ingest)
                 return
             self.enrolments.accept(claimed)
-            self._publish(ingest)
+            self._publish(ingest, self.room.writes.decide(ingest.document, ingest.extents))
             for item in claimed:
                 self.store.reap(item.record)  # a document that lost other extents meanwhile is not published
 
@@ -329,7 +337,17 @@ class Ingests:
             )
         )
 
-    def _publish(self, ingest: Ingest) -> None:
+    def _complete(self, ingest: Ingest) -> None:
+        """All is complete: publish it, after its turn if commits have to wait for the disk."""
+        ingest.stage = Stage.BEHIND
+        ingest.turn = Turn(
+            deadline_ns=ingest.deadline_ns,
+            granted=lambda decision: self._publish(ingest, decision),
+            refused=lambda error: self._end(ingest, error),
+        )
+        self.room.writes.admit(ingest.turn, ingest.document, ingest.extents)
+
+    def _publish(self, ingest: Ingest, decision: Decision) -> None:
         """Adopt the copies and make the document visible: the point of acknowledgement."""
         records = self.store.records
         for extent in ingest.extents:
@@ -354,10 +372,7 @@ class Ingests:
         published.durable = published.durable and not published.volatile
         records.documents[document.id] = published
         self._release(ingest)
-        if document.write_policy is WritePolicy.THROUGH:
-            for extent in ingest.extents:
-                self.room.write_through(records.extents[extent.id])
-        self.room.make_durable(document.id)
+        self.room.writes.committed(published, decision)
         committed, ingest.committed = ingest.committed, None
         if committed is not None:
             committed(None)
@@ -387,6 +402,8 @@ class Ingests:
             ingest.reservation = None
         if ingest.passage is not None:
             ingest.passage.stop()
+        if ingest.turn is not None:
+            self.room.writes.cancel(ingest.turn)
         self._ready(ingest, error)
         committed, ingest.committed = ingest.committed, None
         if committed is not None:

@@ -105,6 +105,24 @@ class Verdict:
     scores: dict[str, float]
 
 
+class Wear(NamedTuple):
+    """What NVMe had to take since the data directory was made, in bytes; metadata is not counted.
+
+    `write_through_bytes` and `demotion_bytes` are whole slots that were written and synced, by cause. `kv_bytes` is the
+    part of them that is KV which NVMe never had before: valid tokens only, and an extent counts again only after no
+    document needed it any more.
+    """
+
+    write_through_bytes: int = 0
+    demotion_bytes: int = 0
+    kv_bytes: int = 0
+
+    @property
+    def amplification(self) -> float | None:
+        """Bytes written / bytes of new KV: padding of part-filled extents and rewrites; None before the first write."""
+        return (self.write_through_bytes + self.demotion_bytes) / self.kv_bytes if self.kv_bytes else None
+
+
 class Ledger:
     """Occupancy per device, totals per hop, the last swap records and verdicts, named counts."""
 
@@ -115,6 +133,7 @@ class Ledger:
         self.swaps: deque[SwapRecord] = deque(maxlen=swap_records)
         self.verdicts: deque[Verdict] = deque(maxlen=swap_records)
         self.counts: Counter[str] = Counter()
+        self.wear = Wear()
 
     def came(self, device: str, size_bytes: int) -> None:
         """A placement took its slot on a device."""

@@ -26,6 +26,9 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "catalog_failures": ("holdfast_catalog_failures", "Catalog commits that failed; their slots stay closed."),
     "drains_cancelled": ("holdfast_drains_cancelled", "Copies on their way out that a hit kept."),
     "prefetches_refused": ("holdfast_prefetches_refused", "Prefetches of pinned documents that found no room."),
+    "nvme_full": ("holdfast_nvme_full", "Writes given up because NVMe was full of leased or pinned extents."),
+    "segments_withdrawn": ("holdfast_segments_withdrawn", "Writes that found the device without room for a segment."),
+    "write_through_skipped": ("holdfast_write_through_skipped", "Documents left in memory as the disk was behind."),
     "not_restored": ("holdfast_not_restored", "Extents given up at a restart, as the NVMe budget has shrunk."),
 }
 
@@ -65,6 +68,12 @@ class ServiceCollector(Collector):
             leased.add_metric(device, view.leased_bytes)
             pinned.add_metric(device, view.pinned_bytes)
         yield from (capacity, used, leased, pinned)
+        state = self.service.state
+        stuck = "Free bytes of slabs in use, which only their own class of slots can take."
+        yield gauge("holdfast_ddr_fragmented_bytes", stuck, state.ddr.fragmented_bytes)
+        yield gauge("holdfast_nvme_fragmented_bytes", stuck, state.nvme.fragmented_bytes)
+        withdrawn = "Bytes of NVMe capacity that the device, being full, does not have."
+        yield gauge("holdfast_nvme_withdrawn_bytes", withdrawn, state.nvme.withdrawn_bytes)
 
     def _claims(self) -> Iterator[Metric]:
         state = self.service.state
@@ -86,7 +95,12 @@ class ServiceCollector(Collector):
     def _queues(self) -> Iterator[Metric]:
         room, store = self.service.room, self.service.store
         yield gauge("holdfast_reservations_waiting", "Requests that wait for room.", room.waiting)
-        yield gauge("holdfast_writes_queued", "Extents waiting for, or on, their way to NVMe.", room.writes_queued)
+        yield gauge(
+            "holdfast_writes_queued", "Extents waiting for, or on, their way to NVMe.", self.service.writes.queued
+        )
+        yield gauge(
+            "holdfast_write_backlog_bytes", "Bytes waiting to be written through.", self.service.writes.backlog_bytes
+        )
         yield gauge("holdfast_orders_in_flight", "Orders whose end is awaited.", store.orders_in_flight)
 
     def _transfers(self) -> Iterator[Metric]:
@@ -107,6 +121,18 @@ class ServiceCollector(Collector):
             busy.add_metric(ends, done.busy_ns / NS)
             speed.add_metric(ends, self.service.planner.links[hop].bytes_per_second)
         yield from (size, moves, busy, speed)
+        wear = self.service.state.ledger.wear
+        written = CounterMetricFamily(
+            "holdfast_nvme_written_bytes", "Bytes written to NVMe since the data directory was made.", labels=["cause"]
+        )
+        written.add_metric(["write-through"], wear.write_through_bytes)
+        written.add_metric(["demotion"], wear.demotion_bytes)
+        yield written
+        yield CounterMetricFamily(
+            "holdfast_nvme_kv_bytes",
+            "Of these, KV that NVMe never had: the ratio is amplification.",
+            value=wear.kv_bytes,
+        )
 
     def _counts(self) -> Iterator[Metric]:
         counts = self.service.state.ledger.counts

@@ -17,6 +17,7 @@ from .errors import HoldfastError
 from .extent import Extent, ExtentId
 from .geometry import Geometry
 from .layout import Layout
+from .ledger import Wear
 from .slots import Slot
 from .spec import KVSpec
 
@@ -206,7 +207,25 @@ class PutCalibration(NamedTuple):
     kind: Literal["put-calibration"] = "put-calibration"
 
 
-Record = PutCalibration | PutPrefills | PutSpec | PutExtent | DropExtent | PutDocument | DropDocument | PutPin | DropPin
+class PutWear(NamedTuple):
+    """Catalog: what NVMe had to take so far."""
+
+    wear: Wear
+    kind: Literal["put-wear"] = "put-wear"
+
+
+Record = (
+    PutWear
+    | PutCalibration
+    | PutPrefills
+    | PutSpec
+    | PutExtent
+    | DropExtent
+    | PutDocument
+    | DropDocument
+    | PutPin
+    | DropPin
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

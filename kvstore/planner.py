@@ -176,14 +176,14 @@ class Planner:
             chosen += more
         return tuple(chosen)
 
-    def make_nvme_room(self, kind: SlotClass) -> tuple[Victim, ...] | None:
-        """Who should leave NVMe so that one slot of this class fits; None: nobody may."""
+    def make_nvme_room(self, wanted: Mapping[SlotClass, int]) -> tuple[Victim, ...] | None:
+        """Who should leave NVMe so that these slots fit; None: not enough may."""
         leaving = self._leaving_slots(Tier.NVME)
         records = self.state.extents
 
         def slot_fits(victims: Sequence[Candidate]) -> bool:
             freed = _slots(records[victim.id].nvme for victim in victims)
-            return self.state.nvme.fits({kind: 1}, [*leaving, *freed])
+            return self.state.nvme.fits(wanted, [*leaving, *freed])
 
         victims = self._choose(self._nvme_candidates(), slot_fits)
         if victims is None:

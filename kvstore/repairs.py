@@ -65,7 +65,7 @@ class Repairs:
             self.store.fail_nvme(record, record.nvme)
         self._commit(DropExtent(extent), done)
         if record is not None and record.documents:
-            self.service.room.write_through(record)  # from DDR, if it is there too
+            self.service.writes.write_again(record)  # from DDR, if it is there too
 
     def _commit(self, record: Record, done: Done) -> None:
         self.store.submit(Write(id=self.store.new_id(), records=(record,)), lambda outcome: done(outcome.error))

@@ -100,9 +100,10 @@ class Requests:
         match body:
             case BeginIngest():
                 return await self._begin(client, tenant, body)
-            case CommitIngest(ingest, seals):
+            case CommitIngest(ingest, seals, seconds):
+                deadline_ns = self._deadline_ns(seconds)
                 committed: Document = await self._call(
-                    lambda done: self._service.commit_ingest(client, ingest, done, seals)
+                    lambda done: self._service.commit_ingest(client, ingest, done, seals, deadline_ns)
                 )
                 return Documents([self._view(committed)])
             case AttachDocument():

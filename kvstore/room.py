@@ -1,4 +1,4 @@
-"""Room: who waits for space, who leaves for them, and what is written out on the way.
+"""Room: who waits for space, and who leaves for them.
 
 Reservations are granted in order, all of a demand at once or not at all. A demand that no set of victims can meet is
 refused at once, with the holders named; nothing waits without a deadline, and the queue has a limit.
@@ -9,20 +9,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
 
-from .document import DocumentId
 from .errors import DeadlineExceeded, HoldfastError, NoCapacity
 from .geometry import extent_geometry
 from .ledger import Hop
-from .orders import Outcome, Part, PutDocument, PutExtent, PutSpec, SaveShard, Seal, Urgency, Write, WriteOut
+from .orders import Outcome, Part, SaveShard, Seal
 from .planner import Demand, Victim
 from .residency import Event, Placement, State, Tier
-from .slots import SlotClass
 from .state import ExtentRecord, Shard
 from .store import Store
-
-WRITES_IN_FLIGHT: Final = 8  # enough to keep a drive busy; a demotion never waits behind more
+from .writes import Writes
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -41,22 +37,16 @@ class Reservation:
 class Room:
     """Grants reservations and carries out verdicts through the store."""
 
-    def __init__(self, store: Store, limit: int) -> None:
+    def __init__(self, store: Store, writes: Writes, limit: int) -> None:
         self.store = store
+        self.writes = writes
         self.limit = limit
         self._waiting: deque[Reservation] = deque()
-        self._writes: deque[tuple[ExtentRecord, Placement, Urgency]] = deque()
-        self._writing = 0
 
     @property
     def waiting(self) -> int:
         """Reservations in the queue."""
         return len(self._waiting)
-
-    @property
-    def writes_queued(self) -> int:
-        """Extents that wait for, or are on, their way to NVMe."""
-        return len(self._writes) + self._writing
 
     # Reservations ------------------------------------------------------------------------------
 
@@ -73,14 +63,14 @@ class Room:
 
     def pump(self) -> None:
         """Grant what fits, start evictions for the first that does not, write out what is queued."""
-        self._pump_writes()
+        self.writes.pump()
         tried: set[Reservation] = set()
         # Afresh each time: a grant may queue the next request, and an answer may cancel one.
         while (reservation := next((r for r in self._waiting if r not in tried), None)) is not None:
             tried.add(reservation)
             if not self._try(reservation):
                 break
-        self._pump_writes()
+        self.writes.pump()
 
     def _try(self, reservation: Reservation) -> bool:
         """Grant, refuse or pass over one reservation; False when those behind it have to wait for it."""
@@ -155,7 +145,7 @@ class Room:
             self.store.drop(record.ddr)
             return
         record.ddr.apply(Event.DRAIN)
-        self._queue_write(record, Urgency.DEMOTE)
+        self.writes.demote(record)
 
     def _leave_hbm(self, shard: Shard, record: ExtentRecord, victim: Victim, reason: str) -> None:
         """Out of HBM; into DDR first when there is no other copy, and a free slot."""
@@ -181,7 +171,9 @@ class Room:
         def saved(outcome: Outcome) -> None:
             source.holds -= 1
             if outcome.error is None:
-                self._moved(Hop(Tier.HBM, Tier.DDR), target.size_bytes, outcome, started_ns)
+                hop, now_ns = Hop(Tier.HBM, Tier.DDR), self.store.clock.monotonic_ns()
+                self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
+                self.store.planner.learn(hop, target.size_bytes, outcome.busy_ns)
                 self.seal(record, target)
             else:
                 target.holds -= 1
@@ -217,123 +209,3 @@ class Room:
             if placement.state is not State.DRAINING or placement.holds:
                 return
             self.store.shrink_shard(shard, extent)
-
-    # Writes ------------------------------------------------------------------------------------
-
-    def write_through(self, record: ExtentRecord) -> None:
-        """Write a DDR copy to NVMe soon; it stays in DDR."""
-        if record.ddr is not None and record.ddr.readable and record.nvme is None:
-            self._queue_write(record, Urgency.WRITE_THROUGH)
-
-    def _queue_write(self, record: ExtentRecord, urgency: Urgency) -> None:
-        placement = record.ddr
-        assert placement is not None
-        placement.holds += 1  # not `hold`: a write does not cancel the drain that asks for it
-        item = (record, placement, urgency)
-        if urgency is Urgency.DEMOTE:
-            self._writes.appendleft(item)
-        else:
-            self._writes.append(item)
-
-    def _pump_writes(self) -> None:
-        while self._writes and self._writing < WRITES_IN_FLIGHT:
-            record, source, urgency = self._writes[0]
-            if record.nvme is not None or not record.documents:
-                self._writes.popleft()
-                self._written(record, source)
-                continue
-            target = self.store.take(record.extent, Tier.NVME)
-            if target is None:
-                kind = SlotClass("", record.extent.slot_bytes)
-                victims = self.store.planner.make_nvme_room(kind)
-                if victims is None:
-                    self._writes.popleft()
-                    self._write_failed(record, source, "NVMe is full of leased or pinned extents")
-                    continue
-                self.execute(victims, "pressure")
-                return  # slots are free when the catalog says so
-            self._writes.popleft()
-            record.nvme = target
-            self._write(record, source, target, urgency)
-
-    def _write(self, record: ExtentRecord, source: Placement, target: Placement, urgency: Urgency) -> None:
-        assert source.slot is not None
-        assert target.slot is not None
-        self._writing += 1
-        target.holds += 1
-        started_ns = self.store.clock.monotonic_ns()
-        order = WriteOut(
-            id=self.store.new_id(),
-            source=source.slot,
-            target=target.slot,
-            size_bytes=target.size_bytes,
-            urgency=urgency,
-        )
-
-        def written(outcome: Outcome) -> None:
-            if outcome.error is not None:
-                failed()
-                self.store.fail(target)
-                self._write_failed(record, source, str(outcome.error))
-                return
-            self._moved(Hop(Tier.DDR, Tier.NVME), target.size_bytes, outcome, started_ns)
-            assert target.slot is not None
-            put = PutExtent(record.extent, source.checksums, target.slot)
-            self.store.submit(Write(id=self.store.new_id(), records=(put,)), committed)
-
-        def committed(outcome: Outcome) -> None:
-            if outcome.error is not None:
-                failed()
-                self.store.fail_nvme(record, target)  # the row may be there all the same
-                self._write_failed(record, source, str(outcome.error))
-                return
-            self._writing -= 1
-            target.holds -= 1
-            record.cataloged = True
-            target.apply(Event.COMPLETE)
-            self._note_durable(record)
-            self._written(record, source)
-            self.store.settle(target)
-
-        def failed() -> None:
-            self._writing -= 1
-            target.holds -= 1
-            self.store.records.ledger.counts["write_failures"] += 1
-
-        self.store.submit(order, written)
-
-    def _written(self, record: ExtentRecord, source: Placement) -> None:
-        self.store.unhold(source)
-        self.store.reap(record)
-
-    def _write_failed(self, record: ExtentRecord, source: Placement, reason: str) -> None:
-        """The extent stays memory-only; one that had to leave DDR leaves all the same, as a verdict."""
-        if source.state is State.DRAINING and not self.store.records.may_leave(record, source):
-            source.apply(Event.HIT)  # pinned meanwhile
-        elif source.state is State.DRAINING and record.documents:
-            victim = self.store.planner.last_copy(record, source)
-            self.store.verdict(victim, f"not written out: {reason}")
-        self._written(record, source)
-
-    def _note_durable(self, record: ExtentRecord) -> None:
-        for owner in self.store.document_of(record):
-            owner.volatile.discard(record.extent.id)
-            self.make_durable(owner.document.id)
-
-    def make_durable(self, document: DocumentId) -> None:
-        """Put the document into the catalog once all of its extents are there."""
-        owner = self.store.records.documents.get(document)
-        if owner is None or owner.volatile or owner.durable:
-            return
-        spec = self.store.records.specs[owner.document.fingerprint]  # with it, lest an earlier commit of it failed
-        write = Write(id=self.store.new_id(), records=(PutSpec(spec), PutDocument(owner.document)))
-
-        def committed(outcome: Outcome) -> None:
-            owner.durable = outcome.error is None
-
-        self.store.submit(write, committed)
-
-    def _moved(self, hop: Hop, size_bytes: int, outcome: Outcome, started_ns: int) -> None:
-        now_ns = self.store.clock.monotonic_ns()
-        self.store.records.ledger.moved(hop, size_bytes, outcome.busy_ns, started_ns, now_ns)
-        self.store.planner.learn(hop, size_bytes, outcome.busy_ns)

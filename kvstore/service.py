@@ -38,16 +38,19 @@ from .orders import Effects, Outcome, PutCalibration, PutSpec, Write
 from .planner import Planner, Victim
 from .prefix import Prefix, longest
 from .residency import Tier
+from .reuse import Comebacks
 from .room import Room
 from .slots import RowPool, SlabPool, SlotClass
 from .spec import KVSpec
 from .state import Group, State
 from .store import Store
 from .upkeep import Upkeep
+from .writes import Writes
 
 NS = 1_000_000_000
 MODELS_LIMIT = 4096  # of any tenant and adapter; far more than a machine serves
 MAX_SECONDS = 1e7
+PATIENCE_HALF_LIVES = 10  # of the eviction policy's memory; who has not come back by then is not expected any more
 
 
 class Service:
@@ -66,7 +69,9 @@ class Service:
         self.history = History(config.eviction.ghost_entries, int(config.eviction.half_life_seconds * NS))
         self.planner = Planner(self.state, policy, self.history, clock)
         self.store = Store(self.state, self.planner, effects, clock)
-        self.room = Room(self.store, config.limits.pending_reservations)
+        comebacks = Comebacks(PATIENCE_HALF_LIVES * int(config.eviction.half_life_seconds * NS))
+        self.writes = Writes(self.store, comebacks, config.nvme.backlog_bytes, config.nvme.when_behind)
+        self.room = Room(self.store, self.writes, config.limits.pending_reservations)
         self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)
         self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
@@ -90,6 +95,7 @@ class Service:
         self.room.expire(self.clock.monotonic_ns())
         self.ingests.spill.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
+        self.writes.tick()
         self._pump()
 
     def _pump(self) -> None:
@@ -100,10 +106,7 @@ class Service:
 
     def write_back(self) -> None:
         """Queue everything that should outlive the daemon and is not on NVMe yet (a drain asks for it)."""
-        for record in list(self.state.extents.values()):
-            owners = self.store.document_of(record)
-            if any(owner.document.write_policy is not WritePolicy.MEMORY for owner in owners):
-                self.room.write_through(record)
+        self.writes.write_back()
         self._pump()
 
     # Models and groups -------------------------------------------------------------------------
@@ -262,8 +265,12 @@ class Service:
         ingest_id: int,
         done: Callable[[Document | HoldfastError], None],
         seals: Sequence[bytes] = (),
+        deadline_ns: int | None = None,
     ) -> None:
-        """Publish an ingest; `done` hears the document when it is complete and visible. Seals: see Ingests.commit."""
+        """Publish an ingest; `done` hears the document when it is complete and visible. Seals: see Ingests.commit.
+
+        The deadline bounds the wait for the disk (nvme.when_behind = wait): past it the ingest leaves no trace.
+        """
         ingest = self.ingests.get(ingest_id, client)
 
         def committed(error: HoldfastError | None) -> None:
@@ -271,7 +278,7 @@ class Service:
                 self._touch(ingest.document)
             done(error if error is not None else ingest.document)
 
-        self.ingests.commit(ingest, committed, seals)
+        self.ingests.commit(ingest, committed, seals, deadline_ns)
         self._pump()
 
     def abort_ingest(self, client: int, ingest_id: int) -> None:
@@ -296,7 +303,9 @@ class Service:
     ) -> Attach:
         """See Attaches.attach; a use that the eviction policy learns from."""
         attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted)
-        self._touch(self.state.documents[document].document)
+        owner = self.state.documents[document]
+        self._touch(owner.document)
+        self.writes.came_back(owner, "attached again")
         self._pump()
         return attach
 
@@ -347,6 +356,7 @@ class Service:
     def pin(self, document: DocumentId, floor: Tier, ttl_seconds: float | None, owner: str, reason: str) -> Pin:
         """See Upkeep.pin."""
         pin = self.upkeep.pin(document, floor, ttl_seconds, owner, reason)
+        self.writes.came_back(self.state.documents[document], "pinned")
         self._pump()
         return pin
 

@@ -46,12 +46,23 @@ class SlabPool:
         self._open: dict[SlotClass, set[int]] = defaultdict(set)
         self._wrote: dict[int, str] = {}  # whose bytes are in a slab that is unused
         self._foreign: set[int] = set()  # slabs in use that hold another owner's bytes
+        self._withdrawn: set[int] = set()  # slabs that take nothing new; what they hold stays
         self.used_bytes = 0
 
     @property
     def capacity_bytes(self) -> int:
-        """Bytes that slots can ever take: whole slabs only."""
-        return self.slab_count * self.slab_bytes
+        """Bytes that slots can take: whole slabs only, less those withdrawn."""
+        return self.slab_count * self.slab_bytes - self.withdrawn_bytes
+
+    @property
+    def withdrawn_bytes(self) -> int:
+        """Bytes of slabs that the device could not make; one that still holds something is not counted."""
+        return sum(number not in self._slabs for number in self._withdrawn) * self.slab_bytes
+
+    @property
+    def fragmented_bytes(self) -> int:
+        """Free bytes that only one class can use, because a slab in use serves only its own."""
+        return len(self._slabs) * self.slab_bytes - self.used_bytes
 
     def per_slab(self, kind: SlotClass) -> int:
         """Slots of this class in one slab; 0 when the slot is larger than a slab."""
@@ -59,12 +70,12 @@ class SlabPool:
 
     def largest(self, kind: SlotClass) -> int:
         """Slots of this class if it had the whole pool."""
-        return self.per_slab(kind) * self.slab_count
+        return self.per_slab(kind) * (self.capacity_bytes // self.slab_bytes)
 
     def allocate(self, kind: SlotClass) -> Slot | None:
-        """A free slot, or None: of the lowest open slab of the class, else of a slab that its owner used last."""
+        """A free slot, or None: of the fullest open slab, so that others empty, else of one its owner used last."""
         if self._open[kind]:
-            number = min(self._open[kind])
+            number = min(self._open[kind], key=lambda n: (len(self._slabs[n].free), n))
         elif self._unused and self.per_slab(kind):
             number = next((n for n in reversed(self._unused) if self._wrote.get(n) == kind.owner), self._unused[-1])
             self._dedicate(number, kind)
@@ -123,12 +134,32 @@ class SlabPool:
         slab.free.append(index)
         self.used_bytes -= slab.kind.slot_bytes
         if len(slab.free) < slab.slots:
-            self._open[slab.kind].add(slot.slab)
+            if slot.slab not in self._withdrawn:
+                self._open[slab.kind].add(slot.slab)
             return
         del self._slabs[slot.slab]
         self._open[slab.kind].discard(slot.slab)
+        if slot.slab in self._withdrawn:
+            return
         self._unused.append(slot.slab)
         self._wrote[slot.slab] = slab.kind.owner
+
+    def withdraw(self, slab: int) -> None:
+        """The device has no room for this slab: let it take nothing new, nor any that was never used, until `offer`."""
+        self._withdrawn |= {slab, *(number for number in self._unused if number not in self._wrote)}
+        self._unused = [number for number in self._unused if number not in self._withdrawn]
+        for numbers in self._open.values():
+            numbers.discard(slab)
+
+    def offer(self) -> None:
+        """Try the withdrawn slabs again."""
+        for number in sorted(self._withdrawn):
+            slab = self._slabs.get(number)
+            if slab is None:
+                self._unused.insert(0, number)  # tried after those that are known to exist
+            elif slab.free:
+                self._open[slab.kind].add(number)
+        self._withdrawn.clear()
 
     def owner(self, slab: int) -> str | None:
         """Whose slots the slab serves now; None when unused."""
@@ -141,6 +172,8 @@ class SlabPool:
         empty = len(self._unused)
         spare: Counter[SlotClass] = Counter()
         for number, slab in self._slabs.items():
+            if number in self._withdrawn:
+                continue
             free = len(slab.free) + freed[number]
             if free == slab.slots:
                 empty += 1

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .errors import DeadlineExceeded, HoldfastError, NoCapacity
+from .errors import DeadlineExceeded, HoldfastError, NoCapacity, StorageFull
 from .extent import Extent
 from .ledger import Hop
 from .orders import Outcome, Urgency, WriteOut
@@ -64,7 +64,7 @@ class Spill:
                 self._waiting.popleft()
                 self._write(spilling, target)
                 continue
-            victims = self.store.planner.make_nvme_room(SlotClass("", spilling.extent.slot_bytes))
+            victims = self.store.planner.make_nvme_room({SlotClass("", spilling.extent.slot_bytes): 1})
             if victims is None:
                 if self.store.orders_in_flight:
                     return  # what is being moved may leave when its move has ended
@@ -90,6 +90,11 @@ class Spill:
         )
 
         def written(outcome: Outcome) -> None:
+            if isinstance(outcome.error, StorageFull):
+                target.holds -= 1
+                self.room.writes.withdraw(target)
+                self._waiting.appendleft(spilling)  # once more, in the segments that exist
+                return
             if outcome.error is not None:
                 target.holds -= 1
                 self.store.fail(target)
@@ -99,6 +104,7 @@ class Spill:
             hop, now_ns = Hop(Tier.DDR, Tier.NVME), self.store.clock.monotonic_ns()
             self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
             self.store.planner.learn(hop, target.size_bytes, outcome.busy_ns)
+            self.room.writes.count_wear(spilling.extent, Urgency.WRITE_THROUGH)
             target.checksums = source.checksums
             spilling.done(target)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from .claims import Lease, Pins
-from .document import Document, DocumentId
+from .document import Document, DocumentId, WritePolicy
 from .errors import DocumentNotFound, GroupNotFound
 from .extent import Extent, ExtentId
 from .fronts import Fronts
@@ -18,6 +18,7 @@ from .layout import Layout
 from .ledger import Ledger
 from .residency import Placement, Tier
 from .residency import State as Phase
+from .reuse import Decision
 from .slots import RowPool, SlabPool
 from .spec import KVSpec
 
@@ -37,6 +38,7 @@ class ExtentRecord:
     nvme: Placement | None = None
     documents: frozenset[DocumentId] = frozenset()
     cataloged: bool = False  # the catalog has, or is about to have, a row for the NVMe copy
+    stored: bool = False  # NVMe has it, or had it once
 
     def join(self, owner: frozenset[DocumentId]) -> None:
         """One more document needs it: `owner` has just that one, and is the same object for all its extents."""
@@ -58,12 +60,20 @@ class ExtentRecord:
 class DocumentRecord:
     """A committed document; `durable` when the catalog has it and all of its extents.
 
-    `volatile` are the extents that were not yet in the catalog when the document was committed.
+    `volatile` are the extents that were not yet in the catalog when the document was committed. `decision` says what
+    was decided for it at its commit; None after a restart. `behind`: it should be on NVMe, and the disk cannot follow.
     """
 
     document: Document
     durable: bool = False
     volatile: set[ExtentId] = field(default_factory=set)
+    decision: Decision | None = None
+    behind: bool = False
+
+    @property
+    def writes_through(self) -> bool:
+        """Whether it should be on NVMe without waiting for an eviction."""
+        return self.decision is not None and self.decision.policy is WritePolicy.THROUGH
 
 
 @dataclass(slots=True, kw_only=True)

@@ -119,7 +119,7 @@ class Store:
         )
         record.nvme = self._opened(placement)
         placement.apply(Event.COMPLETE)
-        record.cataloged = True
+        record.cataloged = record.stored = True
 
     def _opened(self, placement: Placement) -> Placement:
         self.records.ledger.came(placement.device, placement.size_bytes)

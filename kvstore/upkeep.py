@@ -319,3 +319,4 @@ class Upkeep:
         owner = frozenset((document.id,))
         for name in document.extents:
             self.state.extents[name].join(owner)
+            self.state.extents[name].stored = True

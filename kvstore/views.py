@@ -11,7 +11,7 @@ import msgspec
 
 from .claims import Lease, Pin
 from .clock import Clock
-from .document import DocumentId
+from .document import DocumentId, WritePolicy
 from .ledger import SwapRecord, Verdict
 from .planner import Planner, Victim
 from .prefix import Prefix
@@ -41,7 +41,10 @@ class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
-    """A document and where its KV is. `resident_bytes` counts by tier; `missing_tokens` are ranges to recompute."""
+    """A document and where its KV is. `resident_bytes` counts by tier; `missing_tokens` are ranges to recompute.
+
+    `write_policy` is "auto: " and what was decided where nobody named one; `write_reason` says why.
+    """
 
     tenant: str
     name: str
@@ -51,6 +54,7 @@ class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
     extent_count: int
     size_bytes: int
     write_policy: str
+    write_reason: str
     durable: bool
     complete: bool
     resident_bytes: dict[str, int]
@@ -74,7 +78,11 @@ class ExtentView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TierView(msgspec.Struct, frozen=True, kw_only=True):
-    """A tier, or one group's HBM: bytes."""
+    """A tier, or one group's HBM: bytes.
+
+    Of DDR and NVMe: `fragmented_bytes` are free but of use to one class of slots only. Of NVMe: `withdrawn_bytes` of
+    its configured capacity are not there, because the device is full; `written_bytes` since ever, by cause.
+    """
 
     tier: str
     device: str
@@ -82,6 +90,10 @@ class TierView(msgspec.Struct, frozen=True, kw_only=True):
     used_bytes: int
     leased_bytes: int
     pinned_bytes: int
+    fragmented_bytes: int = 0
+    withdrawn_bytes: int = 0
+    written_bytes: dict[str, int] = {}
+    write_amplification: float | None = None
 
 
 class HopView(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,7 +208,8 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
         token_count=document.token_count,
         extent_count=len(records),
         size_bytes=sum(r.extent.slot_bytes for r in records),
-        write_policy=document.write_policy.value,
+        write_policy=_write_policy(record),
+        write_reason=record.decision.reason if record.decision is not None else "as before the restart",
         durable=record.durable and all(r.nvme is not None and r.nvme.readable for r in records),
         complete=not missing,
         resident_bytes=resident,
@@ -208,6 +221,13 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
         frequency=max((planner.history.frequency(e, now_ns) for e in document.extents), default=0.0),
         restore_seconds=sum(_restore_ns(planner, r) for r in records) / 1e9,
     )
+
+
+def _write_policy(record: DocumentRecord) -> str:
+    named = record.document.write_policy
+    if named is not WritePolicy.AUTO or record.decision is None:
+        return named.value
+    return f"{named.value}: {record.decision.policy.value}"
 
 
 def _restore_ns(planner: Planner, record: ExtentRecord) -> int:
@@ -256,7 +276,10 @@ def tier_views(state: State) -> list[TierView]:
     placements = state.all_placements()
     used = state.used_bytes()
     capacity = {hbm_device(group.name): group.capacity_bytes for group in state.groups.values()}
-    capacity |= {DDR: state.ddr.capacity_bytes, NVME: state.nvme.capacity_bytes}
+    pools = {DDR: state.ddr, NVME: state.nvme}
+    capacity |= {device: pool.capacity_bytes for device, pool in pools.items()}
+    wear = state.ledger.wear
+    written = {"write-through": wear.write_through_bytes, "demotion": wear.demotion_bytes}
     pinned = {pin.document: pin.floor for pin in state.pins.all()}
     views = []
     for device, size in capacity.items():
@@ -271,6 +294,10 @@ def tier_views(state: State) -> list[TierView]:
                 used_bytes=used[device],
                 leased_bytes=held,
                 pinned_bytes=sum(p.size_bytes for p in here if _pinned(state, pinned, p.extent, tier)),
+                fragmented_bytes=pools[device].fragmented_bytes if device in pools else 0,
+                withdrawn_bytes=pools[device].withdrawn_bytes if device in pools else 0,
+                written_bytes=written if device == NVME else {},
+                write_amplification=wear.amplification if device == NVME else None,
             )
         )
     return views

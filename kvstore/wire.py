@@ -104,6 +104,7 @@ class CommitIngest(Message, frozen=True):
 
     ingest: int
     seals: list[bytes] = []
+    deadline_seconds: float = 600.0
 
 
 class AbortIngest(Message, frozen=True):

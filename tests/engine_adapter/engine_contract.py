@@ -140,7 +140,7 @@ class EngineContract:
     def stored(self, stage, session, name, number=200):
         """A durable document."""
         document = self.tokens(number)
-        session.ingest(name, document, chunk_tokens=CHUNK)
+        session.ingest(name, document, write_policy=WritePolicy.THROUGH, chunk_tokens=CHUNK)
         client = stage.client()
         until(lambda: client.document(name).durable, f"{name} is durable")
         client.close()

@@ -581,8 +581,13 @@ async def test_tiers(api):
         "used_bytes": 2 * EXTENT_BYTES,
         "leased_bytes": 0,
         "pinned_bytes": 0,
+        "fragmented_bytes": 2 * EXTENT_BYTES,
+        "withdrawn_bytes": 0,
+        "written_bytes": {},
+        "write_amplification": None,
     }
     assert (nvme["tier"], nvme["capacity_bytes"]) == ("nvme", 4 << 20)
+    assert nvme["written_bytes"] == {"write-through": 2 * EXTENT_BYTES, "demotion": 0}
 
 
 async def test_swaps_and_leases(api):

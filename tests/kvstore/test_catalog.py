@@ -18,6 +18,7 @@ from holdfast.kvstore.document import Document, DocumentId, WritePolicy
 from holdfast.kvstore.errors import StorageFailed
 from holdfast.kvstore.extent import Extent
 from holdfast.kvstore.geometry import extent_geometry
+from holdfast.kvstore.ledger import Wear
 from holdfast.kvstore.orders import (
     DropDocument,
     DropExtent,
@@ -47,7 +48,9 @@ SPEC = KVSpec(
     quantisation="none",
     extent_blocks=4,
 )
-EMPTY = Contents(specs=(), extents=(), documents=(), pins=(), tenants={}, prefills=(), calibration=None, orphans=())
+EMPTY = Contents(
+    specs=(), extents=(), documents=(), pins=(), tenants={}, prefills=(), calibration=None, orphans=(), wear=Wear()
+)
 
 
 def extent(index, tenant="acme"):

@@ -33,6 +33,8 @@ GOLDEN_KEYS = [
     "nvme.segment_bytes",
     "nvme.directory",
     "nvme.threads",
+    "nvme.backlog_bytes",
+    "nvme.when_behind",
     "eviction.policy",
     "eviction.half_life_seconds",
     "eviction.ghost_entries",
@@ -74,6 +76,7 @@ def test_defaults():
     assert (config.ddr.directory, config.ddr.on_stop) == ("auto", "keep")
     assert (config.nvme.capacity_bytes, config.nvme.segment_bytes) == (4 << 30, 256 << 20)
     assert (config.nvme.directory, config.nvme.threads) == (state / "nvme", 4)
+    assert (config.nvme.backlog_bytes, config.nvme.when_behind) == (128 << 20, "memory")
     assert config.eviction.policy == "popularity"
     assert config.limits.pin_bytes == 5 << 29
     assert config.limits.frame_bytes == 16 << 20

@@ -12,6 +12,7 @@ from fakes import EXTENT_BYTES, FAR_NS, ingest, tiny_service
 GOLDEN = {
     "holdfast_build_info": {"version"},
     "holdfast_catalog_failures_total": set(),
+    "holdfast_ddr_fragmented_bytes": set(),
     "holdfast_documents": {"durable"},
     "holdfast_drains_cancelled_total": set(),
     "holdfast_evictions_total": {"tier"},
@@ -19,6 +20,11 @@ GOLDEN = {
     "holdfast_leases_overdue": set(),
     "holdfast_link_bandwidth_bytes_per_second": {"source", "target"},
     "holdfast_not_restored_total": set(),
+    "holdfast_nvme_fragmented_bytes": set(),
+    "holdfast_nvme_full_total": set(),
+    "holdfast_nvme_kv_bytes_total": set(),
+    "holdfast_nvme_withdrawn_bytes": set(),
+    "holdfast_nvme_written_bytes_total": {"cause"},
     "holdfast_orders_in_flight": set(),
     "holdfast_pin_budget_bytes": set(),
     "holdfast_pinned_bytes": set(),
@@ -26,6 +32,7 @@ GOLDEN = {
     "holdfast_prefetches_refused_total": set(),
     "holdfast_quarantined_total": set(),
     "holdfast_reservations_waiting": set(),
+    "holdfast_segments_withdrawn_total": set(),
     "holdfast_tier_capacity_bytes": {"tier", "device"},
     "holdfast_tier_leased_bytes": {"tier", "device"},
     "holdfast_tier_pinned_bytes": {"tier", "device"},
@@ -33,7 +40,9 @@ GOLDEN = {
     "holdfast_transfer_busy_seconds_total": {"source", "target"},
     "holdfast_transfer_bytes_total": {"source", "target"},
     "holdfast_transfers_total": {"source", "target"},
+    "holdfast_write_backlog_bytes": set(),
     "holdfast_write_failures_total": set(),
+    "holdfast_write_through_skipped_total": set(),
     "holdfast_writes_queued": set(),
 }
 

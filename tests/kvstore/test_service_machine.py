@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.document import DocumentId, WritePolicy
-from holdfast.kvstore.errors import CorruptExtent, HoldfastError, StorageFailed
+from holdfast.kvstore.errors import CorruptExtent, HoldfastError, StorageFailed, StorageFull
 from holdfast.kvstore.extent import cut
 from holdfast.kvstore.keys import block_keys
 from holdfast.kvstore.orders import (
@@ -25,6 +25,7 @@ from holdfast.kvstore.orders import (
 )
 from holdfast.kvstore.residency import State, Tier
 from holdfast.kvstore.service import Service
+from holdfast.kvstore.writes import RETRY_NS
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -57,6 +58,7 @@ def small_config(ddr_extents, nvme_extents, window_extents):
     window_bytes = window_extents * EXTENT_BYTES
     ddr = replace(config.ddr, capacity_bytes=ddr_extents * EXTENT_BYTES, slab_bytes=32 << 10, window_bytes=window_bytes)
     nvme = replace(config.nvme, capacity_bytes=nvme_extents * EXTENT_BYTES, segment_bytes=64 << 10)
+    nvme = replace(nvme, backlog_bytes=2 * EXTENT_BYTES)
     return replace(config, ddr=ddr, nvme=nvme)
 
 
@@ -66,8 +68,9 @@ class Machine(RuleBasedStateMachine):
     config = small_config(8, 8, 8)
     rows_per_rank = 80
 
-    @initialize()
-    def start(self):
+    @initialize(when_behind=st.sampled_from(["memory", "wait"]))
+    def start(self, when_behind):
+        self.config = replace(self.config, nvme=replace(self.config.nvme, when_behind=when_behind))
         self.clock = ManualClock()
         self.nvme = {}
         self.rows = {"extents": {}, "documents": {}, "pins": {}}
@@ -221,6 +224,8 @@ class Machine(RuleBasedStateMachine):
             return
         order = data.draw(st.sampled_from(orders), label="order")
         error = StorageFailed("planted")
+        if isinstance(order, WriteOut) and data.draw(st.booleans(), label="full"):
+            error = StorageFull("planted")
         if isinstance(order, ReadIn) and data.draw(st.booleans(), label="corrupt"):
             error = CorruptExtent("planted")
             self.floored = {(name, label) for name, label in self.floored if label != self.expected[order.id]}
@@ -430,7 +435,7 @@ class Machine(RuleBasedStateMachine):
             return
         del self.documents[name]
 
-    @rule(nanoseconds=st.sampled_from([1, 60, 2000]))
+    @rule(nanoseconds=st.sampled_from([1, 60, 2000, RETRY_NS]))
     def tick(self, nanoseconds):
         self.clock.advance(nanoseconds)
         self.service.tick()
@@ -501,7 +506,8 @@ class Machine(RuleBasedStateMachine):
         self.drain()
         service = self.service
         assert not service.room.waiting
-        assert not service.room.writes_queued
+        assert not service.writes.queued
+        assert not service.writes.backlog_bytes
         assert not service.loader._reading
         assert not service.loader._active
         assert not service.store.orders_in_flight

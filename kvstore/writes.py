@@ -1,0 +1,395 @@
+"""Writes: what goes from DDR to NVMe, when, and what becomes of it when the device cannot.
+
+Demotions go before write-through. What is in flight is bounded in bytes, and so is the backlog of write-through: a
+document that would exceed it stays in memory for now (`DocumentRecord.behind`), or its commit waits (`when_behind`).
+A device without room for another segment is an eviction: that segment is withdrawn from the pool for a while, and the
+write is tried again in those that exist.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from .costs import NS_PER_SECOND
+from .document import Document, DocumentId, WritePolicy
+from .errors import DeadlineExceeded, HoldfastError, StorageFull
+from .extent import Extent, ExtentId
+from .geometry import extent_geometry
+from .ledger import Hop
+from .orders import Outcome, PutDocument, PutExtent, PutSpec, PutWear, Urgency, Write, WriteOut
+from .residency import Event, Placement, State, Tier
+from .reuse import Comebacks, Decision, Stake, decide
+from .slots import SlotClass
+from .state import DocumentRecord, ExtentRecord
+from .store import Store
+
+IN_FLIGHT_BYTES: Final = 128 << 20  # enough for one sync to serve many extents; a demotion waits behind no more
+RETRY_NS: Final = 60 * NS_PER_SECOND  # how long a device that is full or broken is left alone
+NAMED: Final = "named by its owner"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Turn:
+    """A commit that waits until the backlog has room for its bytes; `granted` hears what was decided for it."""
+
+    deadline_ns: int | None
+    granted: Callable[[Decision], None]
+    refused: Callable[[HoldfastError], None]
+    size_bytes: int = 0
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Item:
+    """An extent that is to be written from `source`, which is held until the write has ended."""
+
+    record: ExtentRecord
+    source: Placement
+    urgency: Urgency
+
+    @property
+    def size_bytes(self) -> int:
+        return self.record.extent.slot_bytes
+
+    @property
+    def kind(self) -> SlotClass:
+        return SlotClass("", self.record.extent.slot_bytes)
+
+
+class Writes:
+    """Queues writes and carries them through the catalog. `limit_bytes` bounds the backlog of write-through."""
+
+    def __init__(self, store: Store, comebacks: Comebacks, limit_bytes: int, when_behind: str) -> None:
+        self.store = store
+        self.state = store.records
+        self.comebacks = comebacks
+        self.limit_bytes = limit_bytes
+        self.when_behind = when_behind
+        self.backlog_bytes = 0  # of write-through, queued and in flight
+        self._demotions: OrderedDict[ExtentId, _Item] = OrderedDict()
+        self._throughs: OrderedDict[ExtentId, _Item] = OrderedDict()
+        self._in_flight: set[_Item] = set()
+        self._in_flight_bytes = 0
+        self._turns: list[tuple[Turn, Decision]] = []  # the oldest first
+        self._behind = False  # some document may be
+        self._retry_ns = 0  # until then nothing that is behind is tried
+        self._offer_ns: int | None = None  # when withdrawn segments are tried again
+
+    @property
+    def queued(self) -> int:
+        """Extents that wait for, or are on, their way to NVMe."""
+        return len(self._demotions) + len(self._throughs) + len(self._in_flight)
+
+    # Documents ---------------------------------------------------------------------------------
+
+    def decide(self, document: Document, extents: Iterable[Extent]) -> Decision:
+        """The policy that its owner named, now or before; for AUTO what pays, by what the daemon has learned."""
+        known = self.state.documents.get(document.id)
+        if document.write_policy is WritePolicy.AUTO and known is not None:
+            document = known.document
+        if document.write_policy is not WritePolicy.AUTO:
+            return Decision(document.write_policy, NAMED)
+        rate = self.comebacks.rate(document.id.tenant, self.store.clock.monotonic_ns())
+        return decide([self._stake(extent) for extent in extents if not self._stored(extent)], rate)
+
+    def _stored(self, extent: Extent) -> bool:
+        record = self.state.extents.get(extent.id)
+        return record is not None and record.nvme is not None
+
+    def _stake(self, extent: Extent) -> Stake:
+        planner, record = self.store.planner, ExtentRecord(extent=extent)
+        link = planner.links[Hop(Tier.DDR, Tier.NVME)]
+        return Stake(
+            known=planner.history.last_access_ns(extent.id) is not None,
+            saved_ns=planner.recompute_ns(record) - planner.reload_ns(record, Tier.NVME, Tier.DDR),
+            price_ns=round(extent.slot_bytes * NS_PER_SECOND / link.bytes_per_second),
+        )
+
+    def committed(self, owner: DocumentRecord, decision: Decision) -> None:
+        """A document is visible: write it through if that was decided, now or when the disk has caught up."""
+        owner.decision = decision
+        self.comebacks.committed(owner.document.id, self.store.clock.monotonic_ns())
+        if decision.policy is WritePolicy.THROUGH:
+            self._through(owner)
+        self.make_durable(owner.document.id)
+
+    def came_back(self, owner: DocumentRecord, how: str) -> None:
+        """A document is used again: if that was not expected, it is from now on."""
+        self.comebacks.returned(owner.document.id, self.store.clock.monotonic_ns())
+        is_auto = owner.document.write_policy is WritePolicy.AUTO
+        if is_auto and owner.decision is not None and owner.decision.policy is WritePolicy.BACK:
+            owner.decision = Decision(WritePolicy.THROUGH, how)
+            self._through(owner)
+
+    def write_back(self) -> None:
+        """Queue everything that should outlive the daemon and is not on NVMe yet, however much it is."""
+        for owner in self.state.documents.values():
+            if owner.document.write_policy is not WritePolicy.MEMORY:
+                for record in self._unwritten(owner):
+                    self._queue_through(record)
+
+    def write_again(self, record: ExtentRecord) -> None:
+        """Queue an extent whose NVMe copy turned out to be none, if DDR has it."""
+        if self._is_unwritten(record):
+            self._queue_through(record)
+
+    def make_durable(self, document: DocumentId) -> None:
+        """Put the document into the catalog once all of its extents are there."""
+        owner = self.state.documents.get(document)
+        if owner is None or owner.volatile or owner.durable:
+            return
+        spec = self.state.specs[owner.document.fingerprint]  # with it, lest an earlier commit of it failed
+        write = Write(id=self.store.new_id(), records=(PutSpec(spec), PutDocument(owner.document)))
+
+        def committed(outcome: Outcome) -> None:
+            owner.durable = outcome.error is None
+
+        self.store.submit(write, committed)
+
+    # The backlog -------------------------------------------------------------------------------
+
+    def admit(self, turn: Turn, document: Document, extents: Iterable[Extent]) -> None:
+        """Grant a commit's turn: at once, unless the disk is behind and commits are to wait for it."""
+        decision = self.decide(document, extents)
+        if decision.policy is WritePolicy.THROUGH:
+            turn.size_bytes = sum(extent.slot_bytes for extent in extents if not self._stored(extent))
+        if self.when_behind == "wait" and turn.size_bytes and (self._turns or not self._has_room(turn.size_bytes)):
+            self._turns.append((turn, decision))
+        else:
+            turn.granted(decision)
+
+    def cancel(self, turn: Turn) -> None:
+        """Forget a turn that may still wait."""
+        self._turns = [waiting for waiting in self._turns if waiting[0] is not turn]
+
+    def _has_room(self, size_bytes: int) -> bool:
+        """Whether so much more may be queued; anything may be when nothing is."""
+        return not self.backlog_bytes or self.backlog_bytes + size_bytes <= self.limit_bytes
+
+    def _unwritten(self, owner: DocumentRecord) -> list[ExtentRecord]:
+        """The document's extents that could be queued for NVMe and are not."""
+        records = [self.state.extents[extent] for extent in owner.document.extents]
+        return [record for record in records if self._is_unwritten(record)]
+
+    def _is_unwritten(self, record: ExtentRecord) -> bool:
+        is_here = record.nvme is None and record.ddr is not None and record.ddr.readable
+        return is_here and record.extent.id not in self._demotions and record.extent.id not in self._throughs
+
+    def _through(self, owner: DocumentRecord) -> None:
+        """Write a document through, or leave it in memory for now if the disk is behind."""
+        if self._has_room(sum(record.extent.slot_bytes for record in self._unwritten(owner))):
+            self._feed(owner)
+        else:
+            self.state.ledger.counts["write_through_skipped"] += 1
+            owner.behind = self._behind = True
+
+    def _feed(self, owner: DocumentRecord) -> None:
+        """Queue as much of a document as the backlog takes: one larger than the limit goes piece by piece."""
+        for record in self._unwritten(owner):
+            if not self._has_room(record.extent.slot_bytes):
+                owner.behind = self._behind = True
+                return
+            self._queue_through(record)
+        owner.behind = False
+
+    def _refill(self) -> None:
+        """When half of the backlog has drained: queue what is behind, the oldest documents first."""
+        is_time = self.store.clock.monotonic_ns() >= self._retry_ns
+        if not self._behind or not is_time or self.backlog_bytes > self.limit_bytes // 2:
+            return
+        self._behind = False
+        for owner in self.state.documents.values():
+            if owner.behind:
+                self._feed(owner)
+            if self._behind:
+                return
+
+    def tick(self) -> None:
+        """Let time pass: turns that waited too long end, and a device that was full is asked again."""
+        now_ns = self.store.clock.monotonic_ns()
+        for turn in [t for t, _ in self._turns if t.deadline_ns is not None and t.deadline_ns <= now_ns]:
+            self.cancel(turn)
+            turn.refused(DeadlineExceeded("the disk did not catch up before the deadline (nvme.when_behind = wait)"))
+        if self._offer_ns is not None and self._offer_ns <= now_ns:
+            self._offer_ns = None
+            self.state.nvme.offer()
+
+    # The queue ---------------------------------------------------------------------------------
+
+    def demote(self, record: ExtentRecord) -> None:
+        """Write out a DDR copy that drains; somebody waits for its room."""
+        self._demotions[record.extent.id] = self._item(record, Urgency.DEMOTE)
+
+    def _queue_through(self, record: ExtentRecord) -> None:
+        self.backlog_bytes += record.extent.slot_bytes
+        self._throughs[record.extent.id] = self._item(record, Urgency.WRITE_THROUGH)
+
+    def _item(self, record: ExtentRecord, urgency: Urgency) -> _Item:
+        assert record.ddr is not None
+        record.ddr.holds += 1  # not `hold`: a write does not cancel the drain that asks for it
+        return _Item(record=record, source=record.ddr, urgency=urgency)
+
+    def _queue_of(self, item: _Item) -> OrderedDict[ExtentId, _Item]:
+        return self._demotions if item.urgency is Urgency.DEMOTE else self._throughs
+
+    def pump(self) -> None:
+        """Start the writes that may be in flight, and let in who waits for the backlog."""
+        while self._turns and self._has_room(self._turns[0][0].size_bytes):
+            turn, decision = self._turns.pop(0)
+            turn.granted(decision)
+        self._refill()
+        full: set[SlotClass] = set()
+        while (self._demotions or self._throughs) and self._in_flight_bytes < IN_FLIGHT_BYTES:
+            queue = self._demotions or self._throughs
+            item = next(iter(queue.values()))
+            record = item.record
+            target = None
+            is_wanted = record.nvme is None and bool(record.documents)
+            if is_wanted and item.kind not in full:
+                target = self.store.take(record.extent, Tier.NVME)
+                if target is None and self._make_room(item.kind):
+                    return  # slots are free when the catalog says so
+            del queue[record.extent.id]
+            if target is not None:
+                record.nvme = target
+                self._write(item, target)
+            elif is_wanted:
+                full.add(item.kind)
+                self.state.ledger.counts["nvme_full"] += 1
+                self._failed(item, "NVMe is full of leased or pinned extents")
+            else:
+                self._ended(item)
+
+    def _make_room(self, kind: SlotClass) -> bool:
+        """Let NVMe copies go, at once for all that is next; False when not even one slot of this class can be had."""
+        wanted: Counter[SlotClass] = Counter()
+        size_bytes = 0
+        for queue in (self._demotions, self._throughs):
+            for item in queue.values():
+                if size_bytes < IN_FLIGHT_BYTES:
+                    wanted[item.kind] += 1
+                    size_bytes += item.size_bytes
+        planner = self.store.planner
+        victims = planner.make_nvme_room(wanted)
+        if victims is None:
+            victims = planner.make_nvme_room({kind: 1})
+        if victims is None:
+            return False
+        for victim in victims:
+            self.store.verdict(victim, "pressure")
+            self.store.drop_nvme(self.state.extents[victim.extent])
+        return True
+
+    def _write(self, item: _Item, target: Placement) -> None:
+        record, source = item.record, item.source
+        assert source.slot is not None
+        assert target.slot is not None
+        self._in_flight.add(item)
+        self._in_flight_bytes += item.size_bytes
+        target.holds += 1
+        started_ns = self.store.clock.monotonic_ns()
+        order = WriteOut(
+            id=self.store.new_id(),
+            source=source.slot,
+            target=target.slot,
+            size_bytes=target.size_bytes,
+            urgency=item.urgency,
+        )
+
+        def written(outcome: Outcome) -> None:
+            if isinstance(outcome.error, StorageFull):
+                self._try_again(item, target)
+                return
+            if outcome.error is not None:
+                self._landed(item, target)
+                self.store.fail(target)
+                self._broken(item, outcome.error)
+                return
+            hop = Hop(Tier.DDR, Tier.NVME)
+            ledger = self.state.ledger
+            ledger.moved(hop, item.size_bytes, outcome.busy_ns, started_ns, self.store.clock.monotonic_ns())
+            self.store.planner.learn(hop, item.size_bytes, outcome.busy_ns)
+            self.count_wear(record.extent, item.urgency)
+            assert target.slot is not None
+            put = (PutExtent(record.extent, source.checksums, target.slot), PutWear(ledger.wear))
+            self.store.submit(Write(id=self.store.new_id(), records=put), committed)
+
+        def committed(outcome: Outcome) -> None:
+            self._landed(item, target)
+            if outcome.error is not None:
+                self.store.fail_nvme(record, target)  # the row may be there all the same
+                self._broken(item, outcome.error)
+                return
+            record.cataloged = True
+            target.apply(Event.COMPLETE)
+            for owner in self.store.document_of(record):
+                owner.volatile.discard(record.extent.id)
+                self.make_durable(owner.document.id)
+            self._ended(item)
+            self.store.settle(target)
+
+        self.store.submit(order, written)
+
+    def count_wear(self, extent: Extent, urgency: Urgency) -> None:
+        """Count what the device took, and how much of it is KV that it never had before."""
+        record = self.state.extents.get(extent.id)
+        geometry = extent_geometry(self.state.specs[extent.fingerprint], extent.group)
+        token_bytes = geometry.layers * geometry.heads * (geometry.key_bytes + geometry.value_bytes)
+        is_new = record is None or not record.stored
+        is_demotion = urgency is Urgency.DEMOTE
+        wear = self.state.ledger.wear
+        self.state.ledger.wear = wear._replace(
+            write_through_bytes=wear.write_through_bytes + (0 if is_demotion else extent.slot_bytes),
+            demotion_bytes=wear.demotion_bytes + (extent.slot_bytes if is_demotion else 0),
+            kv_bytes=wear.kv_bytes + (extent.valid_tokens * token_bytes if is_new else 0),
+        )
+        if record is not None:
+            record.stored = True
+
+    # Ends --------------------------------------------------------------------------------------
+
+    def _landed(self, item: _Item, target: Placement) -> None:
+        self._in_flight.remove(item)
+        self._in_flight_bytes -= item.size_bytes
+        target.holds -= 1
+
+    def _ended(self, item: _Item) -> None:
+        if item.urgency is Urgency.WRITE_THROUGH:
+            self.backlog_bytes -= item.size_bytes
+        self.store.unhold(item.source)
+        self.store.reap(item.record)
+
+    def _try_again(self, item: _Item, target: Placement) -> None:
+        self._landed(item, target)
+        self.withdraw(target)
+        queue = self._queue_of(item)
+        queue[item.record.extent.id] = item
+        queue.move_to_end(item.record.extent.id, last=False)
+
+    def withdraw(self, target: Placement) -> None:
+        """The device has no room for the segment of this copy, which is lost: leave it alone for a while."""
+        assert target.slot is not None
+        self.state.nvme.withdraw(target.slot.slab)
+        self.store.fail(target)
+        self.state.ledger.counts["segments_withdrawn"] += 1
+        self._offer_ns = self.store.clock.monotonic_ns() + RETRY_NS
+
+    def _broken(self, item: _Item, error: HoldfastError) -> None:
+        self.state.ledger.counts["write_failures"] += 1
+        self._failed(item, str(error))
+
+    def _failed(self, item: _Item, reason: str) -> None:
+        """The extent stays memory-only for a while; one that had to leave DDR leaves all the same, as a verdict."""
+        record, source = item.record, item.source
+        if source.state is State.DRAINING and not self.state.may_leave(record, source):
+            source.apply(Event.HIT)  # pinned meanwhile
+        elif source.state is State.DRAINING and record.documents:
+            victim = self.store.planner.last_copy(record, source)
+            self.store.verdict(victim, f"not written out: {reason}")
+        for owner in self.store.document_of(record):
+            if owner.writes_through:
+                owner.behind = self._behind = True
+        self._retry_ns = self.store.clock.monotonic_ns() + RETRY_NS
+        self._ended(item)
