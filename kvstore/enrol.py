@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from .errors import HoldfastError
 from .extent import Extent
-from .orders import Outcome, PutExtent, Write
+from .orders import Outcome, PutExtent, PutWear, Record, Write
 from .residency import Event, Placement
 from .state import ExtentRecord
 from .store import Store
@@ -92,7 +92,7 @@ class Enrolments:
         return claimed
 
     def _commit(self, enrolment: Enrolment, claimed: list[Enrolled]) -> None:
-        puts = []
+        puts: list[Record] = []
         for item in claimed:
             assert item.copy.slot is not None
             puts.append(PutExtent(item.record.extent, item.copy.checksums, item.copy.slot))
@@ -102,6 +102,7 @@ class Enrolments:
             enrolment.done(claimed, outcome.error)
             self._next()
 
+        puts.append(PutWear(self.store.records.ledger.wear))
         self.store.submit(Write(id=self.store.new_id(), records=tuple(puts)), committed)
 
     def accept(self, claimed: Sequence[Enrolled]) -> None:
@@ -110,7 +111,7 @@ class Enrolments:
             item.copy.checksums = b""  # the row has them
             item.copy.apply(Event.COMPLETE)
             item.copy.holds -= 1
-            item.record.cataloged = True
+            item.record.cataloged = item.record.stored = True
 
     def withdraw(self, claimed: Sequence[Enrolled]) -> None:
         """Take them out of the catalog again: their rows may be there whether or not the commit failed."""
