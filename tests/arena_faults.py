@@ -14,7 +14,7 @@ from holdfast.kvstore.arena import Arena
 
 @dataclass(frozen=True)
 class Stuck:
-    """From the 6th slab on, none is made before the file `go` is there."""
+    """From the 6th slab on, none is made before the file `go` is there. `made` beside it lists them."""
 
     go: Path
 
@@ -25,8 +25,29 @@ class Stuck:
             while slab >= 5 and not go.exists():
                 time.sleep(0.002)
             make(arena, slab)
+            with go.with_name("made").open("a") as made:
+                made.write(f"{slab}\n")
 
         Arena.make = stuck
+
+
+@dataclass(frozen=True)
+class SlowToShare:
+    """Descriptors are opened, but not handed out before the file `go` is there. `asked` beside it says that one was."""
+
+    go: Path
+
+    def __call__(self) -> None:
+        descriptor, go = Arena.descriptor, self.go
+
+        def slow(arena, slab, serial):
+            opened = descriptor(arena, slab, serial)
+            go.with_name("asked").touch()
+            while not go.exists():
+                time.sleep(0.002)
+            return opened
+
+        Arena.descriptor = slow
 
 
 def full() -> None:

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from holdfast.kvstore import arena as arena_module
 from holdfast.kvstore.arena import Arena
 from holdfast.kvstore.errors import StorageFailed
 from holdfast.kvstore.slots import Slot
@@ -235,23 +236,26 @@ def test_naming_a_slab_makes_no_memory(arena, directory):
 
 
 class Stopped:
-    """Stops whoever allocates a slab, until it may go on."""
+    """Stops whoever calls that function first, until it may go on."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, module, name):
         self.reached, self.go_on = threading.Event(), threading.Event()
-        allocate = os.posix_fallocate
+        function = getattr(module, name)
 
-        def stopped(descriptor, offset, size):
+        def stopped(*arguments):
             monkeypatch.undo()
             self.reached.set()
             assert self.go_on.wait(30)
-            allocate(descriptor, offset, size)
+            return function(*arguments)
 
-        monkeypatch.setattr(os, "posix_fallocate", stopped)
+        monkeypatch.setattr(module, name, stopped)
 
 
-def test_a_slab_in_the_making_holds_up_nobody_else(arena, directory, monkeypatch):
-    stopped = Stopped(monkeypatch)
+@pytest.mark.parametrize(
+    ("module", "name"), [(arena_module, "_created"), (os, "posix_fallocate")], ids=["before its file", "with its file"]
+)
+def test_a_slab_in_the_making_holds_up_nobody_else(arena, directory, monkeypatch, module, name):
+    stopped = Stopped(monkeypatch, module, name)
     making = threading.Thread(target=arena.make, args=(3,))
     making.start()
     assert stopped.reached.wait(30)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from holdfast.kvstore.errors import HoldfastError
 from holdfast.kvstore.machine import Machine, mount_huge_tmpfs, unmount
 
-from arena_faults import Stuck, full, refused_mount
+from arena_faults import SlowToShare, Stuck, full, refused_mount
 from daemon_process import DaemonProcess, durable, fetch, put, until
+from fakes import tiny_spec
 
 SLABS = 16  # of 64 KiB, see daemon_process
 
@@ -67,6 +70,7 @@ def test_sigterm_while_slabs_are_made_ends_it_and_leaves_nothing(daemon):
     until(lambda: reason(daemon) == "stopping", "it has noticed")
     go.touch()
     assert daemon.wait() == 0
+    assert len(go.with_name("made").read_text().split()) < SLABS, "it began more slabs only to remove them"
     assert list(daemon._shared.iterdir()) == []
     assert "ready" not in daemon.events()
 
@@ -86,6 +90,36 @@ def test_more_memory_than_there_is_ends_the_start_at_once(daemon):
     assert daemon.wait() == 1
     assert "error: config-error: ddr.capacity_bytes = 512 TiB (flag ddr.capacity_bytes)" in daemon.log_text()
     assert list(daemon._shared.iterdir()) == []
+
+
+def test_descriptors_of_a_client_that_has_gone_are_closed(daemon):
+    go = daemon.directory / "go"
+    client = daemon.start(SlowToShare(go)).client()
+    parts = client.begin_ingest("report", tiny_spec().fingerprint(), [1] * 32).parts
+
+    def shared():
+        """The slabs that the daemon's descriptors are of."""
+        found = []
+        for path in Path(f"/proc/{daemon.pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since
+                found.append(path.readlink().name)
+        return sorted(name for name in found if name.startswith("slab-"))
+
+    before = shared()
+
+    def ask():
+        with suppress(HoldfastError):
+            client.view(parts[0])
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    until((daemon.directory / "asked").exists, "the daemon has opened it")
+    client.close()
+    asking.join()
+    until(lambda: daemon.used("ddr") == 0, "the daemon knows that the client is gone")
+    assert len(shared()) == len(before) + 1
+    go.touch()
+    until(lambda: shared() == before, "it is closed again")
 
 
 def test_auto_is_a_mount_of_our_own_that_outlives_a_kill_and_goes_with_a_stop(mountable):
