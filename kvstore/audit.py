@@ -219,13 +219,17 @@ def _overlap(one: Slot, other: Slot) -> bool:
 
 def overlapping(rows: Sequence[StoredExtent]) -> list[StoredExtent]:
     """The rows whose bytes another row claims too: worth reading, for at most one of them is right."""
+    segments: dict[int, list[StoredExtent]] = defaultdict(list)
+    for row in rows:
+        segments[row.slot.slab].append(row)
     found: dict[ExtentId, StoredExtent] = {}
-    farthest: StoredExtent | None = None
-    for row in sorted(rows, key=lambda row: row.slot):
-        if farthest is not None and _overlap(farthest.slot, row.slot):
-            found |= {farthest.extent.id: farthest, row.extent.id: row}
-        if farthest is None or row.slot.slab > farthest.slot.slab or _end(row.slot) > _end(farthest.slot):
-            farthest = row
+    for segment in segments.values():  # one by one: a sort of all would hold up the daemon's other threads
+        farthest = None
+        for row in sorted(segment, key=lambda row: row.slot):
+            if farthest is not None and _overlap(farthest.slot, row.slot):
+                found |= {farthest.extent.id: farthest, row.extent.id: row}
+            if farthest is None or _end(row.slot) > _end(farthest.slot):
+                farthest = row
     return list(found.values())
 
 

@@ -59,11 +59,12 @@ class Look:
     telling: frozenset[DocumentId] = frozenset()  # of which the catalog is being told something
     unlisted: frozenset[ExtentId] = frozenset()  # that have a copy which no record names: leaving, or private
     copies: dict[int, Placement] = field(default_factory=dict)  # by identity
+    books: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # device -> bytes used by pool, and by ledger
     is_steady: bool = False
 
     def add(self, copies: Collection[Placement]) -> None:
         """Count these copies, each once."""
-        self.copies |= {id(copy): copy for copy in copies}
+        self.copies.update((id(copy), copy) for copy in copies if copy.state is not Phase.GONE)
 
     @property
     def present(self) -> frozenset[ExtentId]:
@@ -76,9 +77,16 @@ class Look:
         return [held for held in self.extents.values() if held.is_settled]
 
 
-def books(state: State) -> tuple[tuple[tuple[str, int], ...], ...]:
+def marks(state: State) -> tuple[tuple[tuple[str, int], ...], ...]:
     """What changes whenever a copy comes or goes."""
     return tuple(state.ledger.bytes_in.items()), tuple(state.ledger.bytes_out.items())
+
+
+def books(state: State) -> dict[str, tuple[int, int]]:
+    """The bytes used of each device, as its pool (HBM has none: the ledger) and as the ledger has them."""
+    pools = {DDR: state.ddr.used_bytes, NVME: state.nvme.used_bytes}
+    devices = {*pools, *state.ledger.bytes_in}
+    return {d: (pools.get(d, state.ledger.occupancy(d)), state.ledger.occupancy(d)) for d in sorted(devices)}
 
 
 def against_rows(
@@ -134,22 +142,20 @@ def _documents(
             yield Finding(code=Code.PIN_WITHOUT_DOCUMENT, subject=str(document), detail=detail, repair=repair)
 
 
-def accounts(look: Look, state: State) -> Iterator[Finding]:
-    """Copies, pools and ledger against each other. Right after the look, on the service's thread."""
+def accounts(look: Look) -> Iterator[Finding]:
+    """Copies, pools and ledger against each other."""
     if not look.is_steady:
         return
     used: Counter[str] = Counter()
     slots: Counter[tuple[str, Slot]] = Counter()
     for copy in look.copies.values():
-        if copy.state is not Phase.GONE:
-            used[copy.device] += copy.size_bytes
-            if copy.slot is not None:
-                slots[copy.device, copy.slot] += 1
-    for device in sorted({*used, DDR, NVME, *state.ledger.bytes_in}):
-        pool = {DDR: state.ddr, NVME: state.nvme}.get(device)
-        pooled = pool.used_bytes if pool is not None else used[device]
-        if not used[device] == pooled == state.ledger.occupancy(device):
-            detail = f"copies {used[device]} B, pool {pooled} B, ledger {state.ledger.occupancy(device)} B"
+        used[copy.device] += copy.size_bytes
+        if copy.slot is not None:
+            slots[copy.device, copy.slot] += 1
+    for device in sorted({*used, *look.books}):
+        pooled, booked = look.books.get(device, (0, 0))
+        if not used[device] == pooled == booked:
+            detail = f"copies {used[device]} B, pool {pooled} B, ledger {booked} B"
             yield Finding(code=Code.ACCOUNTS_DIFFER, subject=device, detail=detail)
     for (device, slot), count in slots.items():
         if count > 1:

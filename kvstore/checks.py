@@ -7,7 +7,8 @@ mover when nothing else wants it. What looks wrong is reported only if a second 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ import msgspec
 from aiohttp import web
 
 from .audit import Facts, StoredExtent, audit
-from .audit_state import Held, Look, accounts, against_rows, books, claims
+from .audit_state import Held, Look, accounts, against_rows, books, claims, marks
 from .check import ROUNDS_MAX, Report, Wish
 from .check_view import CheckView
 from .config import Config
@@ -29,6 +30,7 @@ from .inspector import gather, remove
 from .problems import body, reply
 from .repairs import Done, Repairs
 from .service import Service
+from .spec import KVSpec
 
 SLICE: Final = 500  # records looked at in one go: a few milliseconds at most
 READS_IN_FLIGHT: Final = 2
@@ -120,11 +122,23 @@ class Checks:
     # One check ---------------------------------------------------------------------------------
 
     async def _check(self, wish: Wish) -> Report:
+        """Without collections meanwhile: those of an audit's many values would hold up the loop, and free nothing."""
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return await self._checked(wish)
+        finally:
+            if collects:
+                gc.enable()
+
+    async def _checked(self, wish: Wish) -> Report:
         clock = self._service.clock
         started_ns = clock.monotonic_ns()
         look = await self._look()
+        documents, extents = len(look.documents), len(look.settled)
         if wish.data:
             await self._read(look)
+        del look
         remaining = await self._confirmed()
         found, fixed = list(remaining), list[Finding]()
         for _ in range(ROUNDS_MAX if wish.fix else 0):
@@ -140,8 +154,8 @@ class Checks:
             found=tuple(ordered(found)),
             fixed=tuple(ordered(fixed)),
             remaining=tuple(ordered(remaining)),
-            documents=len(look.documents),
-            extents=len(look.settled),
+            documents=documents,
+            extents=extents,
             read_bytes=self._reading.read_bytes,
             elapsed_ns=clock.monotonic_ns() - started_ns,
         )
@@ -160,25 +174,26 @@ class Checks:
         after = await self._look()
         state, ingests = self._service.state, self._service.ingests
         writers = {ingest.client: f"an ingest of {ingest.document.id}" for ingest in ingests.open.values()}
-        found = [*accounts(after, state), *claims(state, writers, self._clients())]
-        ours = self._facts(facts, after)
+        found = list(claims(state, writers, self._clients()))
+        specs = dict(state.specs)
 
         def compare() -> list[Finding]:
+            ours = self._facts(facts, after, specs)
             rows = {row.extent.id: row for row in facts.extents}
             documents = {document.id: document for document in facts.documents}
             pins = {pin.document for pin in facts.pins}
-            return [*audit(ours), *against_rows(before, rows, documents, pins, after)]
+            return [*audit(ours), *accounts(after), *against_rows(before, rows, documents, pins, after)]
 
         return ordered([*found, *await self._on_thread(compare)])
 
-    def _facts(self, disk: Facts, look: Look) -> Facts:
+    def _facts(self, disk: Facts, look: Look, specs: Mapping[bytes, KVSpec]) -> Facts:
         """The facts of an audit in which the daemon's memory stands for the rows: it is what is served."""
         rows = {row.extent.id: row for row in disk.extents}
         there = {held.extent.id: held for held in look.settled}
         reading = self._reading
         return replace(
             disk,
-            specs=dict(self._service.state.specs),
+            specs=specs,
             extents=tuple(StoredExtent(h.extent, rows[e].seal, h.slot) for e, h in there.items() if e in rows),
             documents=tuple(document for document, _ in look.documents.values()),
             pins=(),
@@ -197,7 +212,7 @@ class Checks:
 
     async def _gathered(self) -> Look:
         state, look = self._service.state, Look()
-        marks = books(state)
+        before = marks(state)
         self._add_others(look)
         async for extent in _sliced(list(state.extents)):
             record = state.extents.get(extent)
@@ -209,7 +224,8 @@ class Checks:
             if owner is not None:
                 look.documents[document] = owner.document, owner.durable
         self._add_others(look)
-        look.is_steady = books(state) == marks
+        look.is_steady = marks(state) == before
+        look.books = books(state)
         return look
 
     def _add_others(self, look: Look) -> None:

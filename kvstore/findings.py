@@ -123,7 +123,7 @@ KINDS: Final[dict[Code, Kind]] = {
         "the budget or the segment size became smaller",
         "raise the budget (or name the right --config), or accept that a start gives up what does not fit",
     ),
-    Code.PIN_WITHOUT_DOCUMENT: Kind(_W, "its document was never durable", "nothing: a start drops it", "drop the pin"),
+    Code.PIN_WITHOUT_DOCUMENT: Kind(_N, "its document was never durable", "nothing: a start drops it", "drop the pin"),
     Code.CLAIM_OF_NOBODY: Kind(_E, "a bug of ours", "fix it, and report it", "end the claims of that client"),
     Code.ACCOUNTS_DIFFER: Kind(_E, "a bug of ours", "restart the daemon, and report it"),
     Code.STALE_ADDRESS: Kind(_N, "a daemon was killed", "nothing: a start replaces it", "delete the file"),

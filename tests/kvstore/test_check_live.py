@@ -10,7 +10,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from holdfast.kvstore.audit import StoredExtent
-from holdfast.kvstore.audit_state import Held, Look, accounts, against_rows, books, claims
+from holdfast.kvstore.audit_state import Held, Look, accounts, against_rows, books, claims, marks
 from holdfast.kvstore.checks import Checks
 from holdfast.kvstore.document import DocumentId
 from holdfast.kvstore.errors import NotFound
@@ -210,30 +210,31 @@ def looked(service):
     look = Look(extents={key: Held.of(record) for key, record in service.state.extents.items()}, is_steady=True)
     look.documents = {key: (owner.document, owner.durable) for key, owner in service.state.documents.items()}
     look.add(service.state.all_placements())
+    look.books = books(service.state)
     return look
 
 
 def test_accounts_that_agree_are_silent_and_others_are_named():
     service, effects, _ = tiny_service()
     ingest(service, effects, "a")
-    assert list(accounts(looked(service), service.state)) == []
+    assert list(accounts(looked(service))) == []
     service.state.ledger.came("ddr", 7)
-    (finding,) = accounts(looked(service), service.state)
+    (finding,) = accounts(looked(service))
     assert (finding.code, finding.subject, finding.repair) == (Code.ACCOUNTS_DIFFER, "ddr", None)
     service.state.ledger.left("ddr", 7)
     one, two, *_ = [record.nvme for record in service.state.extents.values()]
     two.slot = one.slot
-    assert [finding.code for finding in accounts(looked(service), service.state)] == [Code.ACCOUNTS_DIFFER]
+    assert [finding.code for finding in accounts(looked(service))] == [Code.ACCOUNTS_DIFFER]
     look = looked(service)
     look.is_steady = False
-    assert list(accounts(look, service.state)) == [], "copies came and went: nothing can be said"
+    assert list(accounts(look)) == [], "copies came and went: nothing can be said"
 
 
-def test_books_change_with_every_copy():
+def test_marks_change_with_every_copy():
     service, effects, _ = tiny_service()
-    before = books(service.state)
+    before = marks(service.state)
     ingest(service, effects, "a")
-    assert books(service.state) != before
+    assert marks(service.state) != before
     assert isinstance(service.state.ledger, Ledger)
 
 
