@@ -66,6 +66,7 @@ BUDGETS = {  # bytes of DDR and NVMe; everything fits into the ample NVMe at onc
     "little ddr": {"ddr.capacity_bytes": "1 MiB", "nvme.capacity_bytes": "16 MiB"},
     "little nvme": {"ddr.capacity_bytes": "2 MiB", "nvme.capacity_bytes": "1 MiB"},
 }
+POLICIES = {WritePolicy.AUTO: 3, WritePolicy.THROUGH: 4, WritePolicy.BACK: 2, WritePolicy.MEMORY: 1}  # how often
 REFUSALS = (NoCapacity, DeadlineExceeded, Conflict, ClaimNotFound, InUse)  # an answer that changes nothing
 OP_SECONDS = 5.0
 
@@ -109,7 +110,7 @@ def some_operations(rng: random.Random, tenants: tuple[str, ...], count: int) ->
         kind = rng.choices(kinds, [40, 20, 16, 12, 6, 5, 4, 2, 2, 1, 2])[0]
         match kind:
             case "put":
-                policy = rng.choices([p.value for p in WritePolicy], [6, 2, 1])[0]
+                policy = rng.choices(list(POLICIES), POLICIES.values())[0].value
                 found.append([kind, tenant, name, policy, rng.random() < 0.5])  # the last: sealed by its writer
                 if rng.random() < 0.4:
                     found.append(["settle", tenant, name])
