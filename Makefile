@@ -5,10 +5,10 @@ STAMP := $(VENV)/.stamp
 ROOMS := kvstore eviction engine_adapter ring_attention
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format links clean soak bench-reattach
+.PHONY: help setup demo test check format links clean soak bench-reattach bench-store bench-lmcache-env
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv and install holdfast with its pinned dependencies
 
@@ -40,6 +40,17 @@ links:
 
 bench-reattach: $(STAMP) ## Measure a reattach against the bare operations (benchmarks/results/reattach.json)
 	$(BIN)/python benchmarks/reattach.py
+
+bench-store: $(STAMP) ## Measure the store against the bare operations (benchmarks/results/store.json)
+	$(BIN)/python benchmarks/store.py
+
+# In an environment of its own: it pins packages that Holdfast uses at other versions.
+LMCACHE := benchmarks/.venv-lmcache
+bench-lmcache-env: ## Make LMCache's environment, for its rows of bench-store
+	test -x $(LMCACHE)/bin/python || $(PYTHON) -m venv $(LMCACHE)
+	$(LMCACHE)/bin/python -m pip install --disable-pip-version-check -c constraints.txt torch
+	$(LMCACHE)/bin/python -m pip install --disable-pip-version-check --no-deps -r benchmarks/lmcache-requirements.txt
+	$(LMCACHE)/bin/python -c 'import lmcache.v1.storage_backend.storage_manager'
 
 format: $(STAMP) ## Format the code and fix what can be fixed safely
 	$(BIN)/ruff format

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from holdfast.kvstore.machine import unmount
 from xxhash import xxh3_64_intdigest
 
 T = TypeVar("T")
@@ -58,6 +59,12 @@ def fresh_shared(size_bytes: int) -> mmap.mmap:
     with tempfile.TemporaryFile(dir=SHARED) as file:
         os.posix_fallocate(file.fileno(), 0, size_bytes)
         return mmap.mmap(file.fileno(), size_bytes)
+
+
+def let_go(data_dir: Path) -> None:
+    """Unmount what a daemon that was killed, or whose clients still had views, left mounted."""
+    while (data_dir / "arena").is_mount():
+        unmount(data_dir / "arena")
 
 
 def open_direct(path: Path, flags: int) -> int:
@@ -106,6 +113,31 @@ def read_all(pool: ThreadPoolExecutor, pieces: Sequence[Piece], into: memoryview
         assert os.preadv(descriptor, [into[start : start + size]], at) == size
 
     list(pool.map(read, pieces))
+
+
+def read_views(pool: ThreadPoolExecutor, pieces: Sequence[Piece], views: Sequence[memoryview]) -> None:
+    """Into equal views, one for each extent that the pieces are cut from."""
+    slot = len(views[0])
+
+    def read(piece: Piece) -> None:
+        descriptor, at, start, size = piece
+        index, offset = divmod(start, slot)
+        assert os.preadv(descriptor, [views[index][offset : offset + size]], at) == size
+
+    list(pool.map(read, pieces))
+
+
+def write_views(pool: ThreadPoolExecutor, descriptor: int, views: Sequence[memoryview], chunk_bytes: int) -> None:
+    """Equal views one after the other, then fdatasync."""
+    slot = len(views[0])
+
+    def write(place: tuple[int, int]) -> None:
+        index, offset = place
+        piece = views[index][offset : offset + chunk_bytes]
+        assert os.pwritev(descriptor, [piece], index * slot + offset) == len(piece)
+
+    list(pool.map(write, [(index, offset) for index in range(len(views)) for offset in range(0, slot, chunk_bytes)]))
+    os.fdatasync(descriptor)
 
 
 def write_all(pool: ThreadPoolExecutor, descriptor: int, data: memoryview, chunk_bytes: int) -> None:

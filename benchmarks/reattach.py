@@ -15,7 +15,7 @@ bfloat16: 128 KiB a token). What each hop must move, and the time that takes at 
     DDR to HBM, one of cp=3      89.5 MB copied      6.1 ms
     8,192 tokens of the demo model, NVMe to HBM: 67.1 MB, 25 ms overlapped
 
-The daemon is a real process with its default settings. Every byte that arrives is compared. Both sides of a ratio
+The daemon is a real process with 1 GiB of DDR. Every byte that arrives is compared. Both sides of a ratio
 take turns at going first. The bare side uses warm memory, touched before through its mapping: the store keeps its
 slabs, and that is their limit. What fresh memory takes stands beside it in the JSON.
 """
@@ -46,6 +46,7 @@ from bare import (
     fresh_shared,
     hash_planes,
     in_turn,
+    let_go,
     located,
     open_direct,
     read_all,
@@ -349,6 +350,7 @@ def run(directory: Path, size_bytes: int, rounds: int, prefill_tokens: int) -> d
     finally:
         client.close()
         daemon.stop()
+        let_go(directory)
 
 
 def main() -> None:

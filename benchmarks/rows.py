@@ -36,10 +36,11 @@ def is_met(value: float, goal: float, better: str) -> bool:
     return value <= goal if better == "lower" else value >= goal
 
 
-def row(name: str, value: float, goal: float, better: str, raw: dict[str, float]) -> Row:
+def row(name: str, value: float, goal: float, better: str, raw: dict[str, float], *, also: bool = True) -> Row:
+    """A row; `also`: whether the goals are met that stand only in `raw`."""
     rounded = {key: round(number, 4) for key, number in raw.items()}
     value, goal = round(value, 4), round(goal, 4)
-    return Row(name, value, goal, better, is_met(value, goal, better), rounded)
+    return Row(name, value, goal, better, is_met(value, goal, better) and also, rounded)
 
 
 def ratio_row(name: str, goal: float, times: dict[str, list[float]], ours: str, bare: str, *beside: str) -> Row:

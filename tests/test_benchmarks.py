@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {
+REATTACH = {
     "put_vs_memcpy",
     "put_commit_vs_memcpy",
     "commit_ms",
@@ -18,6 +18,26 @@ NAMES = {
     "reshard_ddr_to_hbm_vs_memcpy",
     "recompute_vs_reattach_nvme",
     "loop_lag_ms",
+}
+LMCACHE = {
+    "lmcache_ram_retrieve_vs_ours",
+    "lmcache_disk_store_vs_ours",
+    "lmcache_disk_overwrite_vs_ours",
+    "lmcache_disk_load_cold_vs_ours",
+}
+STORE = {
+    "put_vs_memcpy",
+    "put_checksummed_vs_memcpy",
+    "attach_resident_1gib_ms",
+    "copy_out_vs_memcpy",
+    "nvme_read_vs_raw",
+    "nvme_read_vs_raw_256kib",
+    "nvme_write_durable_vs_raw",
+    "attach_under_write_storm",
+    "lookup_1m_tokens_ms",
+    "loop_lag_ms",
+    "daemon_rss_mib",
+    "recovery_100k_extents_s",
 }
 
 
@@ -67,26 +87,48 @@ def test_cpu_times_are_told_beside_the_wall_clock(rows):
     assert rows.ratio_row("x", 0.9, times, "ours", "bare").raw["cpu_ratio"] == 0.8
 
 
-def check_shape(report):
+def test_a_row_with_a_second_goal_is_met_only_with_both(rows):
+    assert rows.row("x", 1.0, 0.9, "higher", {}).met
+    assert not rows.row("x", 1.0, 0.9, "higher", {}, also=False).met
+    assert not rows.row("x", 0.8, 0.9, "higher", {}, also=True).met
+
+
+def check_shape(report, names):
     assert set(report) == {"commit", "date", "machine", "rows"}
-    assert {"cpu", "cores", "memory_gib", "kernel"} <= set(report["machine"])
-    assert {row["name"] for row in report["rows"]} == NAMES
+    assert {"cpu", "cores", "memory_gib", "kernel", "load_before", "load_after"} <= set(report["machine"])
+    assert sorted(row["name"] for row in report["rows"]) == sorted(names)
     for row in report["rows"]:
         assert set(row) == {"name", "value", "goal", "better", "met", "raw"}
         assert row["value"] > 0
         reached = row["value"] <= row["goal"] if row["better"] == "lower" else row["value"] >= row["goal"]
-        assert row["met"] is reached
+        assert reached or not row["met"]
+        assert row["met"] == (reached and row["raw"].get("growth", 0) <= row["raw"].get("growth_goal", 0))
+        assert names == REATTACH or row["raw"]["rounds"] >= 1
         assert all(isinstance(number, float) for number in row["raw"].values())
 
 
+def run(script, out, *options):
+    command = [sys.executable, ROOT / "benchmarks" / script, *options, "--out", out]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
 @pytest.mark.timeout(60)
-def test_a_tiny_run_verifies_its_bytes_and_writes_every_row(tmp_path):
-    out = tmp_path / "reattach.json"
-    script = ROOT / "benchmarks" / "reattach.py"
+def test_a_tiny_reattach_verifies_its_bytes_and_writes_every_row(tmp_path):
     sizes = ["--size-mib", "4", "--rounds", "1", "--prefill-tokens", "128"]
-    subprocess.run([sys.executable, script, *sizes, "--out", out], check=True, capture_output=True, timeout=50)
-    check_shape(json.loads(out.read_text()))
+    check_shape(run("reattach.py", tmp_path / "reattach.json", *sizes), REATTACH)
 
 
-def test_the_committed_result_has_the_same_shape():
-    check_shape(json.loads((ROOT / "benchmarks" / "results" / "reattach.json").read_text()))
+def test_a_quick_run_of_the_store_verifies_its_bytes_and_writes_every_row_of_its_own(tmp_path):
+    report = run("store.py", tmp_path / "store.json", "--quick", "--dir", tmp_path)
+    check_shape(report, STORE)
+    assert {"arena", "direct_io", "noise"} <= set(report["machine"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_result_has_the_same_shape(path):
+    report = json.loads(path.read_text())
+    names = {row["name"] for row in report["rows"]}
+    assert names in {"reattach": [REATTACH], "store": [STORE, STORE | LMCACHE]}[path.stem]
+    check_shape(report, names)
