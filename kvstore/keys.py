@@ -42,14 +42,17 @@ def token_list(data: bytes) -> list[int]:
     return [int(token) for token in np.frombuffer(data, dtype="<u4")]
 
 
-def block_keys(tokens: Tokens, spec: KVSpec, secret: bytes) -> list[bytes]:
-    """One key per block of `spec.block_tokens` tokens, the last block possibly part-filled."""
+def block_keys(tokens: Tokens, spec: KVSpec, secret: bytes, previous: bytes = ROOT) -> list[bytes]:
+    """One key per block of `spec.block_tokens` tokens, the last block possibly part-filled.
+
+    `previous` is the key of the block in front of them.
+    """
     assert len(secret) == SECRET_BYTES, "a tenant secret has 32 bytes"
     data = memoryview(tokens.astype("<u4", copy=False).tobytes())
     begun = hashlib.blake2b(spec.fingerprint(), digest_size=KEY_BYTES, key=secret)
     step = spec.block_tokens * 4
     keys = []
-    key = ROOT
+    key = previous
     for start in range(0, len(data), step):
         block = begun.copy()
         block.update(key)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from .extent import ExtentId
+import numpy as np
+
 from .keys import KEY_BYTES
 from .residency import State as Residency
 from .residency import Tier
@@ -14,7 +16,6 @@ from .spec import KVSpec
 from .state import ExtentRecord, State
 
 CANDIDATES_MAX: Final = 1024  # extents with one first block that are compared: bounds what a lookup may take
-HEX: Final = 2 * KEY_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,45 +35,54 @@ class _Search:
     def __init__(self, state: State, tenant: str, spec: KVSpec, keys: bytes) -> None:
         self.extents = state.extents
         self.fronts = state.fronts
-        self.shards = [shard.copies for shard in state.shards() if shard.document.tenant == tenant]
         self.tenant = tenant
         self.spec = spec
         self.fingerprint = spec.fingerprint()
         self.keys = keys
-        self.text = keys.hex()  # once for all: an extent's id begins with that of its last block's key
+        step = spec.extent_blocks
+        blocks = np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
+        self.lasts = blocks[step - 1 :: step].tobytes()  # keys of the extents' last blocks
+        if len(blocks) % step:
+            self.lasts += blocks[-1].tobytes()
+        shards = [shard for shard in state.shards() if shard.document.tenant == tenant]
+        self.in_hbm = {name for shard in shards for name, copy in shard.copies.items() if copy.readable}
 
-    def nearest(self, name: ExtentId) -> tuple[ExtentRecord, Tier] | None:
-        """The tenant's extent of that id and its nearest readable copy."""
-        record = self.extents.get(name)
-        if record is None or record.extent.tenant != self.tenant or record.extent.fingerprint != self.fingerprint:
+    def nearest(self, record: ExtentRecord | None) -> Tier | None:
+        """Where the nearest readable copy of the tenant's extent is."""
+        if record is None:
             return None
-        for copies in self.shards:
-            copy = copies.get(name)
-            if copy is not None and copy.readable:
-                return record, Tier.HBM
+        extent = record.extent
+        if extent.tenant != self.tenant or extent.fingerprint != self.fingerprint:
+            return None
+        if self.in_hbm and extent.id in self.in_hbm:
+            return Tier.HBM
         copy = record.ddr
         if copy is not None and (copy.state is Residency.RESIDENT or copy.readable):
-            return record, Tier.DDR
+            return Tier.DDR
         copy = record.nvme
         if copy is not None and copy.readable:
-            return record, Tier.NVME
+            return Tier.NVME
         return None
 
-    def whole(self, last: int, suffix: str) -> tuple[int, Tier] | None:
-        """Tokens, and their tier, of the extent that ends with block `last`."""
-        found = self.nearest(self.text[last * HEX : (last + 1) * HEX] + suffix)
-        return (found[0].extent.valid_tokens, found[1]) if found is not None else None
+    def whole(self, suffix: str) -> list[ExtentRecord | None]:
+        """The extents of one layer group that hold these very blocks, as far as they are known, in order.
+
+        Without a loop of our own: there may be thousands.
+        """
+        # An extent's id is the key of its last block and its layer group.
+        ids = (self.lasts.hex(",", KEY_BYTES).replace(",", suffix + ",") + suffix).split(",")
+        return list(map(self.extents.get, ids))
 
     def part(self, first: int, suffix: str) -> tuple[int, Tier]:
         """Tokens of the longest match among the extents that begin with block `first`, and their tier."""
         best = 0, Tier.HBM
-        key = self.keys[first * KEY_BYTES : (first + 1) * KEY_BYTES]
+        key = self._key(first, 0)
         names = [f"{key.hex()}{suffix}", *islice(self.fronts.of(key), CANDIDATES_MAX)]
         for name in names:
-            found = self.nearest(name) if name.endswith(suffix) else None
-            if found is None:
+            record = self.extents.get(name)
+            tier = self.nearest(record) if name.endswith(suffix) else None
+            if record is None or tier is None:
                 continue
-            record, tier = found
             theirs = record.extent.block_keys
             shared = 0
             while shared < len(theirs) and theirs[shared : shared + KEY_BYTES] == self._key(first, shared):
@@ -91,24 +101,42 @@ class _Search:
     def run(self) -> Prefix:
         """Extent by extent, until one is not whole in every layer group."""
         suffixes = [f":{group}" for group in range(len(self.spec.groups))]
-        counts = dict.fromkeys(Tier, 0)
-        total = 0
-        step, blocks = self.spec.extent_blocks, len(self.keys) // KEY_BYTES
-        for first in range(0, blocks, step):
-            last = min(first + step, blocks) - 1
-            tokens, tier, is_whole = self.spec.extent_tokens, Tier.HBM, True
-            for suffix in suffixes:
-                found = self.whole(last, suffix)
-                if found is None:
-                    is_whole = False
-                    found = self.part(first, suffix)
-                tokens = min(tokens, found[0])
-                tier = max(tier, found[1])
-            counts[tier] += tokens
-            total += tokens
-            if not is_whole or tokens < self.spec.extent_tokens:
+        columns = [self.tiers(self.whole(suffix)) if self.keys else [] for suffix in suffixes]
+        whole = min(len(column) for column in columns)
+        farthest = list(map(max, *(column[:whole] for column in columns))) if len(columns) > 1 else columns[0][:whole]
+        step, capacity = self.spec.extent_blocks, self.spec.extent_tokens
+        counts = {tier: farthest.count(int(tier)) * capacity for tier in Tier}
+        if whole * step * KEY_BYTES < len(self.keys):
+            parts = [self.part(whole * step, suffix) for suffix in suffixes]
+            counts[max(tier for _, tier in parts)] += min(tokens for tokens, _ in parts)
+        elif whole:  # the last one may be shorter than the others
+            last = self.extents[f"{self.lasts[-KEY_BYTES:].hex()}{suffixes[0]}"].extent
+            counts[Tier(farthest[-1])] += last.valid_tokens - capacity
+        return Prefix(sum(counts.values()), counts)
+
+    def tiers(self, records: Iterable[ExtentRecord | None]) -> list[int]:
+        """The tier of each extent, as a plain number, up to the first that is not there. Quick where all is in DDR."""
+        tenant, fingerprint, in_hbm = self.tenant, self.fingerprint, self.in_hbm
+        found: list[int] = []
+        add, resident, in_ddr = found.append, Residency.RESIDENT, int(Tier.DDR)
+        for record in records:
+            if record is None:
                 break
-        return Prefix(total, counts)
+            extent, copy = record.extent, record.ddr
+            if (
+                copy is not None
+                and copy.state is resident
+                and not in_hbm
+                and extent.tenant == tenant
+                and extent.fingerprint == fingerprint
+            ):
+                add(in_ddr)
+                continue
+            tier = self.nearest(record)
+            if tier is None:
+                break
+            add(int(tier))
+        return found
 
 
 def longest(state: State, tenant: str, fingerprint: bytes, keys: bytes) -> Prefix:

@@ -21,6 +21,16 @@ def keys(tokens, spec=SPEC, secret=SECRET):
     return block_keys(as_tokens(tokens, spec), spec, secret)
 
 
+@given(FEW, st.integers(1, 4))
+def test_keys_can_be_made_piece_by_piece(tokens, blocks):
+    array = as_tokens(tokens, SPEC)
+    made = []
+    for start in range(0, len(tokens), 16 * blocks):
+        piece = array[start : start + 16 * blocks]
+        made += block_keys(piece, SPEC, SECRET, made[-1]) if made else block_keys(piece, SPEC, SECRET)
+    assert made == keys(tokens)
+
+
 @settings(deadline=None, max_examples=200)
 @given(FEW, FEW, st.integers(0, 50))
 def test_equal_keys_are_equal_prefixes(first, second, shared):
