@@ -191,7 +191,7 @@ class NvmeConfig:
     capacity_bytes: Annotated[int, Size(MIB)] = 4 * GIB
     segment_bytes: Annotated[int, Size(64 * KIB, TIB, PAGE_BYTES)] = 256 * MIB
     directory: Annotated[Path, PathText()]
-    threads: Annotated[int, Whole(1, 64)] = 4
+    threads: Annotated[int, Whole(1, 64)] = 6
     backlog_bytes: Annotated[int, Size(0)]
     when_behind: Annotated[str, Text(("memory", "wait"))] = "memory"
 

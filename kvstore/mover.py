@@ -2,8 +2,8 @@
 
 Byte work (seal, read in, write out) goes to a pool in pieces, in the order of `Transfers`: an attach overtakes
 write-through, also one that is under way, and the first layers of many extents come before the last of any. What is
-written is synced in groups: all that has been written while the last sync ran. Catalog writes go to one thread that
-commits together whatever has queued up. Nothing here decides anything; the service does.
+written is synced in groups: all that was written while the last sync ran, and more where nobody waits for it. Catalog
+writes go to one thread that commits together whatever has queued up. Nothing here decides anything; the service does.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from .verify import compare, verify
 
 READ_FIRST_BYTES: Final = 1 << 20  # the first read of an extent is short, so that all first layers are early
 READ_BYTES: Final = 4 << 20  # the others: each call costs, and the disk likes them long (benchmarks/LOG.md)
-WRITE_BYTES: Final = 4 << 20  # how long an attach may wait for a worker that writes
+WRITE_BYTES: Final = 4 << 20  # what the disk may still have to do for each writer when an attach comes
+SYNC_BYTES: Final = 128 << 20  # written through before a sync while more is being written: each sync holds up writes
 COMMIT_WRITES_MAX: Final = 256  # bounds how long one commit, and so one answer, takes
 
 MoverOrder = Seal | ReadIn | WriteOut | Scrub | Write | RetireSlab
@@ -108,6 +109,7 @@ class Mover:
         self._transfers: Transfers[_Piece] = Transfers(threads)
         self._unsynced: list[_Job] = []
         self._is_syncing = False  # or about to
+        self._writing = 0  # pieces under way
         self._sync_failures: Counter[int] = Counter()  # by segment
         self._writes: deque[tuple[Write, int]] = deque()  # with the time of their submission
         self._in_use: Counter[int] = Counter()  # slabs, by orders not finished
@@ -199,8 +201,10 @@ class Mover:
         with self._lock:
             while not (found := self._transfers.pop()) and not self._is_closing:
                 self._piece_came.wait()
-        if found is None:
-            return False
+            if found is None:
+                return False
+            if isinstance(found[1].job.order, WriteOut):
+                self._writing += 1
         urgency, piece = found
         job = piece.job
         if self._is_closing and not isinstance(job.order, _Sync):
@@ -212,10 +216,12 @@ class Mover:
             is_last = job.pieces_left == 0
         with self._lock:
             self._transfers.done(urgency)
-            if is_last and isinstance(job.order, WriteOut) and job.error is None:
-                self._unsynced.append(job)
+            if isinstance(job.order, WriteOut):
+                self._writing -= 1
+                if is_last and job.error is None:
+                    self._unsynced.append(job)
+                    is_last = False  # the sync is
                 self._call_sync()
-                return True
         if is_last and isinstance(job.order, Seal | ReadIn | WriteOut | Scrub):
             self._finish(job, job.order.id)
         return True
@@ -283,8 +289,14 @@ class Mover:
             self._report.advanced(order.id, layers)
 
     def _call_sync(self) -> None:
-        """Have what is unsynced synced, under the lock. One sync at a time, so that more gathers for the next."""
-        if not self._is_syncing:
+        """Have what is unsynced synced if it is time to, under the lock. One sync at a time, so that more gathers."""
+        gathered_bytes = sum(job.size_bytes for job in self._unsynced)
+        is_awaited = any(
+            isinstance(job.order, WriteOut) and job.order.urgency <= Urgency.DEMOTE for job in self._unsynced
+        )
+        if self._is_syncing or not self._unsynced:
+            return
+        if is_awaited or not self._writing or gathered_bytes >= SYNC_BYTES:
             self._is_syncing = True
             # Before whatever else waits in its class: the work is done but for this.
             job = _Job(_Sync(), self._clock.monotonic_ns(), pieces_left=1)
@@ -314,8 +326,7 @@ class Mover:
             self._finish(job, order.id)
         with self._lock:
             self._is_syncing = False
-            if self._unsynced:
-                self._call_sync()
+            self._call_sync()
 
     def _finish(self, job: _Job, order_id: int) -> None:
         with self._lock:
@@ -367,4 +378,8 @@ def _cut(geometry: Geometry, first_bytes: int, most_bytes: int) -> tuple[tuple[P
         if sum(size for _, _, size in gathered) >= target:
             pieces.append(tuple(gathered))
             gathered, target = [], min(2 * target, most_bytes)
-    return (*pieces, tuple(gathered)) if gathered else tuple(pieces)
+    if gathered and pieces and 2 * len(gathered) < len(pieces[-1]):
+        pieces[-1] += tuple(gathered)  # a short read costs nearly as much as a long one
+    elif gathered:
+        pieces.append(tuple(gathered))
+    return tuple(pieces)

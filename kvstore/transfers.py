@@ -1,9 +1,10 @@
 """Transfers: pieces of byte work that wait for a worker, by class, and the rule that says whose turn it is.
 
 The most urgent class that waits goes first, and in a class whatever has the lowest place (a layer, say), then the
-oldest. Two exceptions. A class that was passed over `PASSES_MAX` times in a row has a turn, so that none starves. And
-while an attach waits, other classes never occupy more than half of the workers, so that a disk that is slow to write
-does not keep all of them. When no attach waits, everybody serves the rest.
+oldest. But a class that was passed over `PASSES_MAX` times in a row has a turn, so that none starves.
+
+A third of the workers is kept for attaches (of one worker, nothing): an attach that comes finds them idle, whatever is
+being written, and a disk that hangs in writes does not keep them. While attaches wait, half of the workers are theirs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Transfers(Generic[T]):
     """Not locked: the caller's lock guards it. Pieces are never compared."""
 
     def __init__(self, workers: int) -> None:
-        self._others_max = max(1, workers // 2)
+        self._half = max(1, workers // 2)
+        self._most = max(1, workers - max(1, workers // 3))
         self._waiting: dict[Urgency, list[tuple[int, int, T]]] = {urgency: [] for urgency in Urgency}  # heaps
         self._passed: Counter[Urgency] = Counter()
         self._others_busy = 0  # workers on pieces of other classes than ATTACH
@@ -39,13 +41,13 @@ class Transfers(Generic[T]):
         heapq.heappush(self._waiting[urgency], (place, self._sequence, piece))
 
     def pop(self) -> tuple[Urgency, T] | None:
-        """The piece whose turn it is, with its class; `done` must follow. None when none waits."""
+        """The piece whose turn it is, with its class; `done` must follow. None when there is none."""
         waiting = [urgency for urgency, heap in self._waiting.items() if heap]
+        if self._others_busy >= (self._half if self._waiting[Urgency.ATTACH] else self._most):
+            waiting = [urgency for urgency in waiting if urgency is Urgency.ATTACH]
         if not waiting:
             return None
-        chosen = waiting[0]
-        if chosen is not Urgency.ATTACH or self._others_busy < self._others_max:
-            chosen = next((urgency for urgency in waiting[1:] if self._passed[urgency] >= PASSES_MAX), chosen)
+        chosen = next((urgency for urgency in waiting[1:] if self._passed[urgency] >= PASSES_MAX), waiting[0])
         for urgency in waiting:
             self._passed[urgency] += 1
         self._passed[chosen] = 0

@@ -75,7 +75,7 @@ def test_defaults():
     assert config.ddr.window_bytes == 256 << 20
     assert (config.ddr.directory, config.ddr.on_stop) == ("auto", "keep")
     assert (config.nvme.capacity_bytes, config.nvme.segment_bytes) == (4 << 30, 256 << 20)
-    assert (config.nvme.directory, config.nvme.threads) == (state / "nvme", 4)
+    assert (config.nvme.directory, config.nvme.threads) == (state / "nvme", 6)
     assert (config.nvme.backlog_bytes, config.nvme.when_behind) == (128 << 20, "memory")
     assert config.eviction.policy == "popularity"
     assert config.limits.pin_bytes == 5 << 29
@@ -260,7 +260,7 @@ def test_what_is_rendered_loads_to_the_same_and_says_why(tmp_path):
     config = load_config(None, HOME, overrides)
     text = render(config)
     assert 'capacity_bytes = "20 GB"  # flag ddr.capacity_bytes' in text
-    assert "threads = 4  # default" in text
+    assert "threads = 6  # default" in text
     tables = tomllib.loads(text)
     assert [f"{s}.{key}" for s, table in tables.items() for key in table] == GOLDEN_KEYS
     assert load_config(written(tmp_path, text), {}, {}) == config

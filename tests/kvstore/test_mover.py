@@ -353,7 +353,7 @@ def test_a_write_makes_progress_under_a_stream_of_attaches(house):
 
 def test_writes_that_end_during_a_sync_are_synced_together(house):
     """Two segments, ten writes: one sync of each, besides the one that was under way."""
-    mover, heard = house.mover(threads=2), house.heard
+    mover, heard = house.mover(threads=3), house.heard
     syncing, go_on = threading.Event(), threading.Event()
     synced = []
 
@@ -381,6 +381,36 @@ def test_writes_that_end_during_a_sync_are_synced_together(house):
     assert len(synced) == 3
 
 
+def test_written_through_is_synced_when_nothing_more_is_being_written(house, monkeypatch):
+    """Nobody waits for it, so one sync does for all; but a demotion does not wait for others, nor do many bytes."""
+    mover, heard = house.mover(threads=6), house.heard
+    real, hanging, go_on = house.io.pwrite, threading.Event(), threading.Event()
+
+    def pwrite(descriptor, data, offset):
+        if offset == 0:
+            hanging.set()
+            assert go_on.wait(WAIT_SECONDS)
+        return real(descriptor, data, offset)
+
+    house.io.pwrite = pwrite
+    page = Slot(3, 0, PAGE)
+    mover.submit(write_out(0, page, Slot(0, 0, PAGE), Urgency.WRITE_THROUGH))
+    assert hanging.wait(WAIT_SECONDS)
+    monkeypatch.setattr(module, "SYNC_BYTES", 2 * PAGE)
+    for index in (1, 2):
+        mover.submit(write_out(index, page, Slot(0, index * PAGE, PAGE), Urgency.WRITE_THROUGH))
+    for index in (1, 2):
+        assert heard.outcome(index).error is None
+    assert [name for name, _ in house.io.calls].count("sync") == 1, "for both"
+    mover.submit(write_out(3, page, Slot(0, 3 * PAGE, PAGE), Urgency.DEMOTE))
+    assert heard.outcome(3).error is None
+    mover.submit(write_out(4, page, Slot(0, 4 * PAGE, PAGE), Urgency.WRITE_THROUGH))
+    assert len(heard.events) == 3
+    go_on.set()
+    for index in (0, 4):
+        assert heard.outcome(index).error is None
+
+
 def test_a_sync_that_fails_fails_all_that_was_written_by_then(house):
     """Also what another segment got is not touched, and the next write to the failed one is fine."""
     mover, heard = house.mover(threads=1), house.heard
@@ -401,7 +431,7 @@ def test_a_sync_that_fails_fails_all_that_was_written_by_then(house):
 
 def test_a_write_that_was_under_way_while_a_sync_failed_is_not_believed(house):
     """The kernel reports a lost write once; the sync after that says nothing of what came before."""
-    mover, heard = house.mover(threads=2), house.heard
+    mover, heard = house.mover(threads=3), house.heard
     page = Slot(3, 0, PAGE)
     syncing, go_on = threading.Event(), threading.Event()
 
