@@ -1,5 +1,11 @@
 """Service: the commands of the daemon, synchronous and on one thread; the only door to the state.
 
+Three promises. *Acknowledged*: a commit was answered, so the document is complete and visible. *Durable*: a document is
+shown as durable, so its bytes were synced before its extents' rows were committed, and those before its own row; it
+survives a kill, and a power loss as far as fsync goes. *Absent*: anything else leaves no trace after a restart, neither
+row nor slot nor file, and so does what was deleted and answered. Nothing in between is served: a hole is named, and
+bytes that do not match their seal are never handed out. (tests: crash_harness, test_crash, test_power_loss)
+
 Edges call commands and deliver what workers report (`finished`, `advanced`); `tick` lets time pass. A command that has
 to wait takes a callback. Nothing here does I/O: orders go to the effects.
 """
