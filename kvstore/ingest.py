@@ -30,7 +30,7 @@ from .loader import Loader
 from .loading import Loading, Phase
 from .orders import Urgency
 from .passage import Passage
-from .planner import Demand, could_hold, slots_of
+from .planner import Demand, slots_of
 from .residency import Event, Placement, State
 from .reuse import Decision
 from .room import Reservation, Room
@@ -121,7 +121,7 @@ class Ingests:
             failed=lambda error: self._end(ingest, error),
             idle=lambda: self._sweep(ingest),
         )
-        if not could_hold(self.store.records.ddr, slots_of(ingest.missing)):
+        if not self.store.records.ddr.could_hold(slots_of(ingest.missing)):
             ingest.passage.narrow(self.loader.window.size_bytes)
         self._reserve(ingest, ingest.passage, deadline_ns)
         self.open[ingest.id] = ingest
@@ -155,7 +155,7 @@ class Ingests:
         """Whether NVMe could take the document, so that DDR needs only a window of it."""
         if ingest.group is None or ingest.document.write_policy is WritePolicy.MEMORY:
             return False
-        return could_hold(self.store.records.nvme, slots_of(ingest.extents, owner=""))
+        return self.store.records.nvme.could_hold(slots_of(ingest.extents, owner=""))
 
     def _refuse(self, ingest: Ingest) -> None:
         records = self.store.records
@@ -166,7 +166,7 @@ class Ingests:
         for other in self.open.values():
             if other.document.id == document.id:
                 raise InUse(f"{document.id} is being ingested already")
-        if not could_hold(records.ddr, slots_of(ingest.extents)) and not self._may_stream(ingest):
+        if not records.ddr.could_hold(slots_of(ingest.extents)) and not self._may_stream(ingest):
             size_bytes = sum(extent.slot_bytes for extent in ingest.extents)
             raise DocumentTooLarge(
                 f"{document.id} takes {size_bytes} B and is {document.write_policy}; DDR holds "

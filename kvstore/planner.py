@@ -7,8 +7,9 @@ prices returns with the cost model.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 from ..eviction.candidate import Candidate
@@ -16,13 +17,14 @@ from ..eviction.history import History
 from ..eviction.policy import Policy
 from ..eviction.victims import choose_victims
 from .calibration import Calibration
+from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
 from .document import Document, DocumentId
 from .extent import Extent
 from .ledger import Hop
 from .residency import Placement, State, Tier
-from .slots import RowPool, SlabPool, Slot, SlotClass
+from .slots import RowPool, Slot, SlotClass
 from .state import ExtentRecord, Group, Shard
 from .state import State as Store
 
@@ -165,7 +167,10 @@ class Planner:
             freed = _slots(records[victim.id].ddr for victim in victims)
             return self.state.ddr.fits(demand.slots, [*leaving, *freed])
 
-        victims = self._choose(self._ddr_candidates(), slots_fit)
+        candidates = self._ddr_candidates()
+        one_by_one = self._choose(candidates, slots_fit)
+        alone = partial(self._occupants, candidates)
+        victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, alone)
         if victims is None:
             return None
         chosen += [self._victim(records[v.id], records[v.id].ddr, v) for v in victims]
@@ -200,11 +205,9 @@ class Planner:
         victims = self._choose(candidates, enough)
         if victims is None:
             return None
-        found = []
-        for victim in victims:
-            record = self.state.extents[victim.id]
-            found.append(self._victim(record, record.ddr if tier is Tier.DDR else record.nvme, victim))
-        return tuple(found)
+        records = [self.state.extents[victim.id] for victim in victims]
+        copies = [record.ddr if tier is Tier.DDR else record.nvme for record in records]
+        return tuple(map(self._victim, records, copies, victims))
 
     def evict_document(self, document: Document, target: Tier | None) -> tuple[Victim, ...]:
         """Every copy that leaves when a document goes down to `target` (None: out of the cache), nearest tier first.
@@ -333,12 +336,8 @@ class Planner:
         victims = self._choose(candidates, rows_fit)
         if victims is None:
             return None
-        found = []
-        for victim in victims:
-            shard, extent = owners[victim.id]
-            record = self.state.extents[extent]
-            found.append(self._victim(record, shard.copies[extent], victim))
-        return found
+        leaving = [(*owners[victim.id], victim) for victim in victims]
+        return [self._victim(self.state.extents[e], shard.copies[e], victim) for shard, e, victim in leaving]
 
     # Candidates --------------------------------------------------------------------------------
 
@@ -354,6 +353,18 @@ class Planner:
             for record in self.state.extents.values()
             if record.ddr is not None and record.ddr.state is not State.DRAINING
         ]
+
+    def _occupants(self, candidates: Sequence[Candidate]) -> Iterator[Occupant]:
+        """DDR copies that break no chain when they leave: NVMe has them, or will, or nothing is behind them."""
+        now_ns = self.clock.monotonic_ns()
+        inner = {candidate.previous for candidate in candidates}
+        for candidate in candidates:
+            record = self.state.extents[candidate.id]
+            stays = self._goes_to_nvme(record) or (record.nvme is not None and record.nvme.readable)
+            if candidate.movable and (stays or candidate.id not in inner):
+                assert record.ddr is not None
+                loss = self.policy.score(candidate, now_ns) * candidate.size_bytes
+                yield from (Occupant(candidate, slot, loss) for slot in _slots([record.ddr]))
 
     def _nvme_candidates(self) -> list[Candidate]:
         """Everything resident anywhere: what only DDR holds cannot leave NVMe, but keeps its front there."""
@@ -431,17 +442,6 @@ class Planner:
 def slots_of(extents: Iterable[Extent], owner: str | None = None) -> dict[SlotClass, int]:
     """The slots that these extents take in DDR; on NVMe, where nobody owns slots, `owner` is ""."""
     return Counter(SlotClass(extent.tenant if owner is None else owner, extent.slot_bytes) for extent in extents)
-
-
-def could_hold(pool: SlabPool, wanted: Mapping[SlotClass, int]) -> bool:
-    """Whether these slots would fit if the whole pool were free."""
-    slabs = 0
-    for kind, count in wanted.items():
-        per_slab = pool.per_slab(kind)
-        if not per_slab:
-            return False
-        slabs += -(-count // per_slab)
-    return slabs <= pool.slab_count
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

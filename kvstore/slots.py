@@ -166,6 +166,21 @@ class SlabPool:
         found = self._slabs.get(slab)
         return found.kind.owner if found else None
 
+    def used_slots(self, slab: int) -> int:
+        """Slots in use in a slab."""
+        found = self._slabs.get(slab)
+        return found.slots - len(found.free) if found else 0
+
+    def could_hold(self, wanted: Mapping[SlotClass, int]) -> bool:
+        """Whether these slots would fit if the whole pool were free."""
+        slabs = 0
+        for kind, count in wanted.items():
+            per_slab = self.per_slab(kind)
+            if not per_slab:
+                return False
+            slabs += -(-count // per_slab)
+        return slabs * self.slab_bytes <= self.capacity_bytes
+
     def fits(self, wanted: Mapping[SlotClass, int], freeing: Iterable[Slot] = ()) -> bool:
         """Whether the wanted slots could all be allocated once the slots in `freeing` are free."""
         freed = Counter(slot.slab for slot in freeing)

@@ -48,6 +48,7 @@ FLOOR_OF = {
     "audit": "rules",
     "audit_state": "rules",
     "claims": "rules",
+    "clearing": "rules",
     "findings": "rules",
     "fronts": "rules",
     "ledger": "rules",

@@ -1,0 +1,67 @@
+"""Clearing: which whole slabs to empty for a demand, so that no more leaves than the demand in whole slabs.
+
+A slab serves one class of slots. Evicting copies in the order of their worth frees slots in many slabs of other
+classes, and empties one only by chance; here the unit is the slab, and its price what all of its copies are worth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from ..eviction.candidate import Candidate
+from .slots import SlabPool, Slot, SlotClass
+
+
+class Occupant(NamedTuple):
+    """A copy that may leave on its own; `loss` is what its leaving costs."""
+
+    candidate: Candidate
+    slot: Slot
+    loss: float
+
+
+def whole_slabs_bytes(pool: SlabPool, wanted: Mapping[SlotClass, int]) -> int:
+    """The demand in whole slabs, class by class: no clearing takes more."""
+    return sum(-(-count // max(1, pool.per_slab(kind))) for kind, count in wanted.items()) * pool.slab_bytes
+
+
+def rather_slabs(
+    pool: SlabPool,
+    wanted: Mapping[SlotClass, int],
+    leaving: Sequence[Slot],
+    victims: tuple[Candidate, ...] | None,
+    occupants: Callable[[], Iterable[Occupant]],
+) -> tuple[Candidate, ...] | None:
+    """The policy's victims; or who leaves whole slabs, where there are no victims or more than the demand in slabs.
+
+    So no more leaves than the demand in whole slabs, wherever so many slabs can be cleared.
+    """
+    if victims is not None and sum(victim.size_bytes for victim in victims) <= whole_slabs_bytes(pool, wanted):
+        return victims
+    cleared = clear_slabs(pool, wanted, leaving, occupants())
+    return tuple(occupant.candidate for occupant in cleared) if cleared is not None else victims
+
+
+def clear_slabs(
+    pool: SlabPool, wanted: Mapping[SlotClass, int], leaving: Sequence[Slot], occupants: Iterable[Occupant]
+) -> tuple[Occupant, ...] | None:
+    """Who leaves the cheapest slabs that have to be emptied for the demand; None when not enough can be.
+
+    `leaving` are slots that will be free anyway. A slab that holds anything else than these and occupants stays.
+    """
+    inside: dict[int, list[Occupant]] = defaultdict(list)
+    for occupant in occupants:
+        inside[occupant.slot.slab].append(occupant)
+    gone = Counter(slot.slab for slot in leaving)
+    whole = [number for number, here in inside.items() if pool.used_slots(number) == len(here) + gone[number]]
+    whole.sort(key=lambda number: (sum(occupant.loss for occupant in inside[number]), number))
+    freed = list(leaving)
+    chosen: list[Occupant] = []
+    for number in whole:
+        if pool.fits(wanted, freed):
+            break
+        chosen += inside[number]
+        freed += [occupant.slot for occupant in inside[number]]
+    return tuple(chosen) if pool.fits(wanted, freed) else None
