@@ -21,6 +21,7 @@ from ..kvstore.client import Client
 from ..kvstore.config import load_config
 from ..kvstore.document import WritePolicy
 from ..kvstore.errors import HoldfastError, InvalidRequest, Unavailable
+from ..kvstore.geometry import extent_geometry
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PinView, PrefixView, TierView, VictimView
 from ..kvstore.wire import Attached
@@ -150,10 +151,11 @@ class Attachment:
         """The runs of every layer group, in token order, as arrays."""
         runs = self._attached.runs
         views = self._client.views(runs)
-        found: list[list[Planes]] = [[] for _ in self.spec.groups]
+        geometries = [extent_geometry(self.spec, group) for group in range(len(self.spec.groups))]
+        found: list[list[Planes]] = [[] for _ in geometries]
         for run, view in zip(runs, views, strict=True):
             # Sealed: whoever writes here corrupts everybody's copy.
-            found[run.group].append(Planes.of(run, self.spec, view.toreadonly()))
+            found[run.group].append(Planes(run, geometries[run.group], self.spec.dtype, view.toreadonly()))
         return found
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..kvstore.geometry import Geometry, extent_geometry
+from ..kvstore.geometry import Geometry
 from ..kvstore.runs import RunMessage
-from ..kvstore.spec import KVSpec
 
 Array = npt.NDArray[Any]
 NUMPY_DTYPES: Final = {
@@ -36,23 +35,23 @@ class Cut(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
 class Planes:
-    """A run's key and value planes: [extents, layers, kv heads, rows, dim] each, without a copy.
+    """A run of extents of a layer group with this geometry. `content` are the run's bytes."""
 
-    `content` are the run's bytes. MLA has no values: their dim is 0.
-    """
+    def __init__(self, run: RunMessage, geometry: Geometry, dtype: str, content: memoryview) -> None:
+        self.run = run
+        self.geometry = geometry
+        self.content = content
+        self._dtype = dtype
 
-    run: RunMessage
-    geometry: Geometry
-    content: memoryview
-    arrays: tuple[Array, Array]
+    @cached_property
+    def arrays(self) -> tuple[Array, Array]:
+        """Its key and value planes: [extents, layers, kv heads, rows, dim] each, without a copy.
 
-    @staticmethod
-    def of(run: RunMessage, spec: KVSpec, content: memoryview) -> Planes:
-        """Arrays over the bytes of a run."""
-        geometry = extent_geometry(spec, run.group)
-        dtype = np.dtype(NUMPY_DTYPES[spec.dtype])
+        MLA has no values: their dim is 0.
+        """
+        run, geometry = self.run, self.geometry
+        dtype = np.dtype(NUMPY_DTYPES[self._dtype])
         arrays = []
         for part in (0, 1):
             row_bytes = geometry.row_bytes(part)
@@ -62,8 +61,8 @@ class Planes:
                 continue
             strides = (run.slot_bytes, geometry.layer_bytes, geometry.rows * row_bytes, row_bytes, dtype.itemsize)
             offset = geometry.plane_offset(0, part)
-            arrays.append(np.ndarray(shape, dtype, buffer=content, offset=offset, strides=strides))
-        return Planes(run, geometry, content, (arrays[0], arrays[1]))
+            arrays.append(np.ndarray(shape, dtype, buffer=self.content, offset=offset, strides=strides))
+        return arrays[0], arrays[1]
 
     def cuts(self, start: int, stop: int) -> Iterator[Cut]:
         """What of tokens [start, stop) lies here, as few cuts, in order."""

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..kvstore.client import Client
 from ..kvstore.errors import InvalidRequest
+from ..kvstore.geometry import extent_geometry
 from ..kvstore.seal import CHECKSUM_BYTES, checksum
 from ..kvstore.spec import KVSpec
 from ..kvstore.wire import IngestOpened
@@ -70,7 +71,11 @@ class IngestWriter:
         self._released = False
         self._opened = opened
         views = client.views(opened.runs)
-        self._targets = [_Target(Planes.of(run, spec, view)) for run, view in zip(opened.runs, views, strict=True)]
+        geometries = [extent_geometry(spec, group) for group in range(len(spec.groups))]
+        self._targets = [
+            _Target(Planes(run, geometries[run.group], spec.dtype, view))
+            for run, view in zip(opened.runs, views, strict=True)
+        ]
         self._places = {
             layer: (number, position)
             for number, group in enumerate(spec.groups)
