@@ -6,6 +6,7 @@ Counting starts when the file `armed` appears beside the data directory, so that
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -143,3 +144,25 @@ class Kill:
 
         catalog_module._statement = hooked
         daemon.Segments, daemon.Catalog, daemon.Arena = FaultySegments, FaultyCatalog, FaultyArena
+
+
+@dataclass(frozen=True)
+class Full:
+    """Picklable: the device has no room for another segment while the file `armed` exists."""
+
+    armed: Path
+
+    def __call__(self) -> None:
+        fault = self
+
+        class Io(SystemIo):
+            def fallocate(self, descriptor, size_bytes):
+                if fault.armed.exists():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                super().fallocate(descriptor, size_bytes)
+
+        class FullSegments(Segments):
+            def __init__(self, directory, segment_bytes):
+                super().__init__(directory, segment_bytes, Io())
+
+        daemon.Segments = FullSegments
