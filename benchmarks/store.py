@@ -77,6 +77,7 @@ class Run:
             stage(self.directory / "beside", self.sizes, ddr__capacity_bytes=ddr) as one,
             store_lmcache.peer(self.directory / "lmcache", self.sizes) as worker,
         ):
+            self.facts |= one.facts
             versus = store_lmcache.Versus(one, self.sizes, worker)
             versus.run()
         self.rows += versus.rows()
