@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from .candidate import Candidate
 from .policy import Policy
@@ -21,10 +22,26 @@ def choose_victims(
     now_ns: int,
     satisfied: Callable[[Sequence[Candidate]], bool],
 ) -> tuple[Candidate, ...] | None:
+    """`choose_leaf_first` among candidates that are described already."""
+    by_id = {candidate.id: candidate for candidate in residents}
+    chain = {candidate.id: candidate.previous for candidate in by_id.values()}
+    return choose_leaf_first(chain, by_id.__getitem__, policy, now_ns, satisfied)
+
+
+def choose_leaf_first(
+    chain: Mapping[str, str | None],
+    describe: Callable[[str], Candidate],
+    policy: Policy,
+    now_ns: int,
+    satisfied: Callable[[Sequence[Candidate]], bool],
+) -> tuple[Candidate, ...] | None:
     """The victims in the order to evict them, or None when no set of victims is enough.
 
+    `chain` names every resident and its predecessor. Only those that are, or become, leaves are described: a cache has
+    far fewer documents than extents.
+
     `satisfied(victims)` says whether evicting these is enough. It must be monotone: more victims
-    never turn True into False. It is called O(log n + victims) times; all else is O(n log n).
+    never turn True into False. It is called O(log n + victims) times; all else is O(n + leaves log leaves).
 
     The lowest-scored leaves are taken until it holds; then, from the most valuable down, those
     that were not needed are spared. The result is minimal: no leaf-first part of it would do.
@@ -32,7 +49,7 @@ def choose_victims(
     if satisfied(()):
         return ()
     chosen: list[Candidate] = []
-    for candidate in _leaf_first(residents, policy, now_ns):
+    for candidate in _leaf_first(chain, describe, policy, now_ns):
         chosen.append(candidate)
         # Asked at powers of two only, then by bisection: a predicate that sums is itself O(n).
         if len(chosen).bit_count() == 1 and satisfied(chosen):
@@ -45,29 +62,26 @@ def choose_victims(
     return _spare(chosen[:shortest], satisfied)
 
 
-def _leaf_first(residents: Iterable[Candidate], policy: Policy, now_ns: int) -> Iterator[Candidate]:
+def _leaf_first(
+    chain: Mapping[str, str | None], describe: Callable[[str], Candidate], policy: Policy, now_ns: int
+) -> Iterator[Candidate]:
     """Every candidate that may leave, each as soon as it is a leaf, the lowest score first."""
-    by_id = {candidate.id: candidate for candidate in residents}
-    followers = dict.fromkeys(by_id, 0)
-    for candidate in by_id.values():
-        if candidate.previous in followers:
-            followers[candidate.previous] += 1
-    leaves = [
-        (policy.score(candidate, now_ns), candidate.id)
-        for candidate in by_id.values()
-        if candidate.movable and not followers[candidate.id]
-    ]
+    followers = Counter(previous for previous in chain.values() if previous in chain)
+    found = map(describe, chain.keys() - followers.keys())
+    leaves = [(policy.score(leaf, now_ns), leaf.id, leaf) for leaf in found if leaf.movable]
     heapq.heapify(leaves)
     while leaves:
-        _, leaf_id = heapq.heappop(leaves)
-        leaf = by_id[leaf_id]
+        _, leaf_id, leaf = heapq.heappop(leaves)
         yield leaf
-        if leaf.previous not in followers:
+        previous = chain[leaf_id]
+        if previous not in followers:
             continue
-        followers[leaf.previous] -= 1
-        parent = by_id[leaf.previous]
-        if parent.movable and not followers[parent.id]:
-            heapq.heappush(leaves, (policy.score(parent, now_ns), parent.id))
+        followers[previous] -= 1
+        if followers[previous]:
+            continue
+        parent = describe(previous)
+        if parent.movable:
+            heapq.heappush(leaves, (policy.score(parent, now_ns), previous, parent))
 
 
 def _spare(chosen: Sequence[Candidate], satisfied: Callable[[Sequence[Candidate]], bool]) -> tuple[Candidate, ...]:

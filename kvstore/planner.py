@@ -15,7 +15,7 @@ from typing import Final
 from ..eviction.candidate import Candidate
 from ..eviction.history import History
 from ..eviction.policy import Policy
-from ..eviction.victims import choose_victims
+from ..eviction.victims import choose_leaf_first, choose_victims
 from .calibration import Calibration
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
@@ -161,16 +161,14 @@ class Planner:
         """Who should leave so that the demand fits (what drains already is counted as gone); None: impossible."""
         chosen: list[Victim] = []
         leaving = self._leaving_slots(Tier.DDR)
-        records = {i: r for i, r in self.state.extents.items() if r.ddr is not None}
+        records = self.state.extents
 
         def slots_fit(victims: Sequence[Candidate]) -> bool:
             freed = _slots(records[victim.id].ddr for victim in victims)
             return self.state.ddr.fits(demand.slots, [*leaving, *freed])
 
-        candidates = self._ddr_candidates()
-        one_by_one = self._choose(candidates, slots_fit)
-        alone = partial(self._occupants, candidates)
-        victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, alone)
+        one_by_one = self._choose(Tier.DDR, slots_fit)
+        victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, self._occupants)
         if victims is None:
             return None
         chosen += [self._victim(records[v.id], records[v.id].ddr, v) for v in victims]
@@ -190,19 +188,18 @@ class Planner:
             freed = _slots(records[victim.id].nvme for victim in victims)
             return self.state.nvme.fits(wanted, [*leaving, *freed])
 
-        victims = self._choose(self._nvme_candidates(), slot_fits)
+        victims = self._choose(Tier.NVME, slot_fits)
         if victims is None:
             return None
         return tuple(self._victim(records[v.id], records[v.id].nvme, v) for v in victims)
 
     def free_bytes(self, tier: Tier, size_bytes: int) -> tuple[Victim, ...] | None:
         """Who should leave DDR or NVMe to free at least that many bytes; None: not that much may leave."""
-        candidates = self._ddr_candidates() if tier is Tier.DDR else self._nvme_candidates()
 
         def enough(victims: Sequence[Candidate]) -> bool:
             return sum(victim.size_bytes for victim in victims) >= size_bytes
 
-        victims = self._choose(candidates, enough)
+        victims = self._choose(tier, enough)
         if victims is None:
             return None
         records = [self.state.extents[victim.id] for victim in victims]
@@ -333,7 +330,7 @@ class Planner:
                 leaving.setdefault(shard.id, set()).add(extent)
             return self.place_rows(demand, leaving) is not None
 
-        victims = self._choose(candidates, rows_fit)
+        victims = choose_victims(candidates, self.policy, self.clock.monotonic_ns(), rows_fit)
         if victims is None:
             return None
         leaving = [(*owners[victim.id], victim) for victim in victims]
@@ -343,19 +340,40 @@ class Planner:
 
     def _leaving_slots(self, tier: Tier) -> list[Slot]:
         """Slots that will be free without anybody's doing."""
-        copies = [*self.state.leaving]
-        copies += [copy for r in self.state.extents.values() for copy in r.placements() if copy.state is State.DRAINING]
-        return _slots(copy for copy in copies if copy.tier is tier)
+        leaving = _slots(copy for copy in self.state.leaving if copy.tier is tier)
+        if tier is Tier.NVME:
+            return leaving  # a copy on its way out of NVMe is in no record any more
+        here = (record.ddr for record in self.state.extents.values() if record.ddr is not None)
+        return leaving + _slots(copy for copy in here if copy.state is State.DRAINING)
 
-    def _ddr_candidates(self) -> list[Candidate]:
-        return [
-            self._candidate(record, record.ddr, record.extent.previous)
-            for record in self.state.extents.values()
-            if record.ddr is not None and record.ddr.state is not State.DRAINING
-        ]
+    def _chain(self, tier: Tier) -> dict[str, str | None]:
+        """What may be asked to leave DDR or NVMe, and the extent before each.
 
-    def _occupants(self, candidates: Sequence[Candidate]) -> Iterator[Occupant]:
+        Of NVMe everything resident anywhere: what only DDR holds cannot leave NVMe, but keeps its front there.
+        """
+        drains = State.DRAINING
+        if tier is Tier.DDR:
+            return {
+                extent: record.extent.previous
+                for extent, record in self.state.extents.items()
+                if record.ddr is not None and record.ddr.state is not drains
+            }
+        return {
+            extent: record.extent.previous
+            for extent, record in self.state.extents.items()
+            if (copy := record.nvme or record.ddr) is not None and copy.state is not drains
+        }
+
+    def _of(self, tier: Tier, extent: str) -> Candidate:
+        """One of a chain, described."""
+        record = self.state.extents[extent]
+        copy = record.ddr if tier is Tier.DDR else record.nvme or record.ddr
+        assert copy is not None
+        return self._candidate(record, copy, record.extent.previous, stays=copy.tier is not tier)
+
+    def _occupants(self) -> Iterator[Occupant]:
         """DDR copies that break no chain when they leave: NVMe has them, or will, or nothing is behind them."""
+        candidates = [self._of(Tier.DDR, extent) for extent in self._chain(Tier.DDR)]
         now_ns = self.clock.monotonic_ns()
         inner = {candidate.previous for candidate in candidates}
         for candidate in candidates:
@@ -365,18 +383,6 @@ class Planner:
                 assert record.ddr is not None
                 loss = self.policy.score(candidate, now_ns) * candidate.size_bytes
                 yield from (Occupant(candidate, slot, loss) for slot in _slots([record.ddr]))
-
-    def _nvme_candidates(self) -> list[Candidate]:
-        """Everything resident anywhere: what only DDR holds cannot leave NVMe, but keeps its front there."""
-        found = []
-        for record in self.state.extents.values():
-            placement = record.nvme or record.ddr
-            if placement is None or placement.state is State.DRAINING:
-                continue
-            found.append(
-                self._candidate(record, placement, record.extent.previous, stays=placement.tier is not Tier.NVME)
-            )
-        return found
 
     def _candidate(
         self,
@@ -403,10 +409,9 @@ class Planner:
     def _unpinned(self, record: ExtentRecord, placement: Placement) -> bool:
         return placement.tier is Tier.HBM or self.state.may_leave(record, placement)
 
-    def _choose(
-        self, candidates: list[Candidate], satisfied: Callable[[Sequence[Candidate]], bool]
-    ) -> tuple[Candidate, ...] | None:
-        return choose_victims(candidates, self.policy, self.clock.monotonic_ns(), satisfied)
+    def _choose(self, tier: Tier, satisfied: Callable[[Sequence[Candidate]], bool]) -> tuple[Candidate, ...] | None:
+        describe = partial(self._of, tier)
+        return choose_leaf_first(self._chain(tier), describe, self.policy, self.clock.monotonic_ns(), satisfied)
 
     def _victim(self, record: ExtentRecord, placement: Placement | None, candidate: Candidate) -> Victim:
         assert placement is not None
