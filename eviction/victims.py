@@ -74,7 +74,7 @@ def _leaf_first(
         _, leaf_id, leaf = heapq.heappop(leaves)
         yield leaf
         previous = chain[leaf_id]
-        if previous not in followers:
+        if previous is None or previous not in followers:
             continue
         followers[previous] -= 1
         if followers[previous]:

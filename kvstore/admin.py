@@ -402,7 +402,7 @@ class Admin:
             ranks_registered=len(group.seats),
             complete=group.complete,
             capacity_bytes=group.capacity_bytes,
-            used_bytes=self.service.state.used_bytes()[hbm_device(group.name)],
+            used_bytes=self.service.state.ledger.occupancy(hbm_device(group.name)),
             documents=sorted(str(document) for document in group.shards),
         )
 

@@ -30,10 +30,11 @@ from .loader import Loader
 from .loading import Loading, Phase
 from .orders import Urgency
 from .passage import Passage
-from .planner import Demand, slots_of
+from .planner import Demand
 from .residency import Event, Placement, State
 from .reuse import Decision
 from .room import Reservation, Room
+from .slots import slots_of
 from .spill import Spill
 from .state import DocumentRecord, ExtentRecord, Shard
 from .store import Store

@@ -15,9 +15,10 @@ from .ledger import Hop, HopTime
 from .loading import Loading, Phase, incomplete, unreadable
 from .opening import open_shard
 from .orders import CloseShard, LoadShard, Outcome, Part, ReadIn, Urgency
-from .planner import Demand, slots_of
+from .planner import Demand
 from .residency import Event, Placement, State, Tier
 from .room import Reservation, Room
+from .slots import slots_of
 from .state import ExtentRecord, Shard
 from .store import Store
 from .window import Window

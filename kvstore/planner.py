@@ -6,7 +6,7 @@ prices returns with the cost model.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,7 +21,6 @@ from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
 from .document import Document, DocumentId
-from .extent import Extent
 from .ledger import Hop
 from .residency import Placement, State, Tier
 from .slots import RowPool, Slot, SlotClass
@@ -442,11 +441,6 @@ class Planner:
             self.state.documents[document].document.write_policy != "memory-only" for document in record.documents
         )
         return kept and self.state.nvme.largest(kind) > 0
-
-
-def slots_of(extents: Iterable[Extent], owner: str | None = None) -> dict[SlotClass, int]:
-    """The slots that these extents take in DDR; on NVMe, where nobody owns slots, `owner` is ""."""
-    return Counter(SlotClass(extent.tenant if owner is None else owner, extent.slot_bytes) for extent in extents)
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

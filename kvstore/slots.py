@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .extent import Extent
+
 
 class SlotClass(NamedTuple):
     """Slots of one size for one owner (a tenant in DDR; "" on NVMe)."""
@@ -26,6 +28,11 @@ class Slot(NamedTuple):
     slab: int
     offset: int
     size_bytes: int
+
+
+def slots_of(extents: Iterable[Extent], owner: str | None = None) -> dict[SlotClass, int]:
+    """The slots that these extents take in DDR; on NVMe, where nobody owns slots, `owner` is ""."""
+    return Counter(SlotClass(extent.tenant if owner is None else owner, extent.slot_bytes) for extent in extents)
 
 
 @dataclass(slots=True)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -202,6 +203,16 @@ class State:
         found += [copy for copies in self.private.values() for copy in copies]
         found += [*self.spares.values(), *self.leaving]
         return found + [copy for shard in self.shards() for copy in shard.copies.values()]
+
+    def held(self) -> Iterator[Placement]:
+        """The copies that somebody uses."""
+        for record in self.extents.values():
+            if record.ddr is not None and record.ddr.holds:
+                yield record.ddr
+            if record.nvme is not None and record.nvme.holds:
+                yield record.nvme
+        for copies in (*self.private.values(), self.leaving, *(shard.copies.values() for shard in self.shards())):
+            yield from (copy for copy in copies if copy.holds)
 
     def used_bytes(self) -> Counter[str]:
         """Bytes of placements per device."""

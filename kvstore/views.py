@@ -5,13 +5,15 @@ The socket sends them as msgpack, the admin API as JSON; field names end in thei
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import msgspec
 
 from .claims import Lease, Pin
 from .clock import Clock
-from .document import DocumentId, WritePolicy
+from .document import WritePolicy
+from .extent import ExtentId
 from .ledger import SwapRecord, Verdict
 from .planner import Planner, Victim
 from .prefix import Prefix
@@ -273,27 +275,26 @@ def extent_views(state: State, planner: Planner, record: DocumentRecord) -> list
 
 def tier_views(state: State) -> list[TierView]:
     """Show every device: HBM by group, DDR, NVMe."""
-    placements = state.all_placements()
-    used = state.used_bytes()
+    leased: Counter[str] = Counter()
+    for copy in state.held():
+        leased[copy.device] += copy.size_bytes
+    pinned = _pinned_bytes(state)
     capacity = {hbm_device(group.name): group.capacity_bytes for group in state.groups.values()}
     pools = {DDR: state.ddr, NVME: state.nvme}
     capacity |= {device: pool.capacity_bytes for device, pool in pools.items()}
     wear = state.ledger.wear
     written = {"write-through": wear.write_through_bytes, "demotion": wear.demotion_bytes}
-    pinned = {pin.document: pin.floor for pin in state.pins.all()}
     views = []
     for device, size in capacity.items():
         tier = Tier.DDR if device == DDR else Tier.NVME if device == NVME else Tier.HBM
-        here = [p for p in placements if p.device == device]
-        held = sum(p.size_bytes for p in here if p.holds)
         views.append(
             TierView(
                 tier=tier.label,
                 device=device,
                 capacity_bytes=size,
-                used_bytes=used[device],
-                leased_bytes=held,
-                pinned_bytes=sum(p.size_bytes for p in here if _pinned(state, pinned, p.extent, tier)),
+                used_bytes=state.ledger.occupancy(device),
+                leased_bytes=leased[device],
+                pinned_bytes=pinned[device],
                 fragmented_bytes=pools[device].fragmented_bytes if device in pools else 0,
                 withdrawn_bytes=pools[device].withdrawn_bytes if device in pools else 0,
                 written_bytes=written if device == NVME else {},
@@ -303,11 +304,19 @@ def tier_views(state: State) -> list[TierView]:
     return views
 
 
-def _pinned(state: State, pinned: dict[DocumentId, Tier], extent: str, tier: Tier) -> bool:
-    record = state.extents.get(extent)
-    if record is None:
-        return False
-    return any(document in pinned and pinned[document] >= tier for document in record.documents)
+def _pinned_bytes(state: State) -> Counter[str]:
+    """Bytes per device of the copies that pins keep there: those at or above the lowest floor of their documents."""
+    floors: dict[ExtentId, Tier] = {}
+    for pin in state.pins.all():
+        for extent in state.documents[pin.document].document.extents:
+            floors[extent] = max(pin.floor, floors.get(extent, pin.floor))
+    copies = [copy for extent in floors for copy in state.extents[extent].placements()]
+    copies += [copy for shard in state.shards() for extent, copy in shard.copies.items() if extent in floors]
+    pinned: Counter[str] = Counter()
+    for copy in copies:
+        if floors[copy.extent] >= copy.tier:
+            pinned[copy.device] += copy.size_bytes
+    return pinned
 
 
 def swap_view(swap: SwapRecord) -> SwapView:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from .extent import Extent
 from .loading import Loading
-from .planner import Demand, slots_of
+from .planner import Demand
 from .room import Room
+from .slots import slots_of
 from .state import ExtentRecord
 from .store import Store
 
