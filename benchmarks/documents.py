@@ -21,6 +21,7 @@ from holdfast.engine_adapter.planes import Planes, in_extents
 from holdfast.engine_adapter.writer import IngestWriter
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.spec import KVSpec, LayerGroup
 
 from holdfast.demo_stage import DaemonProcess
@@ -175,7 +176,8 @@ class Opened:
         """All copies that a write makes, as few and as large as the geometries allow."""
         runs = self._opened.runs
         views = zip(runs, self.client.views(runs), strict=True)
-        targets = [Planes.of(run, self.source.spec, view) for run, view in views]
+        geometry = extent_geometry(self.source.spec)
+        targets = [Planes(run, geometry, self.source.spec.dtype, view) for run, view in views]
         moves: Copies = []
 
         def write(layer: int, start: int, key: KV, value: KV) -> None:

@@ -13,6 +13,7 @@ from bare import echo_peer
 from documents import GIB, KV, LLAMA, Copies, Sizes, Source, Stage, copy
 from holdfast.engine_adapter.planes import Planes, in_extents
 from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.geometry import extent_geometry
 from rows import Row, percentile, row
 from samples import Samples
 
@@ -125,7 +126,7 @@ class Memory:
         attached = self.stage.client.attach("document")
         moves: Copies = []
         for run, view in zip(attached.runs, self.stage.client.views(attached.runs), strict=True):
-            planes = Planes.of(run, LLAMA, view)
+            planes = Planes(run, extent_geometry(LLAMA), LLAMA.dtype, view)
             for layer in range(self.source.layers):
                 for cut in planes.cuts(run.start, run.stop):
                     for part in (0, 1):
