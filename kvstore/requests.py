@@ -121,9 +121,9 @@ class Requests:
             case DeleteDocument(name=name):
                 return await self._delete(DocumentId(tenant, name))
             case KeysOf(fingerprint, tokens):
-                return Keys(await self._keys(tenant, fingerprint, tokens))
+                return Keys(b"".join(await self._keys(tenant, fingerprint, tokens)))
             case LookupTokens(fingerprint, tokens):
-                keys = await self._keys(tenant, fingerprint, tokens)
+                keys = b"".join(await self._keys(tenant, fingerprint, tokens))
                 return Found(prefix_view(self._service.lookup(tenant, fingerprint, keys)))
             case _:
                 return self._simple(client, tenant, body)
@@ -181,7 +181,7 @@ class Requests:
             case _:
                 raise MalformedFrame(f"{type(body).__name__} is not expected here")
 
-    async def _keys(self, tenant: str, fingerprint: bytes, data: bytes) -> bytes:
+    async def _keys(self, tenant: str, fingerprint: bytes, data: bytes) -> list[bytes]:
         spec, secret = self._service.keying(tenant, fingerprint)
         tokens = as_tokens(_tokens(data), spec)
         keys = [ROOT]
@@ -189,11 +189,12 @@ class Requests:
         for start in range(0, len(tokens), step):
             keys += block_keys(tokens[start : start + step], spec, secret, keys[-1])
             await asyncio.sleep(0)  # a long document's keys take longer than others should have to wait
-        return b"".join(keys[1:])
+        return keys[1:]
 
     async def _begin(self, client: int, tenant: str, body: BeginIngest) -> Reply:
         tokens = _tokens(body.tokens)
         document = DocumentId(tenant, body.name)
+        keys = await self._keys(tenant, body.fingerprint, body.tokens)
         opened: Ingest = await self._call(
             lambda done: self._service.begin_ingest(
                 client,
@@ -205,6 +206,7 @@ class Requests:
                 body.chunk_tokens,
                 self._deadline_ns(body.deadline_seconds),
                 done,
+                keys,
             ),
             late=lambda ingest: self._service.abort_ingest(client, ingest.id),
         )

@@ -218,9 +218,11 @@ class Service:
         chunk_tokens: int,
         deadline_ns: int,
         granted: Callable[[Ingest | HoldfastError], None],
+        keys: Sequence[bytes] = (),
     ) -> Ingest:
         """Open an ingest. A group prefills in zigzag chunks of `chunk_tokens` behind what is cached.
 
+        `keys` are those of the tokens, where the caller has made them (`keying`) in turns with other work.
         `granted` hears, once, when its room is taken, or why it cannot be. Raises at once for bad input.
         """
         checked_name(document.name)
@@ -228,7 +230,8 @@ class Service:
         tokens = as_tokens(tokens, spec)
         if len(self.state.documents) >= self.config.limits.documents and document not in self.state.documents:
             raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
-        extents = cut(block_keys(tokens, spec, self._secret(document.tenant)), len(tokens), spec, document.tenant)
+        keys = keys or block_keys(tokens, spec, self._secret(document.tenant))
+        extents = cut(keys, len(tokens), spec, document.tenant)
         missing = tuple(extent for extent in extents if not self._present(extent))
         cached = self._cached_tokens(extents, missing, len(tokens))
         placed = None
