@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, overload
+from typing import Final, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +20,15 @@ import numpy.typing as npt
 from ..kvstore.client import Client
 from ..kvstore.config import load_config
 from ..kvstore.document import WritePolicy
-from ..kvstore.errors import HoldfastError, InvalidRequest, Unavailable
+from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, NoCapacity, Unavailable
 from ..kvstore.geometry import extent_geometry
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PinView, PrefixView, TierView, VictimView
 from ..kvstore.wire import Attached
 from .planes import Array, Planes, in_extents
 from .writer import IngestWriter
+
+AHEAD_SECONDS: Final = 0.2  # how long the next window may wait for room while the present one could be read
 
 
 def connect(socket: str | Path | None = None, *, data_dir: str | Path | None = None, tenant: str = "default") -> Store:
@@ -53,11 +55,12 @@ class Piece:
 
 
 class _Pieces(Sequence[Piece]):
-    """The extents of one layer of some runs."""
+    """The extents of one layer of some runs, as far as they hold these tokens."""
 
-    def __init__(self, planes: Sequence[Planes], position: int) -> None:
+    def __init__(self, planes: Sequence[Planes], position: int, tokens: tuple[int, int]) -> None:
         self._planes = planes
         self._position = position
+        self._tokens = tokens
 
     def __len__(self) -> int:
         return sum(planes.run.count for planes in self._planes)
@@ -82,30 +85,34 @@ class _Pieces(Sequence[Piece]):
         raise AssertionError(index)
 
     def _piece(self, planes: Planes, index: int) -> Piece:
-        cut = planes.extent(index)
+        cut = planes.clipped(index, *self._tokens)
         key, value = (planes.at(part, self._position, cut)[0] for part in (0, 1))
         return Piece(cut.start, key, value)
 
 
 class LayerKV:
-    """One layer of an attached document, in token order. `index` is the model's layer index."""
+    """One layer of an attached document, in token order. `index` is the model's layer index.
 
-    def __init__(self, index: int, planes: Sequence[Planes], position: int) -> None:
+    `tokens` is the range [start, stop) that it holds: the whole document, or what was attached of it.
+    """
+
+    def __init__(self, index: int, planes: Sequence[Planes], position: int, tokens: tuple[int, int]) -> None:
         self.index = index
+        self.tokens = tokens
         self._planes = planes
         self._position = position
 
     @property
     def pieces(self) -> Sequence[Piece]:
         """What it consists of, one piece per extent, without a copy; each is made when it is looked at."""
-        return _Pieces(self._planes, self._position)
+        return _Pieces(self._planes, self._position, self.tokens)
 
     def gathered(self) -> tuple[Array, Array]:
         """Key and value of all tokens, copied into one array each: [kv heads, tokens, dim]."""
         both = []
         for part in (0, 1):
             heads, dim = self._planes[0].arrays[part].shape[2::2]
-            both.append(np.empty((heads, self._planes[-1].run.stop, dim), self._planes[0].arrays[part].dtype))
+            both.append(np.empty((heads, self.tokens[1] - self.tokens[0], dim), self._planes[0].arrays[part].dtype))
         self.copy_into(*both)
         return both[0], both[1]
 
@@ -114,27 +121,38 @@ class LayerKV:
 
         Raises InvalidRequest for arrays of another shape or dtype, and copies nothing.
         """
-        stop = self._planes[-1].run.stop
+        start, stop = self.tokens
         for part, array in enumerate((key, value)):
             ours = self._planes[0].arrays[part]
             heads, dim = ours.shape[2::2]
-            if array.shape != (heads, stop, dim) or array.dtype != ours.dtype:
-                raise InvalidRequest(f"{array.dtype} {array.shape} is no room for {ours.dtype} {(heads, stop, dim)}")
+            if array.shape != (heads, stop - start, dim) or array.dtype != ours.dtype:
+                raise InvalidRequest(
+                    f"{array.dtype} {array.shape} is no room for {ours.dtype} {(heads, stop - start, dim)}"
+                )
         for planes in self._planes:
-            for cut in planes.cuts(0, stop):
+            for cut in planes.cuts(start, stop):
                 for part, array in enumerate((key, value)):
                     source = planes.at(part, self._position, cut)
-                    np.copyto(in_extents(array[:, cut.start : cut.stop], cut.extents), source)
+                    np.copyto(in_extents(array[:, cut.start - start : cut.stop - start], cut.extents), source)
 
 
 class Attachment:
-    """A leased document. Layers become readable one after the other, while later ones are still on their way."""
+    """A leased document. Layers become readable one after the other, while later ones are still on their way.
 
-    def __init__(self, client: Client, attached: Attached) -> None:
+    `tokens` is what of it is leased, [start, stop): all of it unless a range was asked for.
+    """
+
+    def __init__(self, client: Client, attached: Attached, tokens: tuple[int, int] | None = None) -> None:
         self._client = client
         self._attached = attached
         self.spec = attached.spec
         self.token_count = attached.token_count
+        self.tokens = tokens if tokens is not None else (0, attached.token_count)
+
+    def detach(self) -> None:
+        """Give it back. Its arrays must not be used any more."""
+        with suppress(Unavailable):  # a daemon that is gone holds no lease
+            self._client.detach(self._attached.lease)
 
     def layers(self) -> Iterator[LayerKV]:
         """Every layer, in order, each as soon as it may be read; no copy. Raises CorruptExtent or StorageFailed."""
@@ -145,7 +163,7 @@ class Attachment:
             self._client.wait_layers(self._attached.lease, position + 1)
             for number, group in enumerate(self.spec.groups):
                 if position < len(group.layers):
-                    yield LayerKV(group.layers[position], planes[number], position)
+                    yield LayerKV(group.layers[position], planes[number], position, self.tokens)
 
     def _planes(self) -> list[list[Planes]]:
         """The runs of every layer group, in token order, as arrays."""
@@ -211,15 +229,69 @@ class Store:
                     self._client.abort_ingest(opened.ingest)
 
     @contextmanager
-    def attach(self, name: str, *, spec: KVSpec | None = None, deadline_seconds: float = 60.0) -> Iterator[Attachment]:
-        """Lease a document and read it. With `spec`, KV of any other model is refused (SpecMismatch)."""
-        fingerprint = spec.fingerprint() if spec is not None else None
-        attached = self._client.attach(name, fingerprint=fingerprint, deadline_seconds=deadline_seconds)
+    def attach(
+        self,
+        name: str,
+        *,
+        spec: KVSpec | None = None,
+        tokens: tuple[int, int] | None = None,
+        deadline_seconds: float = 60.0,
+    ) -> Iterator[Attachment]:
+        """Lease a document, or tokens [start, stop) of it, and read it.
+
+        With `spec`, KV of any other model is refused (SpecMismatch). Raises DocumentTooLarge for more than DDR can
+        hold at once: see `windows`.
+        """
+        attachment = self._attached(name, spec, tokens, deadline_seconds)
         try:
-            yield Attachment(self._client, attached)
+            yield attachment
         finally:
-            with suppress(Unavailable):  # a daemon that is gone holds no lease
-                self._client.detach(attached.lease)
+            attachment.detach()
+
+    def _attached(
+        self, name: str, spec: KVSpec | None, tokens: tuple[int, int] | None, deadline_seconds: float
+    ) -> Attachment:
+        fingerprint = spec.fingerprint() if spec is not None else None
+        attached = self._client.attach(name, fingerprint=fingerprint, tokens=tokens, deadline_seconds=deadline_seconds)
+        return Attachment(self._client, attached, tokens)
+
+    def windows(
+        self,
+        name: str,
+        *,
+        spec: KVSpec | None = None,
+        tokens: tuple[int, int] | None = None,
+        window_tokens: int | None = None,
+        deadline_seconds: float = 60.0,
+    ) -> Iterator[Attachment]:
+        """A document of any size, or a range of its tokens, one attachment after the other, in order.
+
+        Each is given back when the next is asked for. While one is being read the next is on its way already, where
+        DDR allows two; `window_tokens` defaults to what fits into a quarter of DDR. Raises as `attach` does.
+        """
+        view = self._client.document(name)
+        start, stop = tokens if tokens is not None else (0, view.token_count)
+        size = window_tokens or self._quarter_of_ddr(view)
+        ranges = [(low, min(low + size, stop)) for low in range(start, stop, size)]
+        present = following = None
+        try:
+            for number, here in enumerate(ranges):
+                present, following = following or self._attached(name, spec, here, deadline_seconds), None
+                if number + 1 < len(ranges):
+                    with suppress(NoCapacity, DeadlineExceeded):  # then it is asked for when this one is given back
+                        following = self._attached(name, spec, ranges[number + 1], AHEAD_SECONDS)
+                yield present
+                present.detach()
+                present = None
+        finally:
+            for attachment in (present, following):
+                if attachment is not None:
+                    attachment.detach()
+
+    def _quarter_of_ddr(self, view: DocumentView) -> int:
+        """Tokens of a document in a quarter of DDR."""
+        capacity_bytes = sum(tier.capacity_bytes for tier in self._client.tiers() if tier.tier == "ddr")
+        return max(1, capacity_bytes // 4 * view.token_count // view.size_bytes)
 
     def lookup(self, spec: KVSpec, tokens: Sequence[int] | npt.NDArray[np.integer]) -> PrefixView:
         """How many leading tokens are in the cache, and in which tiers. Nothing is leased, and nothing learnt."""

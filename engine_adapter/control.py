@@ -12,7 +12,7 @@ import msgspec
 
 from ..kvstore.errors import GroupFailed, MalformedFrame
 from ..kvstore.frames import LENGTH
-from ..kvstore.wire import LayoutMessage
+from ..kvstore.layouts import LayoutMessage
 
 FRAME_LIMIT: Final = 256 << 20  # tokens and logits of one call; ranks are our own processes
 READ_BYTES: Final = 1 << 20

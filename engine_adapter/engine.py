@@ -9,8 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..kvstore.layouts import ShardMessage
 from ..kvstore.spec import KVSpec
-from ..kvstore.wire import ShardMessage
 
 Progress = Callable[[int], None]
 

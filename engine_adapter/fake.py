@@ -20,8 +20,8 @@ from ..kvstore.errors import HoldfastError, InvalidRequest
 from ..kvstore.geometry import extent_geometry
 from ..kvstore.keys import as_tokens
 from ..kvstore.layout import Copy, Layout, Span
+from ..kvstore.layouts import ShardMessage
 from ..kvstore.spec import KVSpec
-from ..kvstore.wire import ShardMessage
 from .agent import Agent, Seat
 from .engine import Answer, PrefillPoint, Progress
 

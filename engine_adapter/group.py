@@ -22,8 +22,8 @@ import numpy as np
 
 from ..kvstore.client import token_bytes
 from ..kvstore.errors import DeadlineExceeded, GroupFailed, HoldfastError, from_code
+from ..kvstore.layouts import ShardMessage
 from ..kvstore.spec import KVSpec
-from ..kvstore.wire import ShardMessage
 from .control import (
     Answered,
     AnyOrder,

@@ -80,6 +80,12 @@ class Planes:
         start = self.run.start + index * self.run.step
         return Cut(index, 1, 0, start, min(start + self.run.step, self.run.stop))
 
+    def clipped(self, index: int, start: int, stop: int) -> Cut:
+        """The rows of one extent that hold tokens [start, stop)."""
+        cut = self.extent(index)
+        low, high = max(start, cut.start), min(stop, cut.stop)
+        return Cut(index, 1, low - cut.start, low, high)
+
     def at(self, part: int, layer: int, cut: Cut) -> Array:
         """The rows of a cut in one layer's key (0) or value (1) planes: [extents, kv heads, rows, dim]."""
         rows = (cut.stop - cut.start) // cut.extents

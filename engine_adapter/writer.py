@@ -6,6 +6,7 @@ Neither copying nor hashing holds the interpreter's lock.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -15,9 +16,11 @@ import numpy.typing as npt
 from ..kvstore.client import Client
 from ..kvstore.errors import InvalidRequest
 from ..kvstore.geometry import extent_geometry
+from ..kvstore.runs import RunMessage
 from ..kvstore.seal import CHECKSUM_BYTES, checksum
 from ..kvstore.spec import KVSpec
 from ..kvstore.wire import IngestOpened
+from .exchange import Exchange
 from .planes import NUMPY_DTYPES, Array, Cut, Planes, in_extents
 
 SEAL_BATCH_BYTES: Final = 4 << 20  # much less than a cache, much more than handing it over costs
@@ -56,6 +59,13 @@ class _Target:
             at = extent * self.seal_bytes + (layer * parts + part) * CHECKSUM_BYTES
             self.sealed[at : at + CHECKSUM_BYTES] = checksum(self.planes.plane(extent, layer, part))
 
+    def seal_all(self) -> list[bytes]:
+        """Make the checksums of all extents; returns them."""
+        for extent in range(self.planes.run.count):
+            for layer in range(self.planes.geometry.layers):
+                self.seal(extent, layer)
+        return self.seals()
+
     def seals(self) -> list[bytes]:
         """One per extent."""
         size = self.seal_bytes
@@ -66,16 +76,13 @@ class IngestWriter:
     """An open ingest: write the KV of every missing token of every layer, then leave the `with` block to publish."""
 
     def __init__(self, client: Client, spec: KVSpec, opened: IngestOpened, token_count: int) -> None:
+        self._client = client
         self._spec = spec
         self._token_count = token_count
         self._released = False
         self._opened = opened
-        views = client.views(opened.runs)
-        geometries = [extent_geometry(spec, group) for group in range(len(spec.groups))]
-        self._targets = [
-            _Target(Planes(run, geometries[run.group], spec.dtype, view))
-            for run, view in zip(opened.runs, views, strict=True)
-        ]
+        self._geometries = [extent_geometry(spec, group) for group in range(len(spec.groups))]
+        self._targets: list[_Target] = []
         self._places = {
             layer: (number, position)
             for number, group in enumerate(spec.groups)
@@ -85,6 +92,21 @@ class IngestWriter:
         self._complete: list[tuple[_Target, int, int]] = []  # to be handed over
         self._complete_bytes = 0
         self._sealing: list[Future[None]] = []
+        self._waiting = {(group, start): tokens for start, tokens, group in opened.waiting}  # without a slot, in order
+        self._exchange = Exchange(client, opened.ingest, self._sealer) if opened.waiting else None
+        self._add(opened.runs)
+
+    def _add(self, runs: Sequence[RunMessage]) -> None:
+        """Slots to fill; those of a document in a window one by one, as they are handed over."""
+        if self._exchange is not None:
+            runs = [single for run in runs for single in run.singles()]
+        views = self._client.views(runs)
+        self._targets += [
+            _Target(Planes(run, self._geometries[run.group], self._spec.dtype, view))
+            for run, view in zip(runs, views, strict=True)
+        ]
+        for run in runs:
+            self._waiting.pop((run.group, run.start), None)
 
     @property
     def cached_tokens(self) -> int:
@@ -94,13 +116,17 @@ class IngestWriter:
     @property
     def missing(self) -> list[tuple[int, int]]:
         """Token ranges [start, stop) to write, one per extent, in order."""
-        return sorted({(part.start, part.start + part.valid_tokens) for part in self._opened.parts})
+        later = {(start, start + tokens) for start, tokens, _ in self._opened.waiting}
+        return sorted({(part.start, part.start + part.valid_tokens) for part in self._opened.parts} | later)
 
     def write(self, layer: int, start: int, key: Array, value: Array) -> None:
         """Store one layer's KV of tokens [start, start + n): [kv heads, n, dim]. What is stored already is skipped.
 
+        A document that is too large for DDR passes through it in a window: write every layer of a range of tokens
+        before the next range, in pieces of at most half of the window.
+
         Raises InvalidRequest when the layer, the shape or the dtype is not the model's, when the tokens are not the
-        document's, and when the block has ended.
+        document's or lie outside the window, and when the block has ended.
         """
         if self._released:
             raise InvalidRequest("this ingest has ended; write inside its block")
@@ -111,13 +137,40 @@ class IngestWriter:
         stop = start + key.shape[1]
         if not 0 <= start <= stop <= self._token_count:
             raise InvalidRequest(f"tokens [{start}, {stop}) are not in this document of {self._token_count} tokens")
-        for target in self._targets:
+        if self._exchange is not None:
+            self._move_to(number, start, stop, self._exchange)
+        for target in list(self._targets):
             if target.planes.run.group != number:
                 continue
             for cut in target.planes.cuts(start, stop):
                 for part, array in enumerate((key, value)):
                     target.write(position, cut, array[:, cut.start - start : cut.stop - start], part)
-                self._seal(target, target.mark(position, cut))
+                complete = target.mark(position, cut)
+                if self._exchange is None:
+                    self._seal(target, complete)
+                elif self._waiting and target.written.all():
+                    self._targets.remove(target)
+                    self._exchange.give(target.planes.run, target.seal_all)
+
+    def _move_to(self, number: int, start: int, stop: int, exchange: Exchange) -> None:
+        """Get slots for all of these tokens, in exchange for what is complete. Raises InvalidRequest."""
+        given = exchange.given.get(number, 0)
+        if start < given:
+            raise InvalidRequest(f"tokens below {given} are complete and have been handed over; write forward only")
+        while (first := self._first_waiting(number)) is not None and first < stop:
+            runs = exchange.take()
+            if runs is None:
+                here = [t.planes.run for t in self._targets if t.planes.run.group == number]
+                window = f"[{min(run.start for run in here)}, {max(run.stop for run in here)})" if here else "none"
+                raise InvalidRequest(
+                    f"tokens [{start}, {stop}) are outside the window of this document, which is too large for DDR: "
+                    f"tokens {window} can be written; write all of their layers before what follows"
+                )
+            self._add(runs)
+
+    def _first_waiting(self, number: int) -> int | None:
+        """The first token of a layer group that has no slot yet."""
+        return next((start for group, start in self._waiting if group == number), None)
 
     def _check(self, number: int, key: Array, value: Array) -> None:
         group = self._spec.groups[number]
@@ -145,6 +198,12 @@ class IngestWriter:
 
     def check_complete(self) -> None:
         """Raises InvalidRequest, naming what is missing, unless every token of every layer was written."""
+        if self._exchange is not None:
+            while self._waiting and (runs := self._exchange.take()) is not None:
+                self._add(runs)
+            for group, start in self._waiting:
+                index = self._spec.groups[group].layers[0]
+                raise InvalidRequest(f"layer {index}: token {start} was never written; nothing is published")
         for target in self._targets:
             if not target.written.all():
                 run = target.planes.run
@@ -153,8 +212,12 @@ class IngestWriter:
                 raise InvalidRequest(f"layer {index}: token {run.start + row} was never written; nothing is published")
 
     def seals(self) -> list[bytes]:
-        """The seals of all extents, as a commit wants them, when everything has been written."""
+        """The seals of all extents that were not handed over, as a commit wants them, when everything is written."""
+        if self._exchange is not None:
+            for target in self._targets:
+                target.seal_all()
         self._hand_over()
+        self._targets.sort(key=lambda target: (target.planes.run.group, target.planes.run.start))
         for sealing in self._sealing:
             sealing.result()
         return [seal for target in self._targets for seal in target.seals()]

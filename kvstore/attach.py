@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from .claims import Lease
 from .document import Document, DocumentId
-from .errors import ClaimNotFound, HoldfastError, LayoutError, SpecMismatch
+from .errors import ClaimNotFound, HoldfastError, InvalidRequest, LayoutError, SpecMismatch
 from .layout import RUNS_LIMIT, Layout, scheme
 from .ledger import Hop, SwapRecord
 from .loader import Loader
@@ -70,15 +70,23 @@ class Attaches:
         layout: Layout | None,
         deadline_ns: int,
         granted: Callable[[Attach | HoldfastError], None],
+        tokens: tuple[int, int] | None = None,
     ) -> Attach:
         """Lease a document and bring it to DDR (`group` None) or into a group.
 
-        `granted` hears, once, when moves begin or why they cannot. Raises DocumentNotFound, DocumentIncomplete,
-        GroupNotFound, SpecMismatch, LayoutError or NoCapacity at once, leaving nothing behind.
+        Without a group it may be a range of its tokens [start, stop): the extents that hold any of them. `granted`
+        hears, once, when moves begin or why they cannot. Raises DocumentNotFound, DocumentIncomplete, GroupNotFound,
+        SpecMismatch, LayoutError, InvalidRequest, DocumentTooLarge or NoCapacity at once, leaving nothing behind.
         """
         owner = self.state.document(document).document
         if fingerprint is not None and owner.fingerprint != fingerprint:
             raise SpecMismatch(f"{document} holds KV of another model, or of another revision of it")
+        start, stop = tokens if tokens is not None else (0, owner.token_count)
+        if not 0 <= start < stop <= owner.token_count or (group is not None and tokens is not None):
+            raise InvalidRequest(
+                f"tokens [{start}, {stop}) of {document}: a range lies within its {owner.token_count} tokens, "
+                "and a group takes the whole document"
+            )
         placed = None
         if group is not None:
             shard = self.state.group(group).shards.get(owner.id)
@@ -92,7 +100,7 @@ class Attaches:
             granted_ns=now_ns,
             deadline_ns=now_ns + self.lease_ns,
         )
-        attach = self._attach(lease, owner, group, placed, granted)
+        attach = self._attach(lease, owner, group, placed, granted, (start, stop))
         if group is not None or not self._is_here(attach.loading):
             self.loader.start(attach.loading, deadline_ns)
             attach.loading.swap.predicted_ns = self._predicted_ns(attach.loading, owner)
@@ -108,6 +116,7 @@ class Attaches:
         group: str | None,
         layout: Layout | None,
         granted: Callable[[Attach | HoldfastError], None],
+        tokens: tuple[int, int],
     ) -> Attach:
         def answer(result: Attach | HoldfastError) -> None:
             if not attach.answered:
@@ -120,7 +129,10 @@ class Attaches:
                 answer(error)
             self._wake(attach)
 
+        start, stop = tokens
         extents = [self.state.extents[extent] for extent in owner.extents]
+        if stop - start < owner.token_count:
+            extents = [r for r in extents if r.extent.start < stop and start < r.extent.stop]
         loading = Loading(
             document=owner.id,
             records=extents,
@@ -128,7 +140,7 @@ class Attaches:
             group=group,
             layout=layout,
             urgency=Urgency.ATTACH,
-            swap=self._swap(lease, owner, group),
+            swap=self._swap(lease, owner, group, tokens),
             started_ns=lease.granted_ns,
             granted=lambda: answer(attach),
             layer_ready=lambda _: self._wake(attach),
@@ -137,15 +149,16 @@ class Attaches:
         attach = Attach(lease=lease, loading=loading)
         return attach
 
-    def _swap(self, lease: Lease, owner: Document, group: str | None) -> SwapRecord:
+    def _swap(self, lease: Lease, owner: Document, group: str | None, tokens: tuple[int, int]) -> SwapRecord:
+        start, stop = tokens
         return SwapRecord(
             id=lease.id,
             document=str(owner.id),
             group=group,
             client=lease.owner,
             started_wall_ns=self.store.clock.wall_ns(),
-            token_count=owner.token_count,
-            recompute_ns=self.store.planner.curve(owner.fingerprint).marginal_prefill_ns(0, owner.token_count),
+            token_count=stop - start,
+            recompute_ns=self.store.planner.curve(owner.fingerprint).marginal_prefill_ns(start, stop),
         )
 
     def _is_here(self, loading: Loading) -> bool:

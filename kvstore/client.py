@@ -16,6 +16,7 @@ from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
 from .errors import ClaimNotFound, TokenOutOfRange
 from .layout import Layout
+from .layouts import LayoutMessage
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
@@ -37,13 +38,13 @@ from .wire import (
     Keys,
     KeysOf,
     LayersReady,
-    LayoutMessage,
     ListDocuments,
     ListTiers,
     Lookup,
     LookupTokens,
     MapSlabs,
     MoveDone,
+    NextSlots,
     ObservePrefill,
     PinDocument,
     Pinned,
@@ -56,6 +57,7 @@ from .wire import (
     Request,
     ShowDocument,
     SlabsMapped,
+    SlotsGiven,
     SpecRegistered,
     Tiers,
     UnpinDocument,
@@ -186,6 +188,16 @@ class Client:
         body = CommitIngest(ingest, list(seals), deadline_seconds)
         return self._ask(Documents, body, deadline_seconds + MARGIN_SECONDS).documents[0]
 
+    def next_slots(
+        self,
+        ingest: int,
+        filled: Sequence[tuple[int, int]],
+        seals: Sequence[bytes] = (),
+        deadline_seconds: float = 600.0,
+    ) -> SlotsGiven:
+        """Hand over filled extents, each as (first token, layer group); returns as soon as there are free slots."""
+        return self._ask(SlotsGiven, NextSlots(ingest, list(filled), list(seals)), deadline_seconds)
+
     def abort_ingest(self, ingest: int) -> None:
         """Drop it without a trace."""
         self._do(AbortIngest(ingest))
@@ -197,11 +209,12 @@ class Client:
         fingerprint: bytes | None = None,
         group: str | None = None,
         layout: Layout | None = None,
+        tokens: tuple[int, int] | None = None,
         deadline_seconds: float = 60.0,
     ) -> Attached:
-        """Lease a document and start bringing it to DDR, or into a group."""
+        """Lease a document, or tokens [start, stop) of it, and start bringing it to DDR; or into a group."""
         wanted = LayoutMessage.of(layout) if layout is not None else None
-        body = AttachDocument(name, fingerprint, group, wanted, deadline_seconds)
+        body = AttachDocument(name, fingerprint, group, wanted, deadline_seconds, tokens)
         attached = self._ask(Attached, body, deadline_seconds + MARGIN_SECONDS)
         self._ready[attached.lease] = attached.layers_ready
         return attached

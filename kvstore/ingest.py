@@ -7,11 +7,10 @@ each other: the second to commit gives its duplicate copies back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
+from collections.abc import Sequence
 
-from .document import Document, WritePolicy
+from .demand import Demand
+from .document import WritePolicy
 from .enrol import Enrolled, Enrolment, Enrolments
 from .errors import (
     ClaimNotFound,
@@ -24,71 +23,25 @@ from .errors import (
     NoCapacity,
 )
 from .extent import Extent
-from .layout import Layout
+from .ingesting import Done, Ingest, Stage
 from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
 from .orders import Urgency
-from .passage import Passage
-from .planner import Demand
-from .residency import Event, Placement, State
+from .passage import Given, Passage
+from .residency import Event, State
 from .reuse import Decision
 from .room import Reservation, Room
 from .slots import slots_of
 from .spill import Spill
-from .state import DocumentRecord, ExtentRecord, Shard
+from .state import DocumentRecord, ExtentRecord
 from .store import Store
 from .writes import Turn
 
-Done = Callable[[HoldfastError | None], None]
 
-
-class Stage(StrEnum):
-    """Where an ingest is."""
-
-    WAITING = "waiting"
-    FILLING = "filling"
-    LOADING = "loading"  # to be committed as soon as the cached front has arrived
-    FAILED = "failed"  # the cached front will not come, but the group may still be writing to its rows
-    SAVING = "saving"
-    SEALING = "sealing"
-    CATALOGING = "cataloging"  # what is on NVMe already gets its rows
-    BEHIND = "behind"  # complete, but the disk has to catch up first (nvme.when_behind = wait)
-    ENDED = "ended"
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Ingest:
-    """An open ingest. `missing` are the extents that its writer fills; `cached_tokens` lead and are there already."""
-
-    id: int
-    client: int
-    document: Document
-    extents: tuple[Extent, ...]
-    missing: tuple[Extent, ...]
-    cached_tokens: int
-    group: str | None
-    layout: Layout | None
-    stage: Stage = Stage.WAITING
-    passage: Passage | None = None
-    held: list[Placement] = field(default_factory=list)
-    loading: Loading | None = None
-    reservation: Reservation | None = None
-    deadline_ns: int | None = None  # of its commit
-    turn: Turn | None = None
-    error: HoldfastError | None = None
-    granted: Done | None = None
-    committed: Done | None = None
-
-    @property
-    def filled(self) -> dict[str, Placement]:
-        """The private copies in DDR, by extent."""
-        return self.passage.filled if self.passage is not None else {}
-
-    @property
-    def shard(self) -> Shard | None:
-        """The shard in the group, once there is one."""
-        return self.loading.shard if self.loading is not None else None
+def position(extent: Extent) -> tuple[int, int]:
+    """In the order of tokens, all layer groups of a range together."""
+    return extent.start, extent.group
 
 
 class Ingests:
@@ -111,12 +64,14 @@ class Ingests:
         """
         self._refuse(ingest)
         ingest.granted = granted
+        # From a group the last come first, so that the front is what stays in DDR; a writer goes forward.
+        queue = ingest.missing[::-1] if ingest.group is not None else sorted(ingest.missing, key=position)
         ingest.passage = Passage(
             self.store,
             self.spill,
             ingest.id,
             ingest.missing,
-            tuple(reversed(ingest.missing)),  # so that the front is what stays in DDR
+            queue,
             deadline_ns - self.store.clock.monotonic_ns(),
             complete=lambda: self._sealed(ingest),
             failed=lambda error: self._end(ingest, error),
@@ -154,7 +109,7 @@ class Ingests:
 
     def _may_stream(self, ingest: Ingest) -> bool:
         """Whether NVMe could take the document, so that DDR needs only a window of it."""
-        if ingest.group is None or ingest.document.write_policy is WritePolicy.MEMORY:
+        if ingest.document.write_policy is WritePolicy.MEMORY:
             return False
         return self.store.records.nvme.could_hold(slots_of(ingest.extents, owner=""))
 
@@ -276,7 +231,7 @@ class Ingests:
         if seals:
             if ingest.group is not None:
                 raise InvalidRequest("what ranks save is sealed by the daemon; commit without seals")
-            self._passage(ingest).check_seals(ingest.missing, seals)
+            self._passage(ingest).check_seals(self._passage(ingest).unsealed, seals)
         if ingest.stage is Stage.FAILED:
             assert ingest.error is not None
             ingest.committed = committed
@@ -284,19 +239,30 @@ class Ingests:
             return
         if ingest.stage is not Stage.FILLING:
             raise InUse(f"ingest {ingest.id} is {ingest.stage}, so it cannot be committed now")
+        if ingest.group is None and self._passage(ingest).todo:
+            waiting = self._passage(ingest).todo[0]
+            raise InvalidRequest(
+                f"tokens [{waiting.start}, {waiting.stop}) have no slot yet: hand over what is filled, and fill them"
+            )
         ingest.committed = committed
-        for extent, seal in zip(ingest.missing, seals, strict=False):
-            ingest.filled[extent.id].checksums = seal
         if ingest.loading is not None and ingest.loading.phase is Phase.MOVING:
             ingest.stage = Stage.LOADING
         else:
-            self._proceed(ingest)
+            self._proceed(ingest, seals)
+
+    def next_slots(
+        self, ingest: Ingest, filled: Sequence[tuple[int, int]], seals: Sequence[bytes], given: Given
+    ) -> None:
+        """A writer without a group hands filled extents over and gets slots for those that wait; see Passage."""
+        if ingest.stage is not Stage.FILLING or ingest.group is not None:
+            raise InvalidRequest(f"ingest {ingest.id} is {ingest.stage}: nothing is handed over now")
+        self._passage(ingest).next_slots(filled, seals, given)
 
     def _passage(self, ingest: Ingest) -> Passage:
         assert ingest.passage is not None
         return ingest.passage
 
-    def _proceed(self, ingest: Ingest) -> None:
+    def _proceed(self, ingest: Ingest, seals: Sequence[bytes] = ()) -> None:
         if not ingest.missing:
             self._complete(ingest)
         elif ingest.shard is not None:
@@ -304,7 +270,7 @@ class Ingests:
             self._passage(ingest).save(ingest.shard)
         else:
             ingest.stage = Stage.SEALING
-            self._passage(ingest).seal(ingest.missing)
+            self._passage(ingest).finish(seals)
 
     def _sealed(self, ingest: Ingest) -> None:
         """All is complete; what lies on NVMe only needs its rows before anybody may read it."""
@@ -402,7 +368,7 @@ class Ingests:
             self.room.cancel(ingest.reservation)
             ingest.reservation = None
         if ingest.passage is not None:
-            ingest.passage.stop()
+            ingest.passage.stop(error)
         if ingest.turn is not None:
             self.room.writes.cancel(ingest.turn)
         self._ready(ingest, error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .demand import Demand
 from .errors import HoldfastError, InUse
 from .extent import ExtentId
 from .geometry import Geometry, extent_geometry
@@ -15,7 +16,6 @@ from .ledger import Hop, HopTime
 from .loading import Loading, Phase, incomplete, unreadable
 from .opening import open_shard
 from .orders import CloseShard, LoadShard, Outcome, Part, ReadIn, Urgency
-from .planner import Demand
 from .residency import Event, Placement, State, Tier
 from .room import Reservation, Room
 from .slots import slots_of
@@ -47,6 +47,8 @@ class Loader:
         gone = [record for record in loading.records if record.source() is None and record.extent.id not in here]
         if gone:
             raise incomplete(loading, *gone)
+        if loading.group is None:
+            self.window.refuse_too_large(loading)
         loading.reservation = Reservation(
             demand=lambda: self._demand(loading),
             granted=lambda: self._granted(loading),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from .demand import Demand
 from .loading import Loading
 from .orders import OpenShard
-from .planner import Demand
 from .state import Shard
 from .store import Store
 

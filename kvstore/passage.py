@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from .errors import HoldfastError, InvalidRequest
+from .errors import HoldfastError, InUse, InvalidRequest
 from .extent import Extent
 from .geometry import Geometry, extent_geometry
 from .ledger import Hop
@@ -20,6 +20,8 @@ from .seal import CHECKSUM_BYTES
 from .spill import Spill, Spilling
 from .state import Shard
 from .store import Store
+
+Given = Callable[[list[Extent] | HoldfastError], None]
 
 
 class Passage:
@@ -52,10 +54,15 @@ class Passage:
         self.in_flight = 0
         self.todo = list(queue)  # no slot yet
         self.window = list(missing)  # what gets slots at the beginning, in document order
-        self._count = len(missing)
+        self._missing = missing
+        self._numbers = {extent.id: number for number, extent in enumerate(missing)}
         self._unsealed = len(missing)
         self._needed: Counter[int] = Counter()  # slots of each size that nothing under way will free
         self._shard: Shard | None = None
+        self._handed: set[str] = set()  # filled: nobody writes to them any more
+        self._given: list[Extent] = []  # slots that the writer has not heard of
+        self._asking: Given | None = None
+        self._is_final = False  # its writer adds nothing any more
         self._is_over = False
         self._complete = complete
         self._failed = failed
@@ -64,7 +71,7 @@ class Passage:
     @property
     def streams(self) -> bool:
         """Whether it takes DDR for a part of its extents only."""
-        return len(self.window) < self._count
+        return len(self.window) < len(self._missing)
 
     def narrow(self, window_bytes: int) -> bool:
         """Begin with a window: the first of the queue, and one of each size. False when that is all there is."""
@@ -98,6 +105,7 @@ class Passage:
     def save(self, shard: Shard) -> None:
         """Let the ranks of a group fill the slots from its rows: these, and those that follow."""
         self._shard = shard
+        self._is_final = True
         if self.streams:
             for extent in self.window:
                 self._save([extent])
@@ -120,7 +128,7 @@ class Passage:
                 hop, now_ns = Hop(Tier.HBM, Tier.DDR), self.store.clock.monotonic_ns()
                 self.store.records.ledger.moved(hop, outcome.size_bytes, outcome.busy_ns, started_ns, now_ns)
                 self.store.planner.learn(hop, outcome.size_bytes, outcome.busy_ns)
-                self.seal(extents)
+                self._seal_all(extents)
 
         self.in_flight += 1
         self.store.submit(order, saved)
@@ -139,8 +147,54 @@ class Passage:
     def _geometry(self, extent: Extent) -> Geometry:
         return extent_geometry(self.store.records.specs[extent.fingerprint], extent.group)
 
-    def seal(self, extents: Sequence[Extent]) -> None:
+    @property
+    def unsealed(self) -> list[Extent]:
+        """What has a slot and was not handed over, in document order."""
+        here = [extent for extent in self.filled if extent not in self._handed]
+        return [self._missing[number] for number in sorted(self._numbers[extent] for extent in here)]
+
+    def next_slots(self, filled: Sequence[tuple[int, int]], seals: Sequence[bytes], given: Given) -> None:
+        """The writer hands these over, by (first token, layer group); `given` hears of the slots that they make free.
+
+        It is called as soon as there is one, at once with none when no extent waits for a slot. Raises InvalidRequest
+        for what is not the writer's to hand over, and InUse while it is still waiting.
+        """
+        mine = {(extent.start, extent.group): extent for extent in self.unsealed}
+        if self._asking is not None:
+            raise InUse("this ingest is waiting for slots already")
+        for key in filled:
+            if key not in mine:
+                raise InvalidRequest(f"no slot of this writer begins at token {key[0]} of layer group {key[1]}")
+        extents = [mine[key] for key in dict.fromkeys(filled)]
+        if not extents and not self._given and self.todo and not self.in_flight:
+            raise InvalidRequest("hand over filled extents: only their slots can become free")
+        if seals:
+            self.check_seals(extents, seals)
+        self._asking = given
+        self.hand_over(extents, seals)
+        self._give()
+
+    def _give(self) -> None:
+        if self._asking is not None and (self._given or not self.todo):
+            given, self._asking = self._asking, None
+            extents, self._given = self._given, []
+            given(extents)
+
+    def finish(self, seals: Sequence[bytes]) -> None:
+        """Everything is filled. `seals` are those of `unsealed`, or none."""
+        self._is_final = True
+        self.hand_over(self.unsealed, seals)
+        self._end_if_complete()
+
+    def hand_over(self, extents: Sequence[Extent], seals: Sequence[bytes]) -> None:
+        """Seal these, or take their writer's seals."""
+        for extent, seal in zip(extents, seals, strict=False):
+            self.filled[extent.id].checksums = seal
+        self._seal_all(extents)
+
+    def _seal_all(self, extents: Sequence[Extent]) -> None:
         """These are filled, and nobody writes to them any more. What its writer has not sealed is sealed here."""
+        self._handed.update(extent.id for extent in extents)
         for extent in extents:
             if self.filled[extent.id].checksums:
                 self._is_sealed(extent)
@@ -168,7 +222,8 @@ class Passage:
         self._end_if_complete()
 
     def _end_if_complete(self) -> None:
-        if not self.in_flight and not self._unsealed:
+        if self._is_final and not self._is_over and not self.in_flight and not self._unsealed:
+            self._is_final = False  # once
             self._complete()
 
     # Moving on ---------------------------------------------------------------------------------
@@ -198,6 +253,9 @@ class Passage:
         self._take(following)
         if self._shard is not None:
             self._save([following])
+        else:
+            self._given.append(following)
+            self._give()
         self._end_if_complete()
 
     def _goes_on(self, error: HoldfastError | None) -> bool:
@@ -212,7 +270,10 @@ class Passage:
             return False
         return True
 
-    def stop(self) -> None:
+    def stop(self, error: HoldfastError) -> None:
         """The ingest has ended: let nothing follow what is under way."""
         self._is_over = True
+        given, self._asking = self._asking, None
+        if given is not None:
+            given(error)
         self.in_flight -= self.spill.cancel(self.ingest)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
@@ -20,7 +20,8 @@ from .calibration import Calibration
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
-from .document import Document, DocumentId
+from .demand import Demand
+from .document import Document
 from .ledger import Hop
 from .residency import Placement, State, Tier
 from .slots import RowPool, Slot, SlotClass
@@ -50,20 +51,6 @@ class Victim:
     size_bytes: int
     restore_ns: int
     scores: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """Room that is needed at once: DDR slots by class, and rows per rank for a document's shard in a group.
-
-    `replaces` is a shard that gives up its rows for this.
-    """
-
-    slots: dict[SlotClass, int] = field(default_factory=dict)
-    group: str | None = None
-    document: DocumentId | None = None
-    rows: tuple[int, ...] = ()
-    replaces: int | None = None
 
 
 class Planner:
@@ -168,6 +155,8 @@ class Planner:
 
         one_by_one = self._choose(Tier.DDR, slots_fit)
         victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, self._occupants)
+        if victims is None:
+            victims = self._choose_unchained(slots_fit)
         if victims is None:
             return None
         chosen += [self._victim(records[v.id], records[v.id].ddr, v) for v in victims]
@@ -411,6 +400,18 @@ class Planner:
     def _choose(self, tier: Tier, satisfied: Callable[[Sequence[Candidate]], bool]) -> tuple[Candidate, ...] | None:
         describe = partial(self._of, tier)
         return choose_leaf_first(self._chain(tier), describe, self.policy, self.clock.monotonic_ns(), satisfied)
+
+    def _choose_unchained(self, satisfied: Callable[[Sequence[Candidate]], bool]) -> tuple[Candidate, ...] | None:
+        """In need, what NVMe has too may leave DDR before what lies behind it: nothing becomes useless by that.
+
+        A window that moves along a document needs it: its front is over while the rest is leased.
+        """
+        chain: dict[str, str | None] = {}
+        for extent, previous in self._chain(Tier.DDR).items():
+            record = self.state.extents.get(previous) if previous is not None else None
+            is_clean = record is not None and record.nvme is not None and record.nvme.readable
+            chain[extent] = None if is_clean else previous
+        return choose_leaf_first(chain, partial(self._of, Tier.DDR), self.policy, self.clock.monotonic_ns(), satisfied)
 
     def _victim(self, record: ExtentRecord, placement: Placement | None, candidate: Candidate) -> Victim:
         assert placement is not None

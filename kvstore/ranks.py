@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from .errors import GroupFailed, from_code
+from .layouts import LayoutMessage
 from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, SaveShard
 from .runs import PartMessage
 from .wire import (
     Command,
-    LayoutMessage,
     LoadCommand,
     MoveDone,
     SaveCommand,

@@ -18,8 +18,9 @@ from .costs import PrefillPoint
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
-from .ingest import Ingest
+from .ingesting import Ingest
 from .keys import ROOT, Tokens, as_tokens, block_keys
+from .layouts import LayoutMessage, ShardMessage
 from .loading import Loading
 from .planner import Victim
 from .residency import Placement, Tier
@@ -44,11 +45,11 @@ from .wire import (
     Keys,
     KeysOf,
     LayersReady,
-    LayoutMessage,
     ListDocuments,
     ListTiers,
     Lookup,
     LookupTokens,
+    NextSlots,
     ObservePrefill,
     PinDocument,
     Pinned,
@@ -58,8 +59,8 @@ from .wire import (
     Reply,
     Report,
     Request,
-    ShardMessage,
     ShowDocument,
+    SlotsGiven,
     SpecRegistered,
     Tiers,
     UnpinDocument,
@@ -107,6 +108,8 @@ class Requests:
                     lambda done: self._service.commit_ingest(client, ingest, done, seals, deadline_ns)
                 )
                 return Documents([self._view(committed)])
+            case NextSlots():
+                return await self._next_slots(client, body)
             case AttachDocument():
                 return await self._attach(client, tenant, body)
             case WaitLayers(lease=lease, layers=layers):
@@ -215,7 +218,17 @@ class Requests:
                 raise opened.error
             copies = [(extent, opened.filled.get(extent.id)) for extent in opened.missing]
             runs = self._runs(body.fingerprint, copies)
-        return IngestOpened(opened.id, opened.cached_tokens, runs, _shard(opened.loading))
+        todo = opened.passage.todo if opened.passage is not None and opened.group is None else []
+        waiting = [(extent.start, extent.valid_tokens, extent.group) for extent in todo]
+        return IngestOpened(opened.id, opened.cached_tokens, runs, _shard(opened.loading), waiting)
+
+    async def _next_slots(self, client: int, body: NextSlots) -> Reply:
+        given: tuple[Ingest, list[Extent]] = await self._call(
+            lambda done: self._service.next_slots(client, body.ingest, body.filled, body.seals, done)
+        )
+        ingest, extents = given
+        copies = [(extent, ingest.filled.get(extent.id)) for extent in extents]
+        return SlotsGiven(self._runs(ingest.document.fingerprint, copies))
 
     async def _attach(self, client: int, tenant: str, body: AttachDocument) -> Reply:
         wanted = body.layout.layout() if body.layout is not None else None
@@ -228,6 +241,7 @@ class Requests:
                 wanted,
                 self._deadline_ns(body.deadline_seconds),
                 done,
+                body.tokens,
             ),
             late=lambda attach: self._service.detach(client, attach.lease.id),
         )

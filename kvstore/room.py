@@ -10,11 +10,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from .demand import Demand
 from .errors import DeadlineExceeded, HoldfastError, NoCapacity
 from .geometry import extent_geometry
 from .ledger import Hop
 from .orders import Outcome, Part, SaveShard, Seal
-from .planner import Demand, Victim
+from .planner import Victim
 from .residency import Event, Placement, State, Tier
 from .state import ExtentRecord, Shard
 from .store import Store

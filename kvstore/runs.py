@@ -57,6 +57,14 @@ class RunMessage(msgspec.Struct, frozen=True, array_like=True):
         valid_tokens = min(self.step, self.stop - start)
         return PartMessage(self.slab, offset, self.slot_bytes, self.serial, start, valid_tokens, self.group)
 
+    def singles(self) -> Iterator[RunMessage]:
+        """Its extents as runs of one."""
+        for part in map(self.part, range(self.count)):
+            stop = part.start + part.valid_tokens
+            yield RunMessage(
+                part.slab, part.serial, part.offset, part.size_bytes, 1, part.start, stop, self.step, part.group
+            )
+
 
 class Parts(Sequence[PartMessage]):
     """The extents of some runs, each made when it is looked at: a document may have thousands."""

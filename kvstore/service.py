@@ -35,7 +35,8 @@ from .errors import (
 )
 from .extent import Extent, cut
 from .geometry import arena_geometry, extent_geometry
-from .ingest import Ingest, Ingests
+from .ingest import Ingests
+from .ingesting import Ingest
 from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
 from .layout import Layout, chunked, heads_of, zigzag
 from .ledger import Ledger, SwapRecord
@@ -290,6 +291,24 @@ class Service:
         self.ingests.commit(ingest, committed, seals, deadline_ns)
         self._pump()
 
+    def next_slots(
+        self,
+        client: int,
+        ingest_id: int,
+        filled: Sequence[tuple[int, int]],
+        seals: Sequence[bytes],
+        done: Callable[[tuple[Ingest, list[Extent]] | HoldfastError], None],
+    ) -> None:
+        """Hand over filled extents, each as (first token, layer group); see Ingests.next_slots."""
+        ingest = self.ingests.get(ingest_id, client)
+        self.ingests.next_slots(
+            ingest,
+            filled,
+            seals,
+            lambda result: done(result if isinstance(result, HoldfastError) else (ingest, result)),
+        )
+        self._pump()
+
     def abort_ingest(self, client: int, ingest_id: int) -> None:
         """Drop an open ingest without a trace."""
         self.ingests.abort(self.ingests.get(ingest_id, client))
@@ -309,12 +328,13 @@ class Service:
         layout: Layout | None,
         deadline_ns: int,
         granted: Callable[[Attach | HoldfastError], None],
+        tokens: tuple[int, int] | None = None,
     ) -> Attach:
         """See Attaches.attach; a use that the eviction policy learns from."""
-        attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted)
-        owner = self.state.documents[document]
-        self._touch(owner.document)
-        self.writes.came_back(owner, "attached again")
+        attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted, tokens)
+        used = [record.extent.id for record in attach.loading.records]  # all of it, or a range
+        self.history.touch_all(used, self.clock.monotonic_ns())
+        self.writes.came_back(self.state.documents[document], "attached again")
         self._pump()
         return attach
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .demand import Demand
+from .errors import DocumentTooLarge
 from .extent import Extent
 from .loading import Loading
-from .planner import Demand
 from .room import Room
 from .slots import slots_of
 from .state import ExtentRecord
@@ -24,6 +25,17 @@ class Window:
     def extents(self, extent: Extent) -> int:
         """How many extents of this one's size are inside at once: at least one."""
         return max(1, self.size_bytes // extent.slot_bytes)
+
+    def refuse_too_large(self, loading: Loading) -> None:
+        """Raises DocumentTooLarge for what is to be in DDR all at once and never could."""
+        extents = [record.extent for record in loading.records]
+        if not self.store.records.ddr.could_hold(slots_of(extents)):
+            size_bytes = sum(extent.slot_bytes for extent in extents)
+            raise DocumentTooLarge(
+                f"{loading.document}: {size_bytes} B do not fit into DDR of "
+                f"{self.store.records.ddr.capacity_bytes} B at once; attach ranges of its tokens (Store.windows), "
+                "or attach it to a group"
+            )
 
     def outside(self, loading: Loading, lacking: Sequence[ExtentRecord]) -> int:
         """How many of these extents, from the front, wait until others have passed. Without a group none does.

@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import msgspec
 
 from .document import WritePolicy
-from .layout import Layout, Run
+from .layouts import LayoutMessage, ShardMessage
 from .runs import PartMessage, Parts, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
@@ -28,31 +28,6 @@ Seconds = Annotated[float, msgspec.Meta(ge=0, le=10**6)]
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of all bodies; the class name is the tag."""
-
-
-class LayoutMessage(msgspec.Struct, frozen=True, array_like=True):
-    """A layout: runs as (start, stop, rank)."""
-
-    runs: list[tuple[int, int, int]]
-    cp: int
-    tp: int
-
-    @staticmethod
-    def of(layout: Layout) -> LayoutMessage:
-        """Encode."""
-        return LayoutMessage([(run.start, run.stop, run.rank) for run in layout.runs], layout.cp, layout.tp)
-
-    def layout(self) -> Layout:
-        """Decode. Raises LayoutError for runs that are no layout."""
-        return Layout(tuple(Run(*run) for run in self.runs), self.cp, self.tp)
-
-
-class ShardMessage(msgspec.Struct, frozen=True, array_like=True):
-    """A shard in a group, as its ranks know it."""
-
-    id: int
-    generation: int
-    layout: LayoutMessage
 
 
 # Requests ------------------------------------------------------------------------------------------
@@ -107,6 +82,17 @@ class CommitIngest(Message, frozen=True):
     deadline_seconds: float = 600.0
 
 
+class NextSlots(Message, frozen=True):
+    """Hand over filled extents, each as (first token, layer group), and ask for the slots that they make free.
+
+    `seals`: none, or one each. For documents that do not fit into DDR (IngestOpened.waiting).
+    """
+
+    ingest: int
+    filled: list[tuple[Count, Count]]
+    seals: list[bytes] = []
+
+
 class AbortIngest(Message, frozen=True):
     """Drop an ingest."""
 
@@ -114,13 +100,14 @@ class AbortIngest(Message, frozen=True):
 
 
 class AttachDocument(Message, frozen=True):
-    """Lease a document, to DDR or to a group."""
+    """Lease a document, to DDR or to a group; without a group perhaps only tokens [start, stop) of it."""
 
     name: str
     fingerprint: bytes | None
     group: str | None
     layout: LayoutMessage | None
     deadline_seconds: float
+    tokens: tuple[Count, Count] | None = None
 
 
 class WaitLayers(Message, frozen=True):
@@ -249,6 +236,7 @@ Request = (
     | RegisterRank
     | BeginIngest
     | CommitIngest
+    | NextSlots
     | AbortIngest
     | AttachDocument
     | WaitLayers
@@ -299,16 +287,31 @@ class SpecRegistered(Message, frozen=True):
 
 
 class IngestOpened(Message, frozen=True):
-    """Slots to fill (`runs`), tokens that are there already, and the shard in the group, if one was named."""
+    """Slots to fill (`runs`), tokens that are there already, and the shard in the group, if one was named.
+
+    `waiting` are extents that get their slots later, as (first token, tokens, layer group), in order: see NextSlots.
+    """
 
     ingest: int
     cached_tokens: int
     runs: list[RunMessage]
     shard: ShardMessage | None
+    waiting: list[tuple[int, int, int]] = []
 
     @property
     def parts(self) -> Parts:
         """The extents to fill, in order."""
+        return Parts(self.runs)
+
+
+class SlotsGiven(Message, frozen=True):
+    """Slots to fill next; none when no extent waits for one any more."""
+
+    runs: list[RunMessage]
+
+    @property
+    def parts(self) -> Parts:
+        """The extents to fill."""
         return Parts(self.runs)
 
 
@@ -430,6 +433,7 @@ Reply = (
     | Welcome
     | SpecRegistered
     | IngestOpened
+    | SlotsGiven
     | Attached
     | LayersReady
     | Receipt

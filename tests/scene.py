@@ -86,10 +86,10 @@ class Scene:
         assert heard == [ingest.document]
         return DocumentId("t", name)
 
-    def attach(self, document, group=None, client=CLIENT, deadline_ns=FAR_NS, layout=None):
+    def attach(self, document, group=None, client=CLIENT, deadline_ns=FAR_NS, layout=None, tokens=None):
         """Ask for a document; returns what was heard."""
         heard = []
-        self.service.attach(client, document, FINGERPRINT, group, layout, deadline_ns, heard.append)
+        self.service.attach(client, document, FINGERPRINT, group, layout, deadline_ns, heard.append, tokens)
         self.state.check()
         return heard
 

@@ -5,11 +5,14 @@ from dataclasses import replace
 import pytest
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import (
+    ClaimNotFound,
     CorruptExtent,
     DocumentIncomplete,
     DocumentTooLarge,
     GroupFailed,
     HoldfastError,
+    InUse,
+    InvalidRequest,
     NoCapacity,
     StorageFailed,
     from_code,
@@ -237,7 +240,7 @@ def test_it_is_seen_only_when_the_catalog_has_its_rows():
     scene.settle()
     done = scene.commit(ingest)
     put = scene.end_up_to(Write)
-    assert [record.kind for record in put.records] == ["put-extent"] * 4
+    assert [record.kind for record in put.records] == ["put-extent"] * 4 + ["put-wear"]
     assert not done
     assert not scene.state.documents
     scene.end(put)
@@ -462,3 +465,133 @@ def test_a_good_copy_is_not_given_up_for_one_that_may_fail(end):
     scene.service.delete(document)
     scene.settle()
     assert scene.empty()
+
+
+# Ingest by a client without a group ------------------------------------------------------------------
+
+
+def hand_over(scene, ingest, count, seals=()):
+    """The writer has filled its first `count` slots; returns what it hears of the next ones."""
+    filled = [(extent.start, extent.group) for extent in ingest.passage.unsealed[:count]]
+    heard = []
+    scene.service.next_slots(CLIENT, ingest.id, filled, list(seals), heard.append)
+    scene.state.check()
+    return heard
+
+
+def test_a_writer_moves_a_window_over_its_document():
+    """It fills slots in the order of the tokens, hands them over and gets the next; DDR holds a window of it."""
+    scene = Narrow(ddr=6)
+    resident = scene.store("r", tokens(2, 4))
+    ingest, heard = scene.begin("a", tokens(1, 9))
+    assert heard == [ingest]
+    assert [extent.start for extent in ingest.passage.unsealed] == [0, 32]
+    with pytest.raises(InvalidRequest, match=r"\[64, 96\) have no slot"):
+        scene.commit(ingest)
+    seal = bytes(8 * 4)
+    given = []
+    while ingest.passage.todo:
+        (heard,) = (hand_over(scene, ingest, 1, [seal] if len(given) % 2 else []),)
+        assert not heard
+        scene.settle()
+        assert private_bytes(scene)["ddr"] == 2 * EXTENT_BYTES
+        given += [extent.start for extent in heard[0][1]]
+    assert given == [32 * number for number in range(2, 9)]
+    assert hand_over(scene, ingest, 0) == [(ingest, [])], "no extent waits any more"
+    done = scene.commit(ingest)
+    scene.settle()
+    assert done == [ingest.document]
+    assert all(Tier.NVME in tiers for tiers in scene.tiers(ingest.document.id))
+    assert all(Tier.DDR in tiers for tiers in scene.tiers(resident))
+    assert scene.state.document(ingest.document.id).durable
+    scene.idle()
+
+
+def test_only_what_is_filled_can_be_handed_over():
+    """Each once, in one question at a time; nothing else is taken for it."""
+    scene = Narrow()
+    ingest, _ = scene.begin("a", tokens(1, 9))
+    for filled, seals in (([(64, 0)], []), ([(0, 1)], []), ([], []), ([(0, 0)], [b"short"]), ([(0, 0)], [b"", b""])):
+        with pytest.raises(InvalidRequest):
+            scene.service.next_slots(CLIENT, ingest.id, filled, seals, [].append)
+    assert not hand_over(scene, ingest, 1)
+    with pytest.raises(InUse):
+        hand_over(scene, ingest, 1)
+    scene.settle()
+    with pytest.raises(InvalidRequest, match="token 0"):
+        scene.service.next_slots(CLIENT, ingest.id, [(0, 0)], [], [].append)
+    with pytest.raises(ClaimNotFound):
+        scene.service.next_slots(CLIENT + 1, ingest.id, [(32, 0)], [], [].append)
+
+
+@pytest.mark.parametrize("end", ["abort", "disconnect", "fail"])
+def test_a_window_that_ends_early_leaves_nothing(end):
+    """After any number of its orders, and whoever waits for slots hears of it."""
+    for after in range(12):
+        scene = Narrow()
+        ingest, _ = scene.begin("a", tokens(1, 9))
+        heard = hand_over(scene, ingest, 2)
+        for _ in range(after):
+            if not scene.effects.orders:
+                heard = hand_over(scene, ingest, 2)
+            scene.end(scene.effects.orders[0])
+        match end:
+            case "abort":
+                scene.service.abort_ingest(CLIENT, ingest.id)
+            case "disconnect":
+                scene.service.disconnect(CLIENT)
+            case "fail":
+                if not scene.effects.orders:
+                    heard = hand_over(scene, ingest, 2)
+                scene.end(scene.effects.orders[0], StorageFailed("broken"))
+        assert len(heard) == 1
+        scene.settle()
+        assert not +scene.state.used_bytes(), after
+        assert not scene.state.extents
+        scene.idle()
+
+
+# Ranges of tokens ------------------------------------------------------------------------------------
+
+
+def test_a_range_leases_the_extents_that_hold_it():
+    """And no others: what is behind a hole, for one."""
+    scene = Narrow()
+    document = scene.on_nvme(a=tokens(1, 10))
+    with pytest.raises(DocumentTooLarge, match="windows"):
+        scene.attach(document)
+    (attach,) = scene.attach(document, tokens=(40, 97))
+    assert [read.source for read in scene.pending(ReadIn)] == [
+        scene.state.extents[extent].nvme.slot for extent in scene.state.documents[document].document.extents[1:4]
+    ]
+    scene.end(scene.pending(ReadIn)[1], CorruptExtent("bad"))
+    scene.settle()
+    scene.detach(attach)
+    with pytest.raises(DocumentIncomplete, match=r"\[64, 96\)"):
+        scene.attach(document, tokens=(32, 96))
+    (attach,) = scene.attach(document, tokens=(96, 200))
+    scene.settle()
+    assert attach.loading.phase == "ready"
+    assert attach.loading.swap.token_count == 104
+    for bad in ((0, 0), (5, 4), (0, 321), (320, 321)):
+        with pytest.raises(InvalidRequest):
+            scene.attach(document, tokens=bad)
+    with pytest.raises(InvalidRequest, match="group"):
+        scene.attach(document, "g", tokens=(0, 32))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_window_moves_forward_through_a_ddr_of_two(size):
+    """The next range is asked for before the present one is given back; what is behind it leaves, though a front."""
+    scene = Narrow(ddr=2 * size)
+    document = scene.on_nvme(a=tokens(1, 10))
+    present = None
+    for start in range(0, 320, 32 * size):
+        (attach,) = scene.attach(document, tokens=(start, min(start + 32 * size, 320)))
+        scene.settle()
+        assert attach.loading.phase == "ready"
+        if present is not None:
+            scene.detach(present)
+        present = attach
+    scene.detach(present)
+    scene.idle()
