@@ -117,6 +117,11 @@ class Arena:
         """Which inode the slab is, or will be once it is made: a number that no other has had. Quick."""
         return self._slab(slab).serial
 
+    def serials(self) -> dict[int, int]:
+        """The serials of all slabs that anybody has asked for, by number."""
+        with self._lock:
+            return {number: slab.serial for number, slab in self._slabs.items()}
+
     def make(self, slab: int) -> None:
         """See to it that the slab has its memory. Raises StorageFailed when it cannot be made."""
         found = self._slab(slab)

@@ -1,7 +1,7 @@
 """Catalog: what must survive a restart, in one SQLite file (WAL, synced at every commit).
 
 A transaction is there whole or not at all, at any instant of a crash. Recency never comes here: a commit costs a
-millisecond or more.
+millisecond or more. The warm index has the same form, in shared memory, where nothing is synced.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,10 +43,12 @@ from .ledger import Wear
 from .orders import (
     DropDocument,
     DropExtent,
+    DropFence,
     DropPin,
     PutCalibration,
     PutDocument,
     PutExtent,
+    PutFence,
     PutPin,
     PutPrefills,
     PutSpec,
@@ -101,6 +104,16 @@ CREATE TABLE pins (
 """
 
 NOT_OURS: Final = (ValueError, TypeError, msgspec.MsgspecError, InvalidSpec)  # how a row that we did not write shows
+
+FENCES: Final = """
+CREATE TABLE fences (
+    client INTEGER NOT NULL,
+    pid INTEGER NOT NULL,
+    started INTEGER NOT NULL,
+    serial INTEGER NOT NULL,
+    PRIMARY KEY (client, serial)
+) WITHOUT ROWID;
+"""
 
 Statement = tuple[str, Row]
 
@@ -166,12 +179,20 @@ def inspect(path: Path) -> Rows:
     )
 
 
+class Durability(StrEnum):
+    """What a commit outlives. Either way it is whole or not there. The value is SQLite's."""
+
+    POWER = "FULL"
+    PROCESS = "OFF"  # the kernel has the writes, so that SIGKILL loses none; for the warm index
+
+
 class Catalog:
     """The file at `path`, made when there is none. Calls from several threads wait for each other."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, durability: Durability = Durability.POWER) -> None:
         """Raises StorageFailed when the file cannot be opened, is no catalog, or is of a newer version."""
         self.path = path
+        self._durability = durability
         self._lock = threading.Lock()
         self._reading = threading.Lock()  # another connection, so that a read waits for no commit
         try:
@@ -188,7 +209,7 @@ class Catalog:
                 mode = self._database.execute("PRAGMA journal_mode = WAL").fetchone()[0]
                 if mode != "wal":
                     raise StorageFailed(f"catalog {path}: its file system has no shared memory; use a local one")
-                self._database.execute("PRAGMA synchronous = FULL")
+                self._database.execute(f"PRAGMA synchronous = {durability.value}")
                 self._migrate()
         except StorageFailed:
             self._reader.close()
@@ -221,8 +242,34 @@ class Catalog:
             raise StorageFailed(f"catalog {self.path} has no seal of extent {extent}")
         return found[0]
 
+    def recall(self, name: str) -> str | None:
+        """What was remembered under that name. Raises StorageFailed."""
+        with self._lock, self._failures("cannot be read"):
+            found = self._database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+            return None if found is None else str(found[0])
+
+    def remember(self, name: str, value: str) -> None:
+        """Keep one word about the whole file. Raises StorageFailed."""
+        with self._lock, self._failures("commit failed"):
+            self._database.execute(*_replace("meta", name, value))
+
+    def fences(self) -> list[PutFence]:
+        """Every fence of a warm index. Raises StorageFailed."""
+        with self._lock, self._failures("cannot be read"):
+            return [PutFence(*row) for row in self._rows("*", "fences", "client, serial")]
+
     def load(self) -> Contents:
         """Everything, after dropping extents that no document needs. Raises StorageFailed."""
+        found = self.look()
+        needed = {extent for document in found.documents for extent in document.extents}
+        orphans = tuple(extent.id for extent, _ in found.extents if extent.id not in needed)
+        with self._lock, self._failures("cannot be written to"), self._transaction():
+            self._database.executemany("DELETE FROM extents WHERE id = ?", [(orphan,) for orphan in orphans])
+        extents = tuple(entry for entry in found.extents if entry[0].id in needed)
+        return replace(found, extents=extents, orphans=orphans)
+
+    def look(self) -> Contents:
+        """Everything as it is: extents that no document needs are among `extents`. Raises StorageFailed."""
         with self._lock, self._failures("cannot be read"), self._transaction():
             try:
                 return self._contents()
@@ -236,21 +283,17 @@ class Catalog:
             return shared.setdefault(value, value)
 
         documents = tuple(document_of(row, share) for row in self._rows("*", "documents", "tenant, name"))
-        needed = {extent for document in documents for extent in document.extents}
         rows = self._rows(EXTENT_COLUMNS, "extents", "id")
-        extents = [extent_of(tuple(map(share, row))) for row in rows]
-        orphans = tuple(extent.id for extent, _ in extents if extent.id not in needed)
-        self._database.executemany("DELETE FROM extents WHERE id = ?", [(orphan,) for orphan in orphans])
         return Contents(
             specs=tuple(spec_of(row) for row in self._rows("*", "specs", "fingerprint")),
-            extents=tuple(entry for entry in extents if entry[0].id in needed),
+            extents=tuple(extent_of(tuple(map(share, row))) for row in rows),
             documents=documents,
             pins=tuple(pin_of(row) for row in self._rows("*", "pins", "tenant, name")),
             tenants={str(name): bytes(secret) for name, secret in self._rows("*", "tenants", "name")},
             prefills=tuple(prefills_of(row) for row in self._rows("*", "prefills", "fingerprint")),
             calibration=self._calibration(),
             wear=self._wear(),
-            orphans=orphans,
+            orphans=(),
         )
 
     def _calibration(self) -> Calibration | None:
@@ -283,7 +326,8 @@ class Catalog:
         with self._transaction():
             tables = self._database.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]
             if not tables:
-                for statement in SCHEMA.split(";"):
+                schema = SCHEMA if self._durability is Durability.POWER else SCHEMA + FENCES
+                for statement in schema.split(";"):
                     self._database.execute(statement)
                 self._database.execute("INSERT INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
                 return
@@ -347,8 +391,16 @@ def _statement(record: Record) -> Statement:
             return "DELETE FROM extents WHERE id = ?", (extent_id,)
         case DropDocument(tenant=tenant, name=name):
             return "DELETE FROM documents WHERE tenant = ? AND name = ?", (tenant, name)
+        case PutFence() | DropFence():
+            return _fence_statement(record)
         case DropPin(tenant=tenant, name=name):
             return "DELETE FROM pins WHERE tenant = ? AND name = ?", (tenant, name)
+
+
+def _fence_statement(record: PutFence | DropFence) -> Statement:
+    if isinstance(record, PutFence):
+        return _replace("fences", record.client, record.pid, record.started, record.serial)
+    return "DELETE FROM fences WHERE client = ?", (record.client,)
 
 
 def _replace(table: str, *values: object) -> Statement:

@@ -30,6 +30,9 @@ DESCRIPTORS: Final = 253  # more cannot come with one read
 FRAME_LIMIT: Final = 256 << 20  # we trust our daemon, but not a broken stream
 REPLY_SECONDS: Final = 30.0
 REASON_SECONDS: Final = 1.0
+# Clients of this process, by socket, that hold nothing any more, but could not tell the daemon so: the next that
+# connects does, and what was kept for them is free.
+_let_go: dict[Path, set[int]] = {}
 
 
 class Connection:
@@ -65,13 +68,16 @@ class Connection:
             raise DaemonUnavailable(f"no daemon answers at {path} ({error.strerror or error})") from error
         self._reader = threading.Thread(target=self._read, name="holdfast-client", daemon=True)
         self._reader.start()
+        let_go = _let_go.get(path, set())
         try:
-            reply, _ = self.call(Hello(PROTOCOL_VERSION, tenant, resume or []), deadline_seconds)
+            hello = Hello(PROTOCOL_VERSION, tenant, [*(resume or ()), *let_go])
+            reply, _ = self.call(hello, deadline_seconds)
         except HoldfastError:
-            self.close()
+            self._hang_up()
             raise
         assert isinstance(reply, Welcome), reply
         self.client = reply.client
+        let_go -= set(hello.resume)
 
     @property
     def is_open(self) -> bool:
@@ -176,9 +182,14 @@ class Connection:
     def close(self) -> None:
         """Say goodbye, so that claims end at once, and hang up."""
         self._on_lost = None
-        if self._open:
-            with suppress(HoldfastError):
-                self.call(Goodbye(), 5.0)
+        try:
+            self.call(Goodbye(), 5.0)
+        except HoldfastError:
+            _let_go.setdefault(self._path, set()).add(self.client)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        self._on_lost = None
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         if threading.current_thread() is not self._reader:

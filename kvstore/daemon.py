@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -29,17 +29,19 @@ from .catalog import Catalog
 from .checks import Checks
 from .clock import Clock, SystemClock
 from .config import Config
-from .document import WritePolicy
+from .document import Document, WritePolicy
 from .errors import ConfigError, DataDirectoryBusy, HoldfastError, StorageFailed
+from .inheritance import Inheritance, inherit
 from .machine import Machine
 from .mover import Mover
-from .orders import CloseShard, LoadShard, OpenShard, Order, Outcome, SaveShard
+from .orders import CloseShard, LoadShard, Note, OpenShard, Order, Outcome, RankOrder, SaveShard
 from .prefault import Prefault
 from .ranks import Ranks
 from .rest import Rest
 from .segments import Segments
 from .server import Server
 from .service import NS, Service
+from .warm import WarmIndex
 
 TICK_SECONDS: Final = 0.1  # how late a deadline may be noticed
 PROGRESS_SECONDS: Final = 1.0
@@ -128,9 +130,13 @@ class _Reports:
 
 
 class _Effects:
-    """Sends each order to who carries it out."""
+    """Sends each order to who carries it out. What ranks are told waits for the warm index, and keeps its order."""
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, index: WarmIndex, serial: Callable[[int], int]) -> None:
+        self._loop = loop
+        self._held: deque[RankOrder] = deque()
+        self.index = index
+        self.serial = serial
         self.mover: Mover | None = None
         self.ranks: Ranks | None = None
 
@@ -139,9 +145,25 @@ class _Effects:
         assert self.mover is not None
         assert self.ranks is not None
         if isinstance(order, OpenShard | LoadShard | SaveShard | CloseShard):
-            self.ranks.submit(order)
+            self._held.append(order)
+            if len(self._held) == 1:
+                self._release()
+        elif isinstance(order, Note):
+            self.index.note(order.records, self.serial)
         else:
             self.mover.submit(order)
+
+    def _release(self) -> None:
+        """Tell the ranks what they may hear by now: to write into slots, only when the index knows."""
+        assert self.ranks is not None
+        while self._held:
+            if isinstance(self._held[0], SaveShard) and not self.index.is_settled(self._released):
+                return
+            self.ranks.submit(self._held.popleft())
+
+    def _released(self) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._release)
 
 
 class Daemon:
@@ -171,29 +193,33 @@ class Daemon:
         self.catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
         contents = self.catalog.load()
         self.segments = Segments(config.nvme.directory, config.nvme.segment_bytes)
-        self._open_arena()
         reports = _Reports(self._loop, self._crashed)
-        effects = _Effects()
+        inherited = self._open_arena(contents.documents, reports)
+        self.index = inherited.index
+        effects = _Effects(self._loop, self.index, self.arena.serial)
         effects.ranks = self.ranks = Ranks(reports.finished, self.arena.serial)
         effects.mover = self.mover = Mover(
-            self.arena, self.segments, self.catalog, self.clock, config.nvme.threads, reports
+            self.arena, self.segments, self.catalog, self.clock, config.nvme.threads, reports, self.index.seal
         )
         self.service = reports.service = Service(config, self.clock, effects, self.catalog.tenant_secret)
         self.service.state.ledger.wear = contents.wear
-        self.service.upkeep.restore(
+        self.service.restore(
             contents.specs,
             contents.extents,
             contents.documents,
             contents.pins,
             contents.prefills,
             contents.calibration,
+            inherited.left,
         )
         # Not what the catalog names but what was taken over: a smaller budget is kept from the start.
         taken = (record.nvme.slot for record in self.service.state.extents.values() if record.nvme is not None)
         self.segments.prune({slot.slab for slot in taken if slot is not None})
         self.prefault = Prefault(self.arena, range(self.service.state.ddr.slab_count), PREFAULT_THREADS)
         number = version("holdfast")
-        self.server = Server(self.service, self.arena, self.ranks, config.limits, number)
+        self.server = Server(self.service, self.arena, self.index, self.ranks, config.limits, number)
+        for holder in inherited.holders:
+            self.server.watch(*holder)
         self.checks = Checks(self.service, config, self.server.clients, self.readiness)
         app = make_app(self.service, self.readiness, self.backing.description)
         app.add_routes(self.checks.routes())
@@ -205,18 +231,24 @@ class Daemon:
             documents=len(contents.documents),
             extents=len(contents.extents),
             orphans=len(contents.orphans),
+            adopted=self.service.state.ledger.counts["adopted"],
+            fenced_bytes=self.service.state.ddr.fenced_bytes,
             arena=self.backing.description,
             direct_io=self.segments.direct,
         )
+        if self.index.problem:
+            self.log.warning("no warm index: a restart will find nothing in memory", problem=self.index.problem)
         self._check_space()
 
-    def _open_arena(self) -> None:
+    def _open_arena(self, documents: Sequence[Document], reports: _Reports) -> Inheritance:
+        ddr = self.config.ddr
         self.backing = open_backing(self.config, Machine())
         if self.backing.warning:
             self.log.warning(self.backing.warning)
         try:
-            self.arena = Arena(self.backing.directory, self.config.ddr.slab_bytes)
-            self.arena.keep(())
+            self.arena = Arena(self.backing.directory, ddr.slab_bytes)
+            slab_count = ddr.capacity_bytes // ddr.slab_bytes
+            return inherit(self.arena, self.catalog, documents, slab_count, reports.crashed)
         except StorageFailed:
             self.backing.release()
             raise
@@ -257,6 +289,7 @@ class Daemon:
             if not self._stop.is_set():
                 await self.server.start(config.socket)
                 self._state, self._was_ready = "ready", True
+                self.index.settled()
                 self.log.info("ready", socket=str(config.socket), rest=url)
             await self._stop.wait()
             if self._failure is None:
@@ -328,10 +361,17 @@ class Daemon:
         self.log.info("stopped", failed=self._failure is not None)
 
     def _close_arena(self) -> None:
-        """Let go of the arena's memory, or leave what the next daemon can use: nothing that this one only made."""
+        """Let go of the arena's memory, or leave what the next daemon can use: nothing that this one only made.
+
+        After a bug of ours nothing is left: the state that it came from may be what the index tells of.
+        """
         keep: Collection[int] = ()
-        if self.config.ddr.on_stop == "keep":
-            keep = range(self.service.state.ddr.slab_count) if self._was_ready else self.arena.adopted
+        if self.config.ddr.on_stop == "keep" and self._failure is None:
+            keep = self.service.state.ddr.in_use() | self.index.handed_out(self.arena.serials())
+        if keep:
+            self.index.close()
+        else:
+            self.index.discard()
         left_bytes = self.arena.close(keep)
         self.backing.release()
         if left_bytes:

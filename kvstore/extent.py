@@ -39,6 +39,11 @@ class Extent:
         return self.start + self.valid_tokens
 
 
+def extent_count(token_count: int, spec: KVSpec) -> int:
+    """How many extents that many tokens make, over all layer groups."""
+    return len(spec.groups) * -(-token_count // spec.extent_tokens)
+
+
 def named(ids: Sequence[ExtentId], token_count: int, spec: KVSpec, tenant: str) -> tuple[Extent, ...]:
     """The extents of a document of which only their ids are left: as `cut` makes them, without their block keys."""
     keys = [bytes(1)] * -(-token_count // spec.block_tokens)

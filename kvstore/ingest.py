@@ -27,7 +27,7 @@ from .ingesting import Done, Ingest, Stage
 from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
-from .orders import Urgency
+from .orders import PutDocument, PutSpec, Urgency
 from .passage import Given, Passage
 from .residency import Event, State
 from .reuse import Decision
@@ -338,6 +338,8 @@ class Ingests:
         published.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
         published.durable = published.durable and not published.volatile
         records.documents[document.id] = published
+        self.store.notes.add(PutSpec(records.specs[document.fingerprint]))
+        self.store.notes.add(PutDocument(published.document))
         self._release(ingest)
         self.room.writes.committed(published, decision)
         committed, ingest.committed = ingest.committed, None

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from .demand import Demand
 from .errors import HoldfastError, InUse
-from .extent import ExtentId
-from .geometry import Geometry, extent_geometry
 from .ledger import Hop, HopTime
-from .loading import Loading, Phase, incomplete, unreadable
+from .loading import Loading, Phase, incomplete
 from .opening import open_shard
-from .orders import CloseShard, LoadShard, Outcome, Part, ReadIn, Urgency
+from .orders import CloseShard, LoadShard, Outcome, Part
+from .reads import Reads
 from .residency import Event, Placement, State, Tier
 from .room import Reservation, Room
 from .slots import slots_of
@@ -31,12 +30,8 @@ class Loader:
         self.store = store
         self.room = room
         self.window = Window(store, room, window_bytes)
-        self._reading: dict[ExtentId, list[Loading]] = {}
+        self.reads = Reads(store, self._ddr_has, self.fail)
         self._active: list[Loading] = []  # waiting or moving
-
-    def geometry(self, record: ExtentRecord) -> Geometry:
-        """Canonical geometry of an extent."""
-        return extent_geometry(self.store.records.specs[record.extent.fingerprint], record.extent.group)
 
     # Start -------------------------------------------------------------------------------------
 
@@ -96,7 +91,8 @@ class Loader:
 
     def _filled_by_others(self, record: ExtentRecord) -> bool:
         """Whether its DDR copy is being saved out of HBM: no slot is needed, but nothing can be read either."""
-        return record.ddr is not None and record.ddr.state is State.FILLING and record.extent.id not in self._reading
+        is_filling = record.ddr is not None and record.ddr.state is State.FILLING
+        return is_filling and record.extent.id not in self.reads.waiting
 
     def _source(self, loading: Loading, record: ExtentRecord) -> Placement:
         """The held copy to load from; another one where that was lost meanwhile. Raises DocumentIncomplete."""
@@ -133,7 +129,7 @@ class Loader:
         here = [r for r in loading.records if r.extent.id not in loading.arrived and self._depart(loading, r)]
         loading.granted()
         if loading.shard is not None and here:
-            self._load(loading, here, 0, self.geometry(here[0]).layers)
+            self._load(loading, here, 0, self.reads.geometry(here[0]).layers)
         self._advance(loading)
 
     def _is_lacking(self, loading: Loading, record: ExtentRecord) -> bool:
@@ -145,34 +141,28 @@ class Loader:
         """Set one extent on its way. True when it lies complete in DDR and can be loaded from there at once."""
         extent = record.extent.id
         source = loading.sources.get(extent)
-        layers = self.geometry(record).layers
+        layers = self.reads.geometry(record).layers
         if source is None:
             loading.arrived[extent] = layers
-            self._came_from(loading, Tier.HBM, record)
+            loading.came_from(Tier.HBM, record)
             return False
         loading.arrived[extent] = 0
         if source.tier is Tier.NVME and (record.ddr is None or not record.ddr.readable):
-            self._came_from(loading, Tier.NVME, record)
             if record.ddr is None:
-                self._read(record, source, loading.urgency)
-            self._reading.setdefault(extent, []).append(loading)
+                self.reads.start(record, source, loading.urgency)
+            self.reads.join(loading, record)
             return False
         assert record.ddr is not None
         if source is not record.ddr:  # another loading has brought it meanwhile
             loading.sources[extent] = self.store.hold(record.ddr)
             self.store.unhold(source)
         if record.ddr.state is State.FILLING:
-            self._came_from(loading, Tier.NVME, record)
-            self._reading.setdefault(extent, []).append(loading)
+            self.reads.join(loading, record)
             return False
-        self._came_from(loading, Tier.DDR, record)
+        loading.came_from(Tier.DDR, record)
         if loading.shard is None:
             loading.arrived[extent] = layers
         return True
-
-    def _came_from(self, loading: Loading, tier: Tier, record: ExtentRecord) -> None:
-        source = loading.swap.source_bytes
-        source[tier.label] = source.get(tier.label, 0) + record.extent.slot_bytes
 
     # Windows -----------------------------------------------------------------------------------
 
@@ -208,7 +198,7 @@ class Loader:
         loading.queued.pop()
         loading.inside.add(record.extent.id)
         if self._depart(loading, record):
-            self._load(loading, [record], 0, self.geometry(record).layers)
+            self._load(loading, [record], 0, self.reads.geometry(record).layers)
 
     def _wait(self, loading: Loading) -> None:
         """Queue for the next extent's slot."""
@@ -232,64 +222,6 @@ class Loader:
             deadline_ns=self.store.clock.monotonic_ns() + loading.patience_ns,
         )
         self.room.request(loading.reservation)
-
-    # NVMe to DDR -------------------------------------------------------------------------------
-
-    def _read(self, record: ExtentRecord, source: Placement, urgency: Urgency) -> None:
-        target = self.store.take(record.extent, Tier.DDR)
-        assert target is not None, "granted without a slot"
-        assert target.slot is not None
-        assert source.slot is not None
-        record.ddr = target
-        target.holds += 1
-        source.holds += 1
-        started_ns = self.store.clock.monotonic_ns()
-        order = ReadIn(
-            id=self.store.new_id(),
-            extent=record.extent.id,
-            source=source.slot,
-            target=target.slot,
-            geometry=self.geometry(record),
-            urgency=urgency,
-        )
-        self.store.submit(order, lambda outcome: self._read_done(record, source, target, outcome, started_ns))
-        self.store.watch(order.id, lambda layers: self._read_layers(record, target, layers))
-
-    def _read_layers(self, record: ExtentRecord, target: Placement, layers: int) -> None:
-        if layers == self.geometry(record).layers:
-            return  # `_read_done` follows, and passes the last ones on
-        target.layers_ready = layers
-        for loading in list(self._reading.get(record.extent.id, ())):
-            self._ddr_has(loading, record, layers)
-
-    def _read_done(
-        self, record: ExtentRecord, source: Placement, target: Placement, outcome: Outcome, started_ns: int
-    ) -> None:
-        waiting = self._reading.pop(record.extent.id, [])
-        if outcome.error is not None:
-            self.store.distrust(record, source, outcome.error)
-            self.store.unhold(source)
-            for loading in waiting:
-                self.fail(loading, unreadable(loading, record, outcome.error))
-            target.holds -= 1
-            self.store.fail(target)
-            return
-        self.store.trust(record)
-        self.store.unhold(source)
-        hop = Hop(Tier.NVME, Tier.DDR)
-        now_ns = self.store.clock.monotonic_ns()
-        self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
-        target.checksums = outcome.checksums
-        target.layers_ready = self.geometry(record).layers
-        target.apply(Event.COMPLETE)
-        for loading in waiting:
-            loading.swap.hops.setdefault(hop, HopTime()).add(target.size_bytes, outcome.busy_ns, started_ns, now_ns)
-            held = loading.sources[record.extent.id]
-            if held is not target:
-                loading.sources[record.extent.id] = self.store.hold(target)
-                self.store.unhold(held)
-            self._ddr_has(loading, record, target.layers_ready)
-        self.store.unhold(target)
 
     def _ddr_has(self, loading: Loading, record: ExtentRecord, layers: int) -> None:
         """Leading layers of an extent are in DDR: pass them on, or count them as arrived."""
@@ -355,7 +287,7 @@ class Loader:
         for record in records:
             extent = record.extent.id
             loading.arrived[extent] = stop
-            if stop == self.geometry(record).layers:
+            if stop == self.reads.geometry(record).layers:
                 loading.shard.copies[extent].apply(Event.COMPLETE)
                 self.store.unhold(loading.sources.pop(extent))
                 self._pass(loading, record)
@@ -367,7 +299,7 @@ class Loader:
         """Report newly complete leading layers, and the end."""
         if loading.phase is not Phase.MOVING or loading.queued:
             return
-        sizes = {record.extent.id: self.geometry(record).layers for record in loading.records}
+        sizes = {record.extent.id: self.reads.geometry(record).layers for record in loading.records}
         wanted = max(sizes.values(), default=0)
         # A layer group that has all of its layers does not keep a larger one back.
         layers = min((n for extent, n in loading.arrived.items() if n < sizes[extent]), default=wanted)
@@ -402,7 +334,7 @@ class Loader:
         if loading.reservation is not None:
             self.room.cancel(loading.reservation)
             loading.reservation = None
-        for waiting in self._reading.values():
+        for waiting in self.reads.waiting.values():
             if loading in waiting:
                 waiting.remove(loading)
         shard = loading.shard

@@ -14,7 +14,7 @@ from .extent import ExtentId
 from .layout import Layout
 from .ledger import SwapRecord
 from .orders import Urgency
-from .residency import Placement
+from .residency import Placement, Tier
 from .room import Reservation
 from .state import ExtentRecord, Shard
 
@@ -70,6 +70,11 @@ class Loading:
     released: bool = False
     kept: bool = False  # failed, but its holder may still be using what is in DDR, or the shard's rows
     error: HoldfastError | None = None
+
+    def came_from(self, tier: Tier, record: ExtentRecord) -> None:
+        """Write the extent's bytes on the receipt, by the tier that gives them."""
+        source = self.swap.source_bytes
+        source[tier.label] = source.get(tier.label, 0) + record.extent.slot_bytes
 
 
 def incomplete(loading: Loading, *records: ExtentRecord) -> DocumentIncomplete:

@@ -81,7 +81,7 @@ class _Scratch:
         self._ends = _Ends()
         self._segments = Segments(directory, SLAB_BYTES)
         self._catalog = Catalog(directory / "scratch.sqlite")
-        self._mover = Mover(arena, self._segments, self._catalog, clock, threads, self._ends)
+        self._mover = Mover(arena, self._segments, self._catalog, clock, threads, self._ends, self._catalog.seal)
         self.full = scratch_slots(0)
         self.empty = scratch_slots(1)
         self.names = [f"extent-{number}" for number in range(EXTENTS)]

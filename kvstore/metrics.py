@@ -29,6 +29,8 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "nvme_full": ("holdfast_nvme_full", "Writes given up because NVMe was full of leased or pinned extents."),
     "segments_withdrawn": ("holdfast_segments_withdrawn", "Writes that found the device without room for a segment."),
     "write_through_skipped": ("holdfast_write_through_skipped", "Documents left in memory as the disk was behind."),
+    "adopted": ("holdfast_adopted", "Extents that an earlier daemon left in DDR, and that were found there."),
+    "adopted_verified": ("holdfast_adopted_verified", "Those of them that were as they had been sealed."),
     "not_restored": ("holdfast_not_restored", "Extents given up at a restart, as the NVMe budget has shrunk."),
 }
 
@@ -74,6 +76,8 @@ class ServiceCollector(Collector):
         yield gauge("holdfast_nvme_fragmented_bytes", stuck, state.nvme.fragmented_bytes)
         withdrawn = "Bytes of NVMe capacity that the device, being full, does not have."
         yield gauge("holdfast_nvme_withdrawn_bytes", withdrawn, state.nvme.withdrawn_bytes)
+        fenced_bytes = self.service.state.ddr.fenced_bytes
+        yield gauge("holdfast_ddr_fenced_bytes", "Free bytes kept for clients of an earlier daemon.", fenced_bytes)
 
     def _claims(self) -> Iterator[Metric]:
         state = self.service.state

@@ -19,8 +19,9 @@ from .arena import Arena
 from .catalog import Catalog
 from .clock import Clock
 from .errors import CorruptExtent, Draining, HoldfastError, StorageFailed
+from .extent import ExtentId
 from .geometry import Geometry
-from .orders import Outcome, ReadIn, RetireSlab, Scrub, Seal, Urgency, Write, WriteOut
+from .orders import MoverOrder, Outcome, ReadIn, RetireSlab, Scrub, Seal, Urgency, Verify, Write, WriteOut
 from .seal import CHECKSUM_BYTES, seal_planes
 from .segments import Segments
 from .transfers import Transfers
@@ -32,7 +33,6 @@ WRITE_BYTES: Final = 8 << 20  # each writer may leave the disk that much to do w
 SYNC_BYTES: Final = 128 << 20  # written through before a sync while more is being written: each sync holds up writes
 COMMIT_WRITES_MAX: Final = 256  # bounds how long one commit, and so one answer, takes
 
-MoverOrder = Seal | ReadIn | WriteOut | Scrub | Write | RetireSlab
 Plane = tuple[int, int, int]  # index, offset, bytes
 
 
@@ -61,7 +61,7 @@ class _Sync:
 class _Job:
     """How far an order of the pool has come; `lock` guards what changes."""
 
-    order: Seal | ReadIn | WriteOut | Scrub | RetireSlab | _Sync
+    order: Seal | Verify | ReadIn | WriteOut | Scrub | RetireSlab | _Sync
     started_ns: int
     slab: int | None = None
     sync_failures: int = 0  # of the target segment, when the order came
@@ -96,13 +96,22 @@ class Mover:
     """
 
     def __init__(
-        self, arena: Arena, segments: Segments, catalog: Catalog, clock: Clock, threads: int, report: Report
+        self,
+        arena: Arena,
+        segments: Segments,
+        catalog: Catalog,
+        clock: Clock,
+        threads: int,
+        report: Report,
+        left_seal: Callable[[ExtentId], bytes],
     ) -> None:
+        """`left_seal` tells the seal of what an earlier daemon left in DDR; it raises StorageFailed."""
         self._arena = arena
         self._segments = segments
         self._catalog = catalog
         self._clock = clock
         self._report = report
+        self._left_seal = left_seal
         self._lock = lock = threading.Lock()
         self._piece_came = threading.Condition(lock)
         self._write_came = threading.Condition(lock)
@@ -137,6 +146,9 @@ class Mover:
                     self._push(Urgency.ATTACH, [_Piece(_Job(order, now_ns, slot.slab))])  # a commit waits for it
                 case Scrub():
                     self._push(Urgency.SCRUB, [_Piece(_Job(order, now_ns))])
+                case Verify(slot=slot):
+                    assert order.geometry.size_bytes <= slot.size_bytes, order
+                    self._push(order.urgency, [_Piece(_Job(order, now_ns, slot.slab))])
                 case WriteOut(source=source, target=target, size_bytes=size_bytes):
                     assert size_bytes <= min(source.size_bytes, target.size_bytes), order
                     job = _Job(order, now_ns, source.slab, self._sync_failures[target.slab])
@@ -222,7 +234,7 @@ class Mover:
                     self._unsynced.append(job)
                     is_last = False  # the sync is
                 self._call_sync()
-        if is_last and isinstance(job.order, Seal | ReadIn | WriteOut | Scrub):
+        if is_last and isinstance(job.order, Seal | Verify | ReadIn | WriteOut | Scrub):
             self._finish(job, job.order.id)
         return True
 
@@ -234,6 +246,9 @@ class Mover:
                 case Seal() as seal:
                     job.checksums = seal_planes(self._arena.view(seal.slot), seal.geometry)
                     size_bytes = seal.geometry.size_bytes
+                case Verify() as check:
+                    job.checksums = self._verify(check)
+                    size_bytes = check.geometry.size_bytes
                 case ReadIn() as read_in:
                     size_bytes = self._read_in(job, read_in, piece.planes)
                 case WriteOut() as write_out:
@@ -260,6 +275,12 @@ class Mover:
             job.size_bytes += size_bytes
             if isinstance(job.order, ReadIn) and job.error is None:
                 self._advance(job, job.order, piece.planes)
+
+    def _verify(self, order: Verify) -> bytes:
+        found = seal_planes(self._arena.view(order.slot), order.geometry)
+        if found != self._left_seal(order.extent):
+            raise CorruptExtent(f"slab {order.slot.slab}, offset {order.slot.offset}: not as it was sealed")
+        return found
 
     def _read_in(self, job: _Job, order: ReadIn, planes: tuple[Plane, ...]) -> int:
         """Read planes and verify them while they are in the CPU's cache; returns their bytes."""

@@ -42,6 +42,20 @@ class Seal:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verify:
+    """Compare a DDR slot that an earlier daemon filled with its seal; CorruptExtent when a plane differs.
+
+    The seal is the one in the warm index; the outcome passes it on.
+    """
+
+    id: int
+    extent: ExtentId
+    slot: Slot
+    geometry: Geometry
+    urgency: Urgency
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReadIn:
     """NVMe slot to DDR slot, layer by layer; each plane is verified before it counts as read.
 
@@ -214,6 +228,23 @@ class PutWear(NamedTuple):
     kind: Literal["put-wear"] = "put-wear"
 
 
+class PutFence(NamedTuple):
+    """Warm index: this process (pid, start time in clock ticks) was given the slab with that serial, as `client`."""
+
+    client: int
+    pid: int
+    started: int
+    serial: int
+    kind: Literal["put-fence"] = "put-fence"
+
+
+class DropFence(NamedTuple):
+    """Warm index: the client is gone, or looks at nothing any more."""
+
+    client: int
+    kind: Literal["drop-fence"] = "drop-fence"
+
+
 Record = (
     PutWear
     | PutCalibration
@@ -225,6 +256,8 @@ Record = (
     | DropDocument
     | PutPin
     | DropPin
+    | PutFence
+    | DropFence
 )
 
 
@@ -236,7 +269,19 @@ class Write:
     records: tuple[Record, ...]
 
 
-Order = Seal | ReadIn | WriteOut | Scrub | OpenShard | LoadShard | SaveShard | CloseShard | RetireSlab | Write
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Tell the warm index what has changed in DDR; never answered.
+
+    A note may be late or lost with the process: whatever the index says of bytes is verified before it counts.
+    """
+
+    records: tuple[Record, ...]
+
+
+MoverOrder = Seal | Verify | ReadIn | WriteOut | Scrub | RetireSlab | Write
+RankOrder = OpenShard | LoadShard | SaveShard | CloseShard
+Order = MoverOrder | RankOrder | Note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

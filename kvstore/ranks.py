@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from .errors import GroupFailed, from_code
 from .layouts import LayoutMessage
-from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, SaveShard
+from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, RankOrder, SaveShard
 from .runs import PartMessage
 from .wire import (
     Command,
@@ -21,8 +21,6 @@ from .wire import (
     ShardClosed,
     ShardOpened,
 )
-
-RankOrder = OpenShard | LoadShard | SaveShard | CloseShard
 
 
 @dataclass(eq=False, slots=True)

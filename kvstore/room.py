@@ -89,6 +89,8 @@ class Room:
             if victims is None:
                 if self.store.orders_in_flight:
                     return False  # what is being moved may leave when its move has ended
+                if self.store.records.ddr.fenced_bytes:
+                    return True  # clients of the last daemon may come back, or end; nobody waits behind this one
                 self._waiting.remove(reservation)
                 reservation.refused(NoCapacity(self._holders(demand)))
                 return True
@@ -103,7 +105,9 @@ class Room:
         """Refuse who has waited past the deadline."""
         while (reservation := next((r for r in self._waiting if r.deadline_ns <= now_ns), None)) is not None:
             self._waiting.remove(reservation)
-            reservation.refused(DeadlineExceeded("no room was freed before the deadline"))
+            fenced_bytes = self.store.records.ddr.fenced_bytes
+            fences = f"; {fenced_bytes} B of DDR are kept for clients of an earlier daemon" if fenced_bytes else ""
+            reservation.refused(DeadlineExceeded(f"no room was freed before the deadline{fences}"))
 
     def _holders(self, demand: Demand) -> str:
         records = self.store.records
@@ -195,8 +199,7 @@ class Room:
         def sealed(outcome: Outcome) -> None:
             target.holds -= 1
             if outcome.error is None:
-                target.checksums = outcome.checksums
-                target.apply(Event.COMPLETE)
+                self.store.filled(record, target, outcome.checksums)
                 self.store.settle(target)
             else:
                 self.store.fail(target)

@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import struct
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,17 +22,23 @@ from .config import LimitsConfig
 from .document import checked_name
 from .errors import ConfigError, Draining, HoldfastError, InUse, ProtocolError, Unavailable, VersionMismatch
 from .frames import Answer, Envelope, FrameBuffer, decode_request, encode
+from .handout import Handout, Receiver, close_all
+from .processes import started
 from .ranks import Ranks
 from .requests import Requests
 from .service import Service
+from .warm import WarmIndex
 from .wire import (
     PROTOCOL_VERSION,
+    BeginIngest,
     Command,
+    DeleteDocument,
     Done,
     Goodbye,
     Hello,
     MapSlabs,
     MoveDone,
+    NextSlots,
     Refused,
     RegisterRank,
     Reply,
@@ -61,13 +67,15 @@ class _Frame:
 class Connection:
     """One accepted socket. `client` is 0 until Hello; `process` is a pidfd of the peer, if it is one we can see.
 
-    `places` are how many more requests it may have that are not answered, or whose answers it has not taken; `mapping`
-    lets one answer with descriptors wait for it at a time, because we have only so many.
+    `started` is when that process began. `places` are how many more requests it may have that are not answered, or
+    whose answers it has not taken; `mapping` lets one answer with descriptors wait for it at a time, because we have
+    only so many.
     """
 
     sock: socket.socket
     pid: int
     process: int | None
+    started: int | None
     places: asyncio.Semaphore
     client: int = 0
     tenant: str = ""
@@ -81,7 +89,7 @@ class Connection:
         try:
             self.outbox.put_nowait(frame)
         except asyncio.QueueFull:
-            _close_all(frame.descriptors)
+            close_all(frame.descriptors)
             self.hang_up()
 
     def hang_up(self) -> None:
@@ -94,30 +102,17 @@ class Connection:
         self.sock.close()
         while not self.outbox.empty():
             frame = self.outbox.get_nowait()
-            _close_all(frame.descriptors if frame is not None else ())
-
-
-def _close_all(descriptors: Iterable[int]) -> None:
-    for descriptor in descriptors:
-        os.close(descriptor)
-
-
-def _close_opened(opening: asyncio.Future[tuple[int, ...]]) -> None:
-    """Nobody waits for these descriptors any more."""
-    if not opening.cancelled() and opening.exception() is None:
-        _close_all(opening.result())
-
-
-def _foreign(slab: int, tenant: str) -> ProtocolError:
-    return ProtocolError(f"slab {slab} does not serve tenant {tenant!r}")
+            close_all(frame.descriptors if frame is not None else ())
 
 
 class Server:
     """Accepts connections at `path` and runs their requests against the service."""
 
-    def __init__(self, service: Service, arena: Arena, ranks: Ranks, limits: LimitsConfig, version: str) -> None:
+    def __init__(
+        self, service: Service, arena: Arena, index: WarmIndex, ranks: Ranks, limits: LimitsConfig, version: str
+    ) -> None:
         self._service = service
-        self._arena = arena
+        self._handout = Handout(service.state.ddr, arena, index)
         self._ranks = ranks
         self._limits = limits
         self._version = version
@@ -154,6 +149,12 @@ class Server:
     def clients(self) -> set[int]:
         """Those that are connected, or whose process may still look at what it was given."""
         return {*self._connections, *self._zombies}
+
+    def watch(self, client: int, pid: int, process: int) -> None:
+        """Someone who is not connected may still look at slots: until the end of the process, or its word."""
+        self._zombies[client] = (pid, process)
+        bury: Callable[[int, int], None] = self._buried
+        asyncio.get_running_loop().add_reader(process, bury, client, process)
 
     def drain(self) -> None:
         """Take no new work; what is under way goes on."""
@@ -201,7 +202,8 @@ class Server:
             process = os.pidfd_open(pid)
         except OSError:  # it has ended already, or lives in a container we cannot look into
             process = None
-        return Connection(sock, pid, process, asyncio.Semaphore(self._limits.requests_per_connection))
+        since = started(pid) if process is not None else None
+        return Connection(sock, pid, process, since, asyncio.Semaphore(self._limits.requests_per_connection))
 
     # One connection ----------------------------------------------------------------------------
 
@@ -301,7 +303,7 @@ class Server:
                 finally:
                     loop.remove_writer(sock)
         finally:
-            _close_all(descriptors)
+            close_all(descriptors)
 
     def _hello(self, connection: Connection, envelope: Envelope) -> None:
         hello = envelope.body
@@ -341,52 +343,27 @@ class Server:
             if self._draining and self._requests.is_new_work(body):
                 raise Draining("the daemon is shutting down")
             if isinstance(body, MapSlabs):
-                reply, descriptors = await self._map(connection, body)
+                reply, descriptors = await self._map(connection, body.slabs)
             elif isinstance(body, RegisterRank):
                 reply = self._register(connection, body)
             else:
                 reply = await self._requests.handle(connection.client, connection.tenant, body)
+                if isinstance(body, BeginIngest | NextSlots | DeleteDocument):
+                    await self._handout.settled()
         except HoldfastError as error:
             reply = Refused(error.code, error.message)
         connection.send(_Frame(encode(Answer(envelope.id, reply)), descriptors, is_reply=True))
 
-    async def _map(self, connection: Connection, body: MapSlabs) -> tuple[Reply, tuple[int, ...]]:
-        """A tenant may see the slabs it owns, no others."""
+    async def _map(self, connection: Connection, slabs: Sequence[int]) -> tuple[Reply, tuple[int, ...]]:
         await connection.mapping.acquire()  # until the descriptors are sent
         descriptors: tuple[int, ...] = ()
+        receiver = Receiver(connection.client, connection.tenant, connection.pid, connection.started)
         try:
-            for slab in body.slabs:
-                if self._service.state.ddr.owner(slab) != connection.tenant:
-                    raise _foreign(slab, connection.tenant)
-            wanted = [(slab, self._arena.serial(slab)) for slab in body.slabs]
-            # Their memory may have to be made first, which takes as long as touching every page: not on the loop.
-            opening = asyncio.get_running_loop().run_in_executor(None, self._opened, wanted, connection.tenant)
-            try:
-                descriptors = await asyncio.shield(opening)
-            except asyncio.CancelledError:
-                opening.add_done_callback(_close_opened)
-                raise
+            mapped, descriptors = await self._handout.open(slabs, receiver)
         finally:
             if not descriptors:
                 connection.mapping.release()
-        return SlabsMapped(wanted, self._arena.slab_bytes), descriptors
-
-    def _opened(self, wanted: list[tuple[int, int]], tenant: str) -> tuple[int, ...]:
-        """Descriptors of these slabs' memories, all or none."""
-        descriptors: list[int] = []
-        try:
-            for slab, serial in wanted:
-                descriptor = self._arena.descriptor(slab, serial)
-                if descriptor is None:  # it changed hands meanwhile
-                    raise _foreign(slab, tenant)
-                descriptors.append(descriptor)
-        except HoldfastError:
-            _close_all(descriptors)
-            raise
-        except OSError as error:
-            _close_all(descriptors)
-            raise Unavailable(f"no more descriptors: {error.strerror}; try again, or raise `ulimit -n`") from error
-        return tuple(descriptors)
+        return SlabsMapped(mapped, self._service.state.ddr.slab_bytes), descriptors
 
     def _register(self, connection: Connection, body: RegisterRank) -> Reply:
         if connection.has_seat:
@@ -416,9 +393,7 @@ class Server:
         if known:
             self._ranks.lost(client)
         if known and process is not None and (self._service.holds(client) or self._ranks.owes(client)):
-            self._zombies[client] = (connection.pid, process)
-            bury: Callable[[int, int], None] = self._buried
-            asyncio.get_running_loop().add_reader(process, bury, client, process)
+            self.watch(client, connection.pid, process)
             return
         if process is not None:
             os.close(process)
@@ -434,3 +409,4 @@ class Server:
     def _gone(self, client: int) -> None:
         self._ranks.gone(client)
         self._service.disconnect(client)
+        self._handout.gone(client)

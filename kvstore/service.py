@@ -12,10 +12,11 @@ to wait takes a callback. Nothing here does I/O: orders go to the effects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ..eviction.history import History
 from ..eviction.policy import POLICIES
+from .adoption import Adoption
 from .attach import Attach, Attaches, checked_layout
 from .calibration import Calibration
 from .claims import Pin, Pins
@@ -41,15 +42,15 @@ from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
 from .layout import Layout, chunked, heads_of, zigzag
 from .ledger import Ledger, SwapRecord
 from .loader import Loader
-from .orders import Effects, Outcome, PutCalibration, PutSpec, Write
+from .orders import Effects, Outcome, PutCalibration, PutPrefills, PutSpec, Write
 from .planner import Planner, Victim
 from .prefix import Prefix, longest
 from .residency import Tier
 from .reuse import Comebacks
 from .room import Room
-from .slots import RowPool, SlabPool, SlotClass
+from .slots import RowPool, SlabPool, Slot, SlotClass
 from .spec import KVSpec
-from .state import Group, State
+from .state import Group, Left, State
 from .store import Store
 from .upkeep import Upkeep
 from .writes import Writes
@@ -83,6 +84,7 @@ class Service:
         self.ingests = Ingests(self.store, self.room, self.loader)
         self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
         self.upkeep = Upkeep(self.loader, self.ingests)
+        self.adoption = Adoption(self.upkeep)
 
     # Reports and time --------------------------------------------------------------------------
 
@@ -110,10 +112,29 @@ class Service:
         self.ingests.spill.pump()
         self.room.pump()
         self.upkeep.settle()
+        self.store.notes.flush()
+
+    def restore(
+        self,
+        specs: Iterable[KVSpec],
+        extents: Iterable[tuple[Extent, Slot]],
+        documents: Iterable[Document],
+        pins: Iterable[Pin],
+        prefills: Iterable[PutPrefills] = (),
+        calibration: Calibration | None = None,
+        left: Left | None = None,
+    ) -> None:
+        """Take over what the catalog holds, and what `left` says is still in DDR. Before anything else."""
+        self.upkeep.restore(specs, extents, documents, prefills, calibration)
+        if left is not None:
+            self.adoption.adopt(left)
+        self.upkeep.restore_pins(pins)
+        self.store.notes.flush()
 
     def write_back(self) -> None:
         """Queue everything that should outlive the daemon and is not on NVMe yet (a drain asks for it)."""
         self.writes.write_back()
+        self.adoption.verified = self.writes.write_back  # what is still being verified
         self._pump()
 
     # Models and groups -------------------------------------------------------------------------
@@ -204,6 +225,7 @@ class Service:
             self.ingests.abort(ingest)
         for attach in [a for a in self.attaches.open.values() if a.lease.owner == client]:
             self.attaches.end(attach)
+        self.state.ddr.lift(client)
         self._pump()
 
     # Ingest ------------------------------------------------------------------------------------

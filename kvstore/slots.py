@@ -2,7 +2,8 @@
 
 They hand out numbers and touch no memory. A slab serves one class (owner, slot size) while any of its slots is in
 use, and goes back to the pool when the last is freed, so sizes of different models do not fragment each other. Its
-memory is kept: touching fresh pages costs more than copying into them. Only another owner must not see it.
+memory is kept: touching fresh pages costs more than copying into them. Only another owner must not see it. A fenced
+slab hands out nothing: somebody of an earlier daemon life may still look at it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from .extent import Extent
+
+NOBODY: Final = ""  # no tenant has this name
 
 
 class SlotClass(NamedTuple):
@@ -54,6 +57,7 @@ class SlabPool:
         self._wrote: dict[int, str] = {}  # whose bytes are in a slab that is unused
         self._foreign: set[int] = set()  # slabs in use that hold another owner's bytes
         self._withdrawn: set[int] = set()  # slabs that take nothing new; what they hold stays
+        self._fences: dict[int, set[int]] = {}  # slab -> who may still look at it
         self.used_bytes = 0
 
     @property
@@ -116,6 +120,43 @@ class SlabPool:
         self._slabs[number] = _Slab(kind, list(range(count))[::-1], count)
         self._open[kind].add(number)
 
+    # Fences ------------------------------------------------------------------------------------
+
+    def inherit(self, slabs: Iterable[int]) -> None:
+        """Restart: these slabs hold bytes; in those that nothing was claimed in, bytes of nobody that we know."""
+        for number in slabs:
+            if number not in self._slabs:
+                self._wrote[number] = NOBODY
+
+    def fence(self, slab: int, holder: int) -> None:
+        """Hand out no slot of the slab before `lift(holder)`, those that are freed in it meanwhile included."""
+        assert 0 <= slab < self.slab_count, slab
+        self._fences.setdefault(slab, set()).add(holder)
+        found = self._slabs.get(slab)
+        if found is not None:
+            self._open[found.kind].discard(slab)
+        elif slab in self._unused:
+            self._unused.remove(slab)
+
+    def lift(self, holder: int) -> None:
+        """The holder looks at nothing any more."""
+        for slab in [slab for slab, holders in self._fences.items() if holder in holders]:
+            self._fences[slab].discard(holder)
+            if self._fences[slab]:
+                continue
+            del self._fences[slab]
+            found = self._slabs.get(slab)
+            if found is None:
+                self._unused.append(slab)
+            elif found.free:
+                self._open[found.kind].add(slab)
+
+    @property
+    def fenced_bytes(self) -> int:
+        """Bytes in fenced slabs that would be free without the fences."""
+        used = (self._slabs[n] for n in self._fences if n in self._slabs)
+        return len(self._fences) * self.slab_bytes - sum((s.slots - len(s.free)) * s.kind.slot_bytes for s in used)
+
     def fits_in(self, kind: SlotClass, slot: Slot) -> bool:
         """Whether `slot` could be claimed for this class."""
         if slot.size_bytes != kind.slot_bytes or slot.offset % kind.slot_bytes:
@@ -140,16 +181,22 @@ class SlabPool:
         assert index not in slab.free, f"{slot} is freed twice"
         slab.free.append(index)
         self.used_bytes -= slab.kind.slot_bytes
+        is_fenced = slot.slab in self._fences
         if len(slab.free) < slab.slots:
-            if slot.slab not in self._withdrawn:
+            if not is_fenced and slot.slab not in self._withdrawn:
                 self._open[slab.kind].add(slot.slab)
             return
         del self._slabs[slot.slab]
         self._open[slab.kind].discard(slot.slab)
         if slot.slab in self._withdrawn:
             return
-        self._unused.append(slot.slab)
         self._wrote[slot.slab] = slab.kind.owner
+        if not is_fenced:
+            self._unused.append(slot.slab)
+
+    def in_use(self) -> set[int]:
+        """Slabs that something lies in, and those that are fenced."""
+        return {*self._slabs, *self._fences}
 
     def withdraw(self, slab: int) -> None:
         """The device has no room for this slab: let it take nothing new, nor any that was never used, until `offer`."""
@@ -194,7 +241,7 @@ class SlabPool:
         empty = len(self._unused)
         spare: Counter[SlotClass] = Counter()
         for number, slab in self._slabs.items():
-            if number in self._withdrawn:
+            if number in self._withdrawn or number in self._fences:
                 continue
             free = len(slab.free) + freed[number]
             if free == slab.slots:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from .ledger import Ledger
 from .residency import Placement, Tier
 from .residency import State as Phase
 from .reuse import Decision
-from .slots import RowPool, SlabPool
+from .slots import RowPool, SlabPool, Slot
 from .spec import KVSpec
 
 DDR = "ddr"
@@ -55,6 +55,20 @@ class ExtentRecord:
             if copy is not None and (copy.readable or (copy is self.ddr and copy.state is Phase.FILLING)):
                 return copy
         return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Left:
+    """What an earlier daemon says it left in DDR: sealed extents and their slots, and the documents it knew of.
+
+    `slabs` are all that were kept; `fences` are those that its clients may still look at, by client.
+    """
+
+    specs: Sequence[KVSpec] = ()
+    extents: Sequence[tuple[Extent, Slot]] = ()
+    documents: Sequence[Document] = ()
+    slabs: Collection[int] = ()
+    fences: Mapping[int, Collection[int]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, kw_only=True)

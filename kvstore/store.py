@@ -12,6 +12,7 @@ from .clock import Clock
 from .errors import CorruptExtent, HoldfastError, StorageFailed
 from .extent import Extent, ExtentId
 from .ledger import Verdict
+from .notes import Notes
 from .orders import (
     CloseShard,
     DropExtent,
@@ -20,6 +21,7 @@ from .orders import (
     Order,
     Outcome,
     RetireSlab,
+    SaveShard,
     Write,
 )
 from .planner import Planner, Victim
@@ -44,6 +46,7 @@ class Store:
         self.planner = planner
         self.clock = clock
         self._effects = effects
+        self.notes = Notes(effects)
         self._next_id = clock.wall_ns() // 1000  # nobody may take a number of an earlier daemon for one of ours
         self._then: dict[int, Then] = {}
         self._progress: dict[int, Callable[[int], None]] = {}
@@ -60,6 +63,8 @@ class Store:
 
     def submit(self, order: Order, then: Then | None = None) -> None:
         """Hand an order to the effects; `then` hears how it ended, exactly once."""
+        if isinstance(order, SaveShard):
+            self.notes.flush()  # the index forgets what lay in its slots before a rank writes there
         if then is not None:
             order_id = getattr(order, "id", None)
             assert order_id is not None, "this order is never answered"
@@ -121,10 +126,25 @@ class Store:
         placement.apply(Event.COMPLETE)
         record.cataloged = record.stored = True
 
+    def adopt_ddr(self, record: ExtentRecord, slot: Slot) -> Placement:
+        """Restart: an earlier daemon says that the extent lies in this slot. FILLING, until that is verified."""
+        self.records.ddr.claim(SlotClass(record.extent.tenant, record.extent.slot_bytes), slot)
+        size_bytes = record.extent.slot_bytes
+        record.ddr = self._opened(
+            Placement(extent=record.extent.id, tier=Tier.DDR, device=DDR, size_bytes=size_bytes, slot=slot)
+        )
+        return record.ddr
+
     def _opened(self, placement: Placement) -> Placement:
         self.records.ledger.came(placement.device, placement.size_bytes)
         placement.apply(Event.FILL)
         return placement
+
+    def filled(self, record: ExtentRecord, placement: Placement, seal: bytes) -> None:
+        """The record's DDR copy is complete, with that seal."""
+        placement.checksums = seal
+        placement.apply(Event.COMPLETE)
+        self.notes.add_ddr(record)
 
     def hold(self, placement: Placement) -> Placement:
         """Use the bytes: they stay until `unhold`. A hit on a draining copy cancels the drain."""
@@ -187,6 +207,7 @@ class Store:
             self.records.spares[placement.extent] = placement
         else:
             record.ddr = placement
+            self.notes.add_ddr(record)
         return True
 
     def drop(self, placement: Placement) -> None:
@@ -272,6 +293,7 @@ class Store:
             return
         if placement is record.ddr:
             record.ddr = self.records.spares.pop(placement.extent, None)
+            self.notes.add_ddr(record)
         else:
             record.nvme = None
         self.records.leaving.append(placement)
@@ -288,6 +310,7 @@ class Store:
         record = self.records.extents.get(placement.extent)
         if record is not None and record.ddr is placement:
             record.ddr = None
+            self.notes.add_ddr(record)
             self.reap(record)
 
     def reap(self, record: ExtentRecord) -> None:

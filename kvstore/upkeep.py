@@ -114,7 +114,7 @@ class Upkeep:
             expires_wall_ns=None if ttl_seconds is None else now_ns + int(ttl_seconds * NS),
         )
         self.state.pins.add(pin)
-        self._tell(document, PutPin(pin))
+        self.tell(document, PutPin(pin))
         if floor is not Tier.NVME:
             self._prefetch(record.document)
         return pin
@@ -122,7 +122,7 @@ class Upkeep:
     def unpin(self, document: DocumentId) -> Pin:
         """Let it sink again. Raises ClaimNotFound."""
         pin = self.state.pins.remove(document)
-        self._tell(document, DropPin(document.tenant, document.name))
+        self.tell(document, DropPin(document.tenant, document.name))
         return pin
 
     def _prefetch(self, document: Document) -> None:
@@ -226,13 +226,14 @@ class Upkeep:
             if shard.document == document:
                 self.store.close_shard(shard)
         del self.state.documents[document]
-        self._tell(document, DropDocument(document.tenant, document.name), done=done)
+        self.tell(document, DropDocument(document.tenant, document.name), done=done)
+        self.store.notes.add(DropDocument(document.tenant, document.name))
         for extent in owner.extents:
             record = self.state.extents[extent]
             record.documents -= {document}
             self.store.reap(record)
 
-    def _tell(
+    def tell(
         self, document: DocumentId, *records: Record, done: Callable[[HoldfastError | None], None] = lambda _: None
     ) -> None:
         """Write what has changed of a document; what is refused is tried again. `done` hears of the first try."""
@@ -257,7 +258,7 @@ class Upkeep:
             records: list[Record] = [PutPin(pin) if pin is not None else DropPin(*document)]
             if document not in self.state.documents:  # else its row is, or will be, that of the new one
                 records.append(DropDocument(*document))
-            self._tell(document, *records)
+            self.tell(document, *records)
 
     def _write(self, *records: Record) -> None:
         self.store.submit(Write(id=self.store.new_id(), records=records))
@@ -274,11 +275,10 @@ class Upkeep:
         specs: Iterable[KVSpec],
         extents: Iterable[tuple[Extent, Slot]],
         documents: Iterable[Document],
-        pins: Iterable[Pin],
-        prefills: Iterable[PutPrefills] = (),
-        calibration: Calibration | None = None,
+        prefills: Iterable[PutPrefills],
+        calibration: Calibration | None,
     ) -> None:
-        """Take over what the catalog holds: NVMe copies where they lie, documents, pins. Before anything else."""
+        """Take over what the catalog holds: NVMe copies where they lie, and documents. Before anything else."""
         for spec in specs:
             self.state.specs[spec.fingerprint()] = spec
         if calibration is not None:
@@ -297,13 +297,16 @@ class Upkeep:
             self.store.adopt_nvme(record, slot)
         for document in documents:
             self._restore_document(document)
+
+    def restore_pins(self, pins: Iterable[Pin]) -> None:
+        """Take over the pins of documents that are there, and bring those documents near."""
         for pin in pins:
             try:
                 self.state.document(pin.document)
                 self.state.pins.add(pin)
             except HoldfastError:  # the document was never durable, or the budget shrank
                 self.state.ledger.counts["pins_not_restored"] += 1
-                self._tell(pin.document, DropPin(*pin.document))
+                self.tell(pin.document, DropPin(*pin.document))
         for document in [record.document for record in self.state.documents.values()]:
             pin_of = self.state.pins.get(document.id)
             if pin_of is not None and pin_of.floor is not Tier.NVME:

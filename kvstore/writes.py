@@ -130,6 +130,12 @@ class Writes:
                 for record in self._unwritten(owner):
                     self._queue_through(record)
 
+    def catch_up(self) -> None:
+        """Queue, as the backlog takes it, what should be on NVMe and is not: a restart has found it in memory."""
+        for owner in self.state.documents.values():
+            if owner.writes_through and not owner.durable:
+                owner.behind = self._behind = True
+
     def write_again(self, record: ExtentRecord) -> None:
         """Queue an extent whose NVMe copy turned out to be none, if DDR has it."""
         if self._is_unwritten(record):

@@ -77,6 +77,18 @@ def holds_lease(pipe: Connection, path: Path, name: str) -> None:
     pipe.recv()
 
 
+def holds_bytes(pipe: Connection, path: Path, name: str) -> None:
+    """Attach, hold the lease, and say what the bytes are when asked; nobody else is told of a lost daemon."""
+    client = Client(path)
+    attached = client.attach(name)
+    client.wait_layers(attached.lease, 2)
+    views = {part.start: client.view(part) for part in attached.parts}
+    pipe.send("holding")
+    while True:
+        pipe.recv()
+        pipe.send({start: bytes(view) for start, view in views.items()})
+
+
 def holds_save(pipe: Connection, path: Path, group: str) -> None:
     """Be a rank that, told to save, drops its connection without a word, but lives on and may still write."""
     commands: SimpleQueue[Command] = SimpleQueue()

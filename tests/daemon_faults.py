@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from holdfast.kvstore import catalog as catalog_module
-from holdfast.kvstore import daemon
+from holdfast.kvstore import daemon, warm
 from holdfast.kvstore.arena import Arena
 from holdfast.kvstore.catalog import Catalog
 from holdfast.kvstore.segments import Segments, SystemIo
@@ -47,6 +47,7 @@ ALL_FAULTS = (  # the last strike when a slab changes its tenant
     "sweep, before",
     "sweep, after",
 )
+NOTES = ("note, before", "note, within", "note, after")  # commits of the warm index
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,12 @@ class Kill:
                 super().commit([*records, _Hook(fault)] if fault.kind == "commit, within" else records)
                 fault.check("commit, after")
 
+        class FaultyIndex(Catalog):
+            def commit(self, records):
+                fault.check("note, before")
+                super().commit([*records, _Hook(fault)] if fault.kind == "note, within" else records)
+                fault.check("note, after")
+
         class FaultyArena(Arena):
             def view(self, slot):
                 fault.check("view, before")
@@ -138,11 +145,12 @@ class Kill:
 
         def hooked(record):
             if isinstance(record, _Hook):
-                record.fault.check("commit, within")
+                record.fault.check(fault.kind)
                 return "SELECT 1", ()
             return statement(record)
 
         catalog_module._statement = hooked
+        warm.Catalog = FaultyIndex
         daemon.Segments, daemon.Catalog, daemon.Arena = FaultySegments, FaultyCatalog, FaultyArena
 
 

@@ -22,6 +22,7 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.request import urlopen
 
 import numpy as np
 from holdfast.kvstore.client import Client
@@ -117,7 +118,10 @@ class DaemonProcess:
         return self
 
     def start(self, prepare: Callable[[], None] | None = None) -> DaemonProcess:
-        """Start, and wait until it is ready. Fails when it ends instead."""
+        """Start, and wait until it is ready. Fails when it ends instead. Clients of the last daemon are closed."""
+        for client in self._clients:
+            if not client.is_open:
+                client.close()
         (self.data_dir / "rest.json").unlink(missing_ok=True)
         self.spawn(prepare)
         until(lambda: not self.alive or (self.data_dir / "rest.json").exists(), "the daemon starts")
@@ -166,9 +170,21 @@ class DaemonProcess:
         return self.wait()
 
     def restart(self) -> DaemonProcess:
-        """SIGKILL and start again on the same data directory."""
+        """SIGKILL and start again on the same data directory, and on what is left in shared memory."""
         self.kill()
         return self.start()
+
+    def restart_cold(self) -> DaemonProcess:
+        """SIGKILL and start again, with nothing in memory."""
+        self.kill()
+        self.cool()
+        return self.start()
+
+    def cool(self) -> None:
+        """Between two lives: nothing is left in shared memory, as after a reboot."""
+        assert self._process is None, "it runs"
+        for directory in self._shared.iterdir():
+            shutil.rmtree(directory)
 
     def close(self) -> None:
         """End it and its clients; remove its directories. What it said of a bug is shown with a test that failed."""
@@ -185,6 +201,26 @@ class DaemonProcess:
         shutil.rmtree(self._shared, ignore_errors=True)
 
     # Looking -----------------------------------------------------------------------------------
+
+    @property
+    def arena(self) -> Path:
+        """Where its slabs lie."""
+        (found,) = self._shared.iterdir()
+        return found
+
+    def shared_bytes(self) -> int:
+        """Memory that its files in shared memory take, by the blocks that they have."""
+        return sum(path.stat().st_blocks * 512 for path in self._shared.rglob("*") if path.is_file())
+
+    def metric(self, name: str) -> float:
+        """A metric without labels."""
+        with urlopen(f"{left_address(self.data_dir)}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
+
+    def swaps(self) -> list[dict]:
+        """The receipts of attaches, the newest first."""
+        return self.rest().get("/v1/swaps")["swaps"]
 
     def client(self, tenant: str = "default", resume: list[int] | None = None) -> Client:
         """A connection that knows the tiny model, closed at the end of the test."""

@@ -73,15 +73,20 @@ FLOOR_OF = {
     "machine": "effects",
     "mover": "effects",
     "prefault": "effects",
+    "processes": "effects",
     "segments": "effects",
+    "warm": "effects",
+    "adoption": "service",
     "attach": "service",
     "enrol": "service",
     "ingest": "service",
     "ingesting": "service",
     "loader": "service",
     "loading": "service",
+    "notes": "service",
     "opening": "service",
     "passage": "service",
+    "reads": "service",
     "repairs": "service",
     "room": "service",
     "service": "service",
@@ -98,6 +103,8 @@ FLOOR_OF = {
     "daemon": "edges",
     "frames": "edges",
     "layouts": "edges",
+    "handout": "edges",
+    "inheritance": "edges",
     "metrics": "edges",
     "problems": "edges",
     "ranks": "edges",
@@ -146,6 +153,7 @@ CLOCK = "kvstore/clock.py"
 # Handlers that may catch everything: "path::function" -> why nothing narrower will do.
 BROAD_HANDLERS: dict[str, str] = {
     "kvstore/mover.py::_serve": "a thread that died of our bug silently would hang every waiter",
+    "kvstore/warm.py::_serve": "the same: what it is told would pile up",
 }
 
 FILE_LINES_MAX = 450

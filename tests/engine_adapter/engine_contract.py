@@ -343,6 +343,7 @@ class EngineContract:
         session, engine = stage.session(cp), stage.engine(cp)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         stage.daemon.kill()
+        stage.daemon.cool()  # else it is found in memory, and nobody reads the disk
         stage.flip()
         stage.daemon.start()
         session = stage.session(cp)

@@ -45,6 +45,7 @@ def test_a_document_larger_than_ddr_goes_from_group_to_group():
             with pytest.raises(DocumentTooLarge, match="memory-only"):
                 session.ingest("other", document[1:], write_policy=WritePolicy.MEMORY)
         daemon.kill()
+        daemon.cool()
         daemon.start()
         with closing(Client(daemon.socket)) as client, closing(engine("three", 3, daemon)) as three:
             assert client.document("large").complete

@@ -78,7 +78,7 @@ def test_a_calibration_survives_a_restart(tmp_path):
     contents = catalog.load()
     assert contents.calibration == catalog.calibration() == calibration()
     service, _, _ = tiny_service()
-    service.upkeep.restore((), (), (), (), (), contents.calibration)
+    service.restore((), (), (), (), (), contents.calibration)
     assert service.planner.calibration == calibration()
     assert service.planner.links[READ].bytes_per_second == 2e9
     catalog.close()

@@ -128,7 +128,7 @@ def test_what_was_changed_beside_the_daemon_is_found_and_mended(daemon, damage, 
     assert answer["clean"]
     assert check(daemon)[0] == []
     until(lambda: sql(daemon, "SELECT count(*) FROM extents") == [(6,)], "what was given up is written again from DDR")
-    client = daemon.restart().client()
+    client = daemon.restart_cold().client()
     for name in ("one", "two"):
         assert fetch(client, name) == expected(name, TOKENS)
     assert {document.name for document in client.documents()} == {"one", "two"}
@@ -136,7 +136,7 @@ def test_what_was_changed_beside_the_daemon_is_found_and_mended(daemon, damage, 
 
 
 def test_corrupt_bytes_are_found_by_reading_and_quarantined(daemon):
-    client = daemon.restart().client()
+    client = daemon.restart_cold().client()
     segment, offset = sql(daemon, "SELECT segment, segment_offset FROM extents WHERE start = 64")[0]
     with (daemon.data_dir / "nvme" / f"segment-{segment}").open("r+b") as file:
         file.seek(offset + 4096)
@@ -158,7 +158,7 @@ def test_corrupt_bytes_are_found_by_reading_and_quarantined(daemon):
 
 
 def test_a_file_that_was_removed_costs_its_extents_and_no_more(daemon):
-    client = daemon.restart().client()
+    client = daemon.restart_cold().client()
     for path in (daemon.data_dir / "nvme").glob("segment-*"):
         path.unlink()
     found, _ = check(daemon)

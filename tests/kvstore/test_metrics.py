@@ -10,6 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from fakes import EXTENT_BYTES, FAR_NS, ingest, tiny_service
 
 GOLDEN = {
+    "holdfast_adopted_total": set(),
+    "holdfast_adopted_verified_total": set(),
+    "holdfast_ddr_fenced_bytes": set(),
     "holdfast_build_info": {"version"},
     "holdfast_catalog_failures_total": set(),
     "holdfast_ddr_fragmented_bytes": set(),

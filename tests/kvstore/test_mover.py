@@ -122,7 +122,8 @@ class House:
         self.movers = []
 
     def mover(self, threads=1):
-        self.movers.append(Mover(self.arena, self.segments, self.catalog, self.clock, threads, self.heard))
+        mover = Mover(self.arena, self.segments, self.catalog, self.clock, threads, self.heard, self.catalog.seal)
+        self.movers.append(mover)
         return self.movers[-1]
 
     def soon(self, seconds=WAIT_SECONDS):

@@ -781,14 +781,14 @@ def test_a_restart_brings_back_what_was_durable():
     scene.service.pin(durable, Tier.NVME, None, "me", "")
     specs, extents, documents, pins = rows(scene)
     again = Scene()
-    again.service.upkeep.restore(specs, extents, documents, pins)
+    again.service.restore(specs, extents, documents, pins)
     again.settle()
     again.state.check()
     assert again.tiers(durable) == [{Tier.NVME}] * 2
     assert list(again.state.documents) == [durable]
     assert again.state.pins.get(durable)
     holed = Scene()
-    holed.service.upkeep.restore(specs, extents[:1], documents, ())
+    holed.service.restore(specs, extents[:1], documents, ())
     with pytest.raises(DocumentIncomplete, match=r"\[32, 64\)"):
         holed.attach(durable)
     assert [e.start for e in holed.begin("a", tokens(1, 2))[0].missing] == [32]
@@ -801,7 +801,7 @@ def test_a_restart_with_less_room_gives_up_visibly():
     for document in (first, second):
         scene.service.pin(document, Tier.NVME, None, "me", "")
     less = Scene(nvme=4, pin_bytes=4 * EXTENT_BYTES)
-    less.service.upkeep.restore(*rows(scene))
+    less.service.restore(*rows(scene))
     less.settle()
     less.state.check()
     assert less.state.ledger.counts["not_restored"] == 2

@@ -7,6 +7,7 @@ they were computed from. Reads, writes, loads and saves move labels; each must m
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import CorruptExtent, HoldfastError, StorageFailed, StorageFull
@@ -20,11 +21,13 @@ from holdfast.kvstore.orders import (
     RetireSlab,
     SaveShard,
     Seal,
+    Verify,
     Write,
     WriteOut,
 )
 from holdfast.kvstore.residency import State, Tier
 from holdfast.kvstore.service import Service
+from holdfast.kvstore.state import Left
 from holdfast.kvstore.writes import RETRY_NS
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -38,6 +41,7 @@ WRITERS = (1, 2)
 RANKS = (11, 12)
 NAMES = ("a", "b", "c", "d")
 LENGTHS = (1, 31, 32, 33, 64, 90, 128, 250)
+OLD = 1000  # added to the number of a client of an earlier daemon
 SELDOM = st.sampled_from([False] * 5 + [True])
 NOT_ANSWERED = (OpenShard, CloseShard, RetireSlab)
 
@@ -74,9 +78,14 @@ class Machine(RuleBasedStateMachine):
         self.clock = ManualClock()
         self.nvme = {}
         self.rows = {"extents": {}, "documents": {}, "pins": {}}
+        self.index = {}  # warm: id of an extent, or of a document -> its record
+        self.scribblers = {}  # clients of an earlier daemon -> slots that they may still write to
+        self.adopted = set()  # slots that the last daemon filled
         self.boot()
 
     def boot(self):
+        self.was_given = False
+        self.certain = 0  # notes that a kill does not take away: slots were given to writers since
         self.effects = ManualEffects(self.submitted)
         self.ddr = {}
         self.hbm = {}
@@ -130,6 +139,8 @@ class Machine(RuleBasedStateMachine):
             case CloseShard(shard=shard):
                 if not any(s.id == shard for s in state.shards()):
                     self.hbm = {key: label for key, label in self.hbm.items() if key[0] != shard}
+            case SaveShard():
+                self.certain = len(self.effects.notes)
             case RetireSlab(slab=slab):
                 assert state.ddr.owner(slab) is not None, "memory goes when another owner takes the slab"
 
@@ -193,6 +204,9 @@ class Machine(RuleBasedStateMachine):
         return found
 
     def end(self, order):
+        if isinstance(order, Verify) and self.ddr.get(order.slot) != self.labels[order.extent]:
+            self.effects.fail(self.service, order, CorruptExtent("planted"))
+            return
         self.carry_out(order)
         self.effects.complete(self.service, order)
 
@@ -283,6 +297,7 @@ class Machine(RuleBasedStateMachine):
         def granted(result):
             if not isinstance(result, HoldfastError):
                 self.ingests[result.id] = (result, tokens, name, group)
+                self.was_given = True
 
         cuts = cut(block_keys(array, tiny_spec(), bytes(32)), len(tokens), tiny_spec(), "t")
         for extent, label in zip(cuts, prefixes(tokens).values(), strict=True):
@@ -493,23 +508,29 @@ class Machine(RuleBasedStateMachine):
     def restart(self, accident):
         if not accident:
             return
+        self.scribblers, self.adopted, self.index = {}, set(), {}
+        self.start_again(None)
+        assert {document.name for document in self.service.state.documents} == {d.name for d in self.rows["documents"]}
+
+    def start_again(self, left):
         rows = self.rows
         needed = {extent for document in rows["documents"].values() for extent in document.extents}
         rows["extents"] = {i: row for i, row in rows["extents"].items() if i in needed}  # orphans go
-        durable = {document.name: self.tokens_of(document) for document in rows["documents"]}
         labels = self.labels
         self.boot()
-        self.documents = durable
         self.labels = labels
-        self.service.upkeep.restore(
-            [tiny_spec()], list(rows["extents"].values()), list(rows["documents"].values()), list(rows["pins"].values())
+        self.service.restore(
+            [tiny_spec()],
+            list(rows["extents"].values()),
+            list(rows["documents"].values()),
+            list(rows["pins"].values()),
+            left=left,
         )
+        found = self.service.state.documents.values()
+        self.documents = {r.document.id.name: labels[r.document.extents[-1]] for r in found}
         self.pins = {pin.document.name: pin.floor for pin in self.service.state.pins.all()}
         for extent, slot in rows["extents"].values():
             assert self.nvme[slot] == labels[extent.id], "a cataloged slot holds something else"
-
-    def tokens_of(self, document):
-        return self.labels[self.rows["documents"][document].extents[-1]]
 
     @rule(accident=SELDOM)
     def everybody_goes(self, accident):
@@ -519,8 +540,9 @@ class Machine(RuleBasedStateMachine):
         self.drain()
         for lease in list(self.leases):
             self.detach_one(lease)
-        for client in WRITERS:
+        for client in (*WRITERS, *self.scribblers):
             self.service.disconnect(client)
+        self.scribblers.clear()
         self.drain()
         self.service.tick()
         self.drain()
@@ -528,7 +550,7 @@ class Machine(RuleBasedStateMachine):
         assert not service.room.waiting
         assert not service.writes.queued
         assert not service.writes.backlog_bytes
-        assert not service.loader._reading
+        assert not service.loader.reads.waiting
         assert not service.loader._active
         assert not service.store.orders_in_flight
         assert not service.state.leases
@@ -543,6 +565,19 @@ class Machine(RuleBasedStateMachine):
     def state_agrees_with_itself(self):
         if hasattr(self, "service"):
             self.service.state.check()
+
+    @invariant()
+    def what_writers_were_given_is_certain(self):
+        if getattr(self, "was_given", False):
+            self.certain = len(self.effects.notes)
+            self.was_given = False
+
+    @invariant()
+    def fenced_slabs_hand_out_nothing(self):
+        fenced = {slot.slab for slots in getattr(self, "scribblers", {}).values() for slot in slots}
+        if fenced:
+            copies = self.service.state.all_placements()
+            assert {c.slot for c in copies if c.tier is Tier.DDR and c.slot.slab in fenced} <= self.adopted
 
     @invariant()
     def the_model_and_the_service_know_the_same_documents(self):
@@ -582,6 +617,74 @@ class Machine(RuleBasedStateMachine):
                 else:
                     assert (name, label) not in self.floored, f"{name} sank below {floor}"
         self.floored = {(name, label) for name, label in self.floored if name in self.pins}
+
+
+class WarmMachine(Machine):
+    """The same with memory that outlives the daemon, and clients that outlive it too."""
+
+    @rule(data=st.data(), accident=SELDOM)
+    def restart_warm(self, data, accident):
+        """The daemon is killed; memory and the index outlive it, though not the index's last notes."""
+        if not accident:
+            return
+        notes = self.effects.notes
+        for record in notes[: data.draw(st.integers(self.certain, len(notes)), label="notes")]:
+            self.take_note(record)
+        self.remember_writers(data.draw(st.sets(st.sampled_from((*WRITERS, *RANKS))), label="clients that live on"))
+        for order in self.effects.orders:
+            if isinstance(order, ReadIn):
+                self.ddr[order.target] = "torn"
+        records = list(self.index.values())
+        left = Left(
+            specs=[tiny_spec()],
+            extents=[(record.extent, record.slot) for record in records if record.kind == "put-extent"],
+            documents=[record.document for record in records if record.kind == "put-document"],
+            slabs=range(self.service.state.ddr.slab_count),
+            fences={client: {slot.slab for slot in slots} for client, slots in self.scribblers.items()},
+        )
+        durable = set(self.rows["documents"])
+        ddr = self.ddr
+        self.start_again(left)
+        self.ddr = ddr
+        self.adopted = {c.slot for c in self.service.state.all_placements() if c.tier is Tier.DDR}
+        found = set(self.service.state.documents)
+        assert durable <= found <= durable | {document.id for document in left.documents}
+
+    def take_note(self, record):
+        match record.kind:
+            case "put-extent":
+                self.index[record.extent.id] = record
+            case "put-document":
+                self.index[record.document.id] = record
+            case "drop-extent":
+                self.index.pop(record.extent, None)
+            case "drop-document":
+                self.index.pop((record.tenant, record.name), None)
+
+    def remember_writers(self, living):
+        """Who may still write to which slots, when the daemon that gave them is gone."""
+        given = {client + OLD: set() for client in living}
+        for ingest in self.service.ingests.open.values():
+            if ingest.client in living and ingest.group is None and ingest.passage is not None:
+                given[ingest.client + OLD] |= {copy.slot for copy in ingest.filled.values()}
+        for order in self.effects.orders:
+            for rank in RANKS:
+                if isinstance(order, SaveShard) and rank in living:
+                    given[rank + OLD] |= {part.slot for part in order.parts}
+        for client, slots in given.items():
+            if slots:
+                self.scribblers[client] = slots
+
+    @rule()
+    def old_writers_write(self):
+        for slots in self.scribblers.values():
+            for slot in slots:
+                self.ddr[slot] = "scribble"
+
+    @rule(client=st.sampled_from([client + OLD for client in (*WRITERS, *RANKS)]))
+    def old_writer_ends(self, client):
+        self.scribblers.pop(client, None)
+        self.service.disconnect(client)
 
 
 class NarrowMachine(Machine):
@@ -630,5 +733,7 @@ Machine.TestCase.settings = settings(
     report_multiple_bugs=False,
 )
 NarrowMachine.TestCase.settings = settings(Machine.TestCase.settings, max_examples=100)  # its rules do more each
-TestService = Machine.TestCase
-TestNarrowService = NarrowMachine.TestCase
+WarmMachine.TestCase.settings = settings(Machine.TestCase.settings, max_examples=100)
+TestService = pytest.mark.timeout(400)(Machine.TestCase)  # it computes, and other work may hold the cores
+TestNarrowService = pytest.mark.timeout(400)(NarrowMachine.TestCase)
+TestWarmService = pytest.mark.timeout(400)(WarmMachine.TestCase)

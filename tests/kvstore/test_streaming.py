@@ -44,7 +44,7 @@ class Narrow(Scene):
         """Documents that lie on NVMe only, however they came there."""
         other = Scene(ddr=32, nvme=32)
         found = [other.store(name, ids) for name, ids in documents.items()]
-        self.service.upkeep.restore(*rows(other))
+        self.service.restore(*rows(other))
         self.settle()
         return found[0] if len(found) == 1 else found
 
@@ -59,7 +59,7 @@ class Narrow(Scene):
         assert not self.service.store.orders_in_flight
         assert not self.service.room.waiting
         assert not self.service.loader._active
-        assert not self.service.loader._reading
+        assert not self.service.loader.reads.waiting
         assert not self.state.private
         assert all(copy.holds == 0 for copy in self.state.all_placements())
 
