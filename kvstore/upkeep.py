@@ -116,6 +116,7 @@ class Upkeep:
         self.state.pins.add(pin)
         self.tell(document, PutPin(pin))
         if floor is not Tier.NVME:
+            self._keep(record.document)
             self._prefetch(record.document)
         return pin
 
@@ -124,6 +125,13 @@ class Upkeep:
         pin = self.state.pins.remove(document)
         self.tell(document, DropPin(document.tenant, document.name))
         return pin
+
+    def _keep(self, document: Document) -> None:
+        """What is on its way out of DDR stays, also of a document that is too large to be brought there."""
+        for extent in document.extents:
+            copy = self.state.extents[extent].ddr
+            if copy is not None and copy.state is State.DRAINING:
+                self.store.unhold(self.store.hold(copy))
 
     def _prefetch(self, document: Document) -> None:
         """Bring a document to DDR; best effort, because nobody waits for it."""

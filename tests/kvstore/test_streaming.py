@@ -551,6 +551,21 @@ def test_a_window_that_ends_early_leaves_nothing(end):
         scene.idle()
 
 
+def test_a_pin_of_what_is_too_large_for_ddr_keeps_what_is_there():
+    """Also what is being written out of it just now."""
+    scene = Narrow()
+    ingest, _ = scene.begin("a", tokens(1, 6), WritePolicy.BACK, group="g")
+    scene.settle()
+    scene.commit(ingest)
+    scene.settle()
+    document = ingest.document.id
+    assert scene.tiers(document)[:2] == [{Tier.DDR}] * 2
+    scene.service.evict(None, Tier.DDR, EXTENT_BYTES, FAR_NS, [].append)
+    scene.service.pin(document, Tier.DDR, None, "me", "")
+    scene.settle()
+    assert all(Tier.DDR in tiers for tiers in scene.tiers(document)[:2])
+
+
 # Ranges of tokens ------------------------------------------------------------------------------------
 
 
