@@ -26,7 +26,7 @@ from .slots import SlotClass
 from .state import DocumentRecord, ExtentRecord
 from .store import Store
 
-IN_FLIGHT_BYTES: Final = 512 << 20  # several syncs deep, so that none holds up the next; demotions go first all the same
+IN_FLIGHT_BYTES: Final = 512 << 20  # several syncs deep, so that none holds up the next; demotions go first
 RETRY_NS: Final = 60 * NS_PER_SECOND  # how long a device that is full or broken is left alone
 NAMED: Final = "named by its owner"
 
