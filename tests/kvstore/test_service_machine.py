@@ -622,11 +622,30 @@ class Machine(RuleBasedStateMachine):
 class WarmMachine(Machine):
     """The same with memory that outlives the daemon, and clients that outlive it too."""
 
-    @rule(data=st.data(), accident=SELDOM)
-    def restart_warm(self, data, accident):
+    @rule(
+        data=st.data(),
+        name=st.sampled_from(NAMES),
+        tokens=st.builds(stream, st.integers(1, 3), st.sampled_from(LENGTHS)),
+        policy=st.sampled_from(WritePolicy),
+        steps=st.integers(0, 6),
+    )
+    def is_killed_in_the_middle(self, data, name, tokens, policy, steps):
+        """One document is there, another is being written; then a client of the last life writes on."""
+        self.store(name, tokens, policy, False)
+        self.begin_one(2, data.draw(st.sampled_from(NAMES)), stream(4, 90), policy, False)
+        for _ in range(steps):
+            if self.endable():
+                self.end(self.endable()[0])
+        self.restart_warm(data)
+        self.attach_one(1, name, False)
+        self.drain()
+        self.old_writers_write()
+        self.store(data.draw(st.sampled_from(NAMES)), stream(5, 128), WritePolicy.MEMORY, False)
+        self.attach_one(1, name, False)
+
+    @rule(data=st.data())
+    def restart_warm(self, data):
         """The daemon is killed; memory and the index outlive it, though not the index's last notes."""
-        if not accident:
-            return
         notes = self.effects.notes
         for record in notes[: data.draw(st.integers(self.certain, len(notes)), label="notes")]:
             self.take_note(record)
