@@ -341,7 +341,7 @@ def test_bad_requests_get_typed_errors_and_the_daemon_serves_on(unharmed):
             (TokenOutOfRange, lambda: client.begin_ingest("x", FINGERPRINT, [1, SPEC.vocabulary_size])),
             (TokenOutOfRange, lambda: client.begin_ingest("x", FINGERPRINT, [-1])),
             (EmptyDocument, lambda: client.begin_ingest("x", FINGERPRINT, [])),
-            (DocumentTooLarge, lambda: client.begin_ingest("x", FINGERPRINT, [1] * 8000)),
+            (DocumentTooLarge, lambda: client.begin_ingest("x", FINGERPRINT, [1] * 10_000)),
             (InvalidName, lambda: client.begin_ingest("a/b", FINGERPRINT, [1])),
             (InvalidRequest, lambda: client.begin_ingest("x", FINGERPRINT, [1], deadline_seconds=-1.0)),
             (DocumentNotFound, lambda: client.attach("nothing")),
