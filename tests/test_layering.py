@@ -7,6 +7,7 @@ planted violation below: a check must be able to fail. To change the house, chan
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -334,6 +335,18 @@ def product() -> dict[str, str]:
         for room in ROOMS
         for path in sorted((ROOT / room).rglob("*.py"))
     }
+
+
+def test_the_table_of_floors_names_every_module_on_its_floor():
+    """A newcomer looks there, so a new module is entered there."""
+    rows = dict.fromkeys(FLOORS, "")
+    for line in (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) > 3 and cells[1] in rows:
+            rows[cells[1]] = cells[2]
+    for floor in FLOORS:
+        here = {module for module, where in FLOOR_OF.items() if where == floor}
+        assert set(re.findall(r"\w+", rows[floor])) == here, floor
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
