@@ -14,7 +14,6 @@ from .problems import body, reply
 from .service import Service
 
 COMMIT_SECONDS: Final = 30.0
-QUANTILES: Final = (0.5, 0.9)
 
 
 class LinkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,8 +71,8 @@ class Calibrations:
 
     def _view(self) -> CalibrationView:
         planner = self.service.planner
-        errors = self.service.state.ledger.prediction_errors()
-        median_error, p90_error = (errors[int(q * (len(errors) - 1))] if errors else None for q in QUANTILES)
+        ledger = self.service.state.ledger
+        errors = ledger.prediction_quantiles()
         return CalibrationView(
             calibration=planner.calibration,
             links=[
@@ -85,5 +84,7 @@ class Calibrations:
                 )
                 for hop, link in planner.links.items()
             ],
-            prediction=PredictionView(swaps=len(errors), median_error=median_error, p90_error=p90_error),
+            prediction=PredictionView(
+                swaps=len(ledger.prediction_errors()), median_error=errors.get(0.5), p90_error=errors.get(0.9)
+            ),
         )

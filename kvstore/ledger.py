@@ -6,11 +6,14 @@ placements in the store; the invariant check compares them.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from .residency import Tier
+
+QUANTILES: Final = (0.5, 0.9)
 
 
 class Hop(NamedTuple):
@@ -160,6 +163,11 @@ class Ledger:
                 taken_ns = max(1, swap.reattach_ns - swap.wait_ns)
                 found.append(abs(swap.predicted_ns - taken_ns) / taken_ns)
         return sorted(found)
+
+    def prediction_quantiles(self) -> dict[float, float]:
+        """Median and 90th percentile (nearest rank) of the prediction errors; empty when there were none."""
+        errors = self.prediction_errors()
+        return {q: errors[math.ceil(q * len(errors)) - 1] for q in QUANTILES} if errors else {}
 
     def swap(self, record_id: int) -> SwapRecord | None:
         """The record of that attach, while it is remembered."""

@@ -6,6 +6,7 @@ have to stay few. Groups are labels, as there are never more of them than connec
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Final
 
@@ -13,7 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .ledger import HopTime
+from .ledger import QUANTILES, HopTime
 from .planner import HOPS
 from .residency import Tier
 from .service import Service
@@ -125,6 +126,15 @@ class ServiceCollector(Collector):
             busy.add_metric(ends, done.busy_ns / NS)
             speed.add_metric(ends, self.service.planner.links[hop].bytes_per_second)
         yield from (size, moves, busy, speed)
+        off = GaugeMetricFamily(
+            "holdfast_swap_prediction_error_ratio",
+            "|predicted - taken| / taken of the remembered swaps that moved bytes; NaN when there were none.",
+            labels=["quantile"],
+        )
+        errors = self.service.state.ledger.prediction_quantiles()
+        for quantile in QUANTILES:
+            off.add_metric([str(quantile)], errors.get(quantile, math.nan))
+        yield off
         wear = self.service.state.ledger.wear
         written = CounterMetricFamily(
             "holdfast_nvme_written_bytes", "Bytes written to NVMe since the data directory was made.", labels=["cause"]

@@ -152,12 +152,14 @@ def test_errors_of_predictions_are_relative_ascending_and_leave_waits_out():
         )
 
     assert ledger.prediction_errors() == []
+    assert ledger.prediction_quantiles() == {}
     swap(100, 200)
     swap(100, 300, wait_ns=200)
     swap(0, 5)  # nothing moved
     swap(100, None, outcome="moving")
     swap(300, 200)
     assert ledger.prediction_errors() == [0.0, 0.5, 0.5]
+    assert ledger.prediction_quantiles() == {0.5: 0.5, 0.9: 0.5}
 
 
 # Measuring -----------------------------------------------------------------------------------------

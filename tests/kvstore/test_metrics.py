@@ -42,6 +42,7 @@ GOLDEN = {
     "holdfast_tier_used_bytes": {"tier", "device"},
     "holdfast_transfer_busy_seconds_total": {"source", "target"},
     "holdfast_transfer_bytes_total": {"source", "target"},
+    "holdfast_swap_prediction_error_ratio": {"quantile"},
     "holdfast_transfers_total": {"source", "target"},
     "holdfast_write_backlog_bytes": set(),
     "holdfast_write_failures_total": set(),
