@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .arrivals import Arrivals
 from .demand import Demand
 from .errors import HoldfastError, InUse
 from .ledger import Hop, HopTime
@@ -124,12 +125,13 @@ class Loader:
             open_shard(self.store, loading, demand)
         lacking = [record for record in loading.records if self._is_lacking(loading, record)]
         loading.queued = lacking[: self.window.outside(loading, lacking)]
-        loading.arrived = dict.fromkeys((record.extent.id for record in loading.queued), 0)
+        loading.arrivals = Arrivals({record.extent.id: self.reads.depth(record) for record in loading.records})
         loading.inside = {record.extent.id for record in lacking[len(loading.queued) :]}
-        here = [r for r in loading.records if r.extent.id not in loading.arrived and self._depart(loading, r)]
+        queued = {record.extent.id for record in loading.queued}
+        here = [r for r in loading.records if r.extent.id not in queued and self._depart(loading, r)]
         loading.granted()
         if loading.shard is not None and here:
-            self._load(loading, here, 0, self.reads.geometry(here[0]).layers)
+            self._load(loading, here, 0, self.reads.depth(here[0]))
         self._advance(loading)
 
     def _is_lacking(self, loading: Loading, record: ExtentRecord) -> bool:
@@ -141,12 +143,10 @@ class Loader:
         """Set one extent on its way. True when it lies complete in DDR and can be loaded from there at once."""
         extent = record.extent.id
         source = loading.sources.get(extent)
-        layers = self.reads.geometry(record).layers
         if source is None:
-            loading.arrived[extent] = layers
+            loading.arrivals.reach(extent, self.reads.depth(record))
             loading.came_from(Tier.HBM, record)
             return False
-        loading.arrived[extent] = 0
         if source.tier is Tier.NVME and (record.ddr is None or not record.ddr.readable):
             if record.ddr is None:
                 self.reads.start(record, source, loading.urgency)
@@ -161,7 +161,7 @@ class Loader:
             return False
         loading.came_from(Tier.DDR, record)
         if loading.shard is None:
-            loading.arrived[extent] = layers
+            loading.arrivals.reach(extent, self.reads.depth(record))
         return True
 
     # Windows -----------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Loader:
         loading.queued.pop()
         loading.inside.add(record.extent.id)
         if self._depart(loading, record):
-            self._load(loading, [record], 0, self.reads.geometry(record).layers)
+            self._load(loading, [record], 0, self.reads.depth(record))
 
     def _wait(self, loading: Loading) -> None:
         """Queue for the next extent's slot."""
@@ -229,7 +229,7 @@ class Loader:
             return
         extent = record.extent.id
         if loading.shard is None:
-            loading.arrived[extent] = max(loading.arrived[extent], layers)
+            loading.arrivals.reach(extent, layers)
             self._advance(loading)
             return
         copy = loading.shard.copies[extent]
@@ -286,8 +286,8 @@ class Loader:
         assert loading.shard is not None
         for record in records:
             extent = record.extent.id
-            loading.arrived[extent] = stop
-            if stop == self.reads.geometry(record).layers:
+            loading.arrivals.reach(extent, stop)
+            if stop == self.reads.depth(record):
                 loading.shard.copies[extent].apply(Event.COMPLETE)
                 self.store.unhold(loading.sources.pop(extent))
                 self._pass(loading, record)
@@ -299,14 +299,10 @@ class Loader:
         """Report newly complete leading layers, and the end."""
         if loading.phase is not Phase.MOVING or loading.queued:
             return
-        sizes = {record.extent.id: self.reads.geometry(record).layers for record in loading.records}
-        wanted = max(sizes.values(), default=0)
-        # A layer group that has all of its layers does not keep a larger one back.
-        layers = min((n for extent, n in loading.arrived.items() if n < sizes[extent]), default=wanted)
-        if layers > loading.layers:
-            loading.layers = layers
-            loading.layer_ready(layers)
-        if layers >= wanted and loading.phase is Phase.MOVING:
+        if loading.arrivals.layers > loading.layers:
+            loading.layers = loading.arrivals.layers
+            loading.layer_ready(loading.layers)
+        if loading.arrivals.complete and loading.phase is Phase.MOVING:
             loading.phase = Phase.READY
             self._active.remove(loading)
             loading.swap.reattach_ns = self.store.clock.monotonic_ns() - loading.started_ns

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from .arrivals import Arrivals
 from .document import DocumentId
 from .errors import CorruptExtent, DocumentIncomplete, HoldfastError, StorageFailed
 from .extent import ExtentId
@@ -60,7 +61,7 @@ class Loading:
     reservation: Reservation | None = None
     sources: dict[ExtentId, Placement] = field(default_factory=dict)
     held: list[Placement] = field(default_factory=list)
-    arrived: dict[ExtentId, int] = field(default_factory=dict)  # leading layers at the target
+    arrivals: Arrivals = field(default_factory=lambda: Arrivals({}))  # of layers at the target
     layers: int = 0  # leading layers reported
     queued: list[ExtentRecord] = field(default_factory=list)
     inside: set[ExtentId] = field(default_factory=set)

@@ -40,6 +40,10 @@ class Reads:
         """Canonical geometry of an extent."""
         return extent_geometry(self.store.records.specs[record.extent.fingerprint], record.extent.group)
 
+    def depth(self, record: ExtentRecord) -> int:
+        """Layers of an extent."""
+        return len(self.store.records.specs[record.extent.fingerprint].groups[record.extent.group].layers)
+
     def join(self, loading: Loading, record: ExtentRecord) -> None:
         """Wait for the read that fills the DDR copy, or for its check."""
         verify_now = self.unverified.get(record.extent.id)

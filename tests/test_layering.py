@@ -46,6 +46,7 @@ FLOOR_OF = {
     "seal": "nouns",
     "sizes": "nouns",
     "spec": "nouns",
+    "arrivals": "rules",
     "audit": "rules",
     "audit_state": "rules",
     "claims": "rules",
