@@ -194,6 +194,7 @@ class Catalog:
         self.path = path
         self._durability = durability
         self._lock = threading.Lock()
+        self._secrets: dict[str, bytes] = {}
         self._reading = threading.Lock()  # another connection, so that a read waits for no commit
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -225,6 +226,9 @@ class Catalog:
 
     def tenant_secret(self, name: str) -> bytes:
         """The 32 bytes that key the tenant's blocks; made, and durable on return, when new. Raises StorageFailed."""
+        known = self._secrets.get(name)  # without the lock: the loop must not wait for a commit to end
+        if known is not None:
+            return known
         with self._lock, self._failures("reading a tenant's secret failed"):
             query = "SELECT secret FROM tenants WHERE name = ?"
             found = self._database.execute(query, (name,)).fetchone()
@@ -232,7 +236,8 @@ class Catalog:
                 found = (secrets.token_bytes(SECRET_BYTES),)
                 with self._transaction():
                     self._database.execute("INSERT INTO tenants VALUES (?, ?)", (name, found[0]))
-            return bytes(found[0])
+            self._secrets[name] = bytes(found[0])
+            return self._secrets[name]
 
     def seal(self, extent: ExtentId) -> bytes:
         """The seal of an extent's NVMe copy (see seal). Raises StorageFailed, also when there is no such row."""
