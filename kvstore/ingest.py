@@ -74,7 +74,7 @@ class Ingests:
             queue,
             deadline_ns - self.store.clock.monotonic_ns(),
             complete=lambda: self._sealed(ingest),
-            failed=lambda error: self._end(ingest, error),
+            failed=lambda error: self._stuck(ingest, error),
             idle=lambda: self._sweep(ingest),
         )
         if not self.store.records.ddr.could_hold(slots_of(ingest.missing)):
@@ -228,15 +228,15 @@ class Ingests:
         for seals of another number or size. A wrong one harms the writer's document alone: reads will not verify.
         """
         ingest.deadline_ns = deadline_ns
-        if seals:
-            if ingest.group is not None:
-                raise InvalidRequest("what ranks save is sealed by the daemon; commit without seals")
-            self._passage(ingest).check_seals(self._passage(ingest).unsealed, seals)
         if ingest.stage is Stage.FAILED:
             assert ingest.error is not None
             ingest.committed = committed
             self._end(ingest, ingest.error)
             return
+        if seals:
+            if ingest.group is not None:
+                raise InvalidRequest("what ranks save is sealed by the daemon; commit without seals")
+            self._passage(ingest).check_seals(self._passage(ingest).unsealed, seals)
         if ingest.stage is not Stage.FILLING:
             raise InUse(f"ingest {ingest.id} is {ingest.stage}, so it cannot be committed now")
         if ingest.group is None and self._passage(ingest).todo:
@@ -254,6 +254,8 @@ class Ingests:
         self, ingest: Ingest, filled: Sequence[tuple[int, int]], seals: Sequence[bytes], given: Given
     ) -> None:
         """A writer without a group hands filled extents over and gets slots for those that wait; see Passage."""
+        if ingest.stage is Stage.FAILED and ingest.error is not None:
+            raise ingest.error
         if ingest.stage is not Stage.FILLING or ingest.group is not None:
             raise InvalidRequest(f"ingest {ingest.id} is {ingest.stage}: nothing is handed over now")
         self._passage(ingest).next_slots(filled, seals, given)
@@ -361,6 +363,14 @@ class Ingests:
         for ingest in [ingest for ingest in self.open.values() if ingest.group == name]:
             self._end(ingest, error)
 
+    def _stuck(self, ingest: Ingest, error: HoldfastError) -> None:
+        """Something cannot be sealed or written out. A writer may be filling slots: they stay its own until it ends."""
+        if ingest.stage is Stage.FILLING:
+            ingest.stage, ingest.error = Stage.FAILED, error
+            self._passage(ingest).stop(error)
+        else:
+            self._end(ingest, error)
+
     def _end(self, ingest: Ingest, error: HoldfastError) -> None:
         if ingest.stage is Stage.ENDED:
             return
@@ -381,7 +391,9 @@ class Ingests:
 
     def _sweep(self, ingest: Ingest) -> None:
         """Give everything back once no move is under way."""
-        if ingest.id not in self.open or (ingest.passage is not None and ingest.passage.in_flight):
+        if ingest.id not in self.open or ingest.stage is not Stage.ENDED:
+            return
+        if ingest.passage is not None and ingest.passage.in_flight:
             return
         shard = ingest.shard
         arrived = ingest.loading is not None and ingest.loading.phase is Phase.READY

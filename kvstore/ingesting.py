@@ -26,7 +26,7 @@ class Stage(StrEnum):
     WAITING = "waiting"
     FILLING = "filling"
     LOADING = "loading"  # to be committed as soon as the cached front has arrived
-    FAILED = "failed"  # the cached front will not come, but the group may still be writing to its rows
+    FAILED = "failed"  # it cannot become complete, but its writer may still be writing to slots, or to a group's rows
     SAVING = "saving"
     SEALING = "sealing"
     CATALOGING = "cataloging"  # what is on NVMe already gets its rows

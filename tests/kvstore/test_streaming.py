@@ -17,7 +17,7 @@ from holdfast.kvstore.errors import (
     StorageFailed,
     from_code,
 )
-from holdfast.kvstore.orders import LoadShard, ReadIn, SaveShard, Seal, Write
+from holdfast.kvstore.orders import LoadShard, ReadIn, SaveShard, Seal, Write, WriteOut
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.service import Service
 
@@ -544,11 +544,33 @@ def test_a_window_that_ends_early_leaves_nothing(end):
                 if not scene.effects.orders:
                     heard = hand_over(scene, ingest, 2)
                 scene.end(scene.effects.orders[0], StorageFailed("broken"))
+                scene.service.abort_ingest(CLIENT, ingest.id)
         assert len(heard) == 1
         scene.settle()
         assert not +scene.state.used_bytes(), after
         assert not scene.state.extents
         scene.idle()
+
+
+def test_slots_stay_their_writers_until_it_has_heard_of_a_failure():
+    """It fills one of them while the other cannot be written out: nobody else gets it before its writer gives up."""
+    scene = Narrow()
+    ingest, _ = scene.begin("a", tokens(1, 6))
+    heard = hand_over(scene, ingest, 1)
+    mine = {copy.slot for copy in ingest.filled.values()}
+    scene.end(scene.end_up_to(WriteOut), StorageFailed("broken"))
+    (error,) = heard
+    assert isinstance(error, StorageFailed)
+    other, _ = scene.begin("b", tokens(2, 2))
+    assert not mine & {copy.slot for copy in other.filled.values()}
+    with pytest.raises(StorageFailed):
+        hand_over(scene, ingest, 1)
+    assert isinstance(scene.commit(ingest)[0], StorageFailed)
+    scene.commit(other)
+    scene.settle()
+    scene.service.delete(other.document.id)
+    scene.settle()
+    assert scene.empty()
 
 
 def test_a_pin_of_what_is_too_large_for_ddr_keeps_what_is_there():
