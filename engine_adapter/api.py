@@ -208,6 +208,8 @@ class Store:
         """Store a document: write what is missing inside the block; leaving it publishes, an error leaves no trace."""
         if getattr(tokens, "ndim", 1) != 1:
             raise InvalidRequest(f"tokens are one row of token ids, not an array of shape {np.shape(tokens)}")
+        if write_policy not in list(WritePolicy):  # it may come as a string
+            raise InvalidRequest(f"unknown write policy {write_policy!r}; use one of {', '.join(WritePolicy)}")
         fingerprint = self._client.register_spec(spec)
         opened = self._client.begin_ingest(
             name, fingerprint, tokens, write_policy=write_policy, deadline_seconds=deadline_seconds
@@ -267,10 +269,15 @@ class Store:
         """A document of any size, or a range of its tokens, one attachment after the other, in order.
 
         Each is given back when the next is asked for. While one is being read the next is on its way already, where
-        DDR allows two; `window_tokens` defaults to what fits into a quarter of DDR. Raises as `attach` does.
+        DDR allows two; `window_tokens` defaults to what fits into a quarter of DDR. Raises as `attach` does, and
+        InvalidRequest for a range that is empty or not within the document.
         """
         view = self._client.document(name)
         start, stop = tokens if tokens is not None else (0, view.token_count)
+        if not 0 <= start < stop <= view.token_count:
+            raise InvalidRequest(f"tokens [{start}, {stop}) are not a range of {name}'s {view.token_count} tokens")
+        if window_tokens is not None and window_tokens < 1:
+            raise InvalidRequest(f"window_tokens is at least 1, not {window_tokens}")
         size = window_tokens or self._quarter_of_ddr(view)
         ranges = [(low, min(low + size, stop)) for low in range(start, stop, size)]
         present = following = None

@@ -77,6 +77,14 @@ def test_a_document_larger_than_ddr_is_written_and_read_in_windows():
             assert daemon.used("ddr") <= 1 << 20
             assert check(store, 1) > 4
             assert check(store, 1, (1000, 3001), window_tokens=700) == 3
+            for wrong in ({"tokens": (500, 400)}, {"tokens": (5, TOKENS + 1)}, {"window_tokens": 0}):
+                with pytest.raises(InvalidRequest):
+                    next(store.windows("large", **wrong))
+            with (
+                pytest.raises(InvalidRequest, match="write-through"),
+                store.ingest("other", SPEC, [1], write_policy="through"),
+            ):
+                pass
             with pytest.raises(DocumentTooLarge, match="windows"), store.attach("large"):
                 pass
             until(lambda: store.document("large").durable, "it is durable")
