@@ -65,7 +65,10 @@ class Connection:
             self._sock.settimeout(None)
         except OSError as error:
             self._sock.close()
-            raise DaemonUnavailable(f"no daemon answers at {path} ({error.strerror or error})") from error
+            raise DaemonUnavailable(
+                f"no daemon answers at {path} ({error.strerror or error}); start one with `holdfast serve`, "
+                "or connect to its socket or data_dir"
+            ) from error
         self._reader = threading.Thread(target=self._read, name="holdfast-client", daemon=True)
         self._reader.start()
         let_go = _let_go.get(path, set())

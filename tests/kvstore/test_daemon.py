@@ -155,6 +155,8 @@ def test_sigterm_writes_documents_out_and_leaves_no_trace_of_the_process(daemon)
     assert not list(daemon._shared.iterdir()), "slabs are left in shared memory"
     with pytest.raises(DaemonUnavailable):
         client.documents()
+    with pytest.raises(DaemonUnavailable, match="holdfast serve"):
+        daemon.client()
     again = daemon.start().client()
     assert [(d.name, d.durable) for d in again.documents()] == [("kept", True)]
     assert fetch(again, "kept") == kept
