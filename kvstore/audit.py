@@ -191,7 +191,7 @@ def _misplaced(facts: Facts, rows: Sequence[StoredExtent], needed: Needed) -> It
             detail = f"offset {slot.offset} of segment {slot.slab} is no slot of {slot.size_bytes} B"
             yield _bad(Code.EXTENT_ROW_OUTSIDE_SEGMENT, row, needed, detail)
         elif size is None:
-            yield _bad(Code.SEGMENT_FILE_MISSING, row, needed, f"there is no segment-{slot.slab}")
+            yield _bad(Code.SEGMENT_FILE_MISSING, row, needed, f"no segment-{slot.slab} in {facts.nvme_directory}")
         elif end > size:
             outside = end > facts.segment_bytes <= size
             code = Code.EXTENT_ROW_OUTSIDE_SEGMENT if outside else Code.SEGMENT_FILE_SHORT

@@ -112,7 +112,10 @@ KINDS: Final[dict[Code, Kind]] = {
     ),
     Code.SEGMENT_MIXED: Kind(_E, "the catalog was edited or damaged", "fix it", f"of the later size {_LOST_ROW}"),
     Code.SEGMENT_FILE_MISSING: Kind(
-        _E, "somebody removed the file, or nvme.directory is another one", "put it back, or fix it", _LOST_ROW
+        _E,
+        "nvme.directory is another one or not mounted, or somebody removed the file",
+        "configure as `serve` does (--set, --config), mount it or put it back; fix it only if the file is lost",
+        _LOST_ROW,
     ),
     Code.SEGMENT_FILE_SHORT: Kind(_E, "somebody truncated the file", "put it back, or fix it", _LOST_ROW),
     Code.SEGMENT_FILE_ORPHAN: Kind(_N, "its last extent left", "nothing: a start removes it", "delete the file"),

@@ -49,7 +49,7 @@ def gather(config: Config, present: Collection[ExtentId] | None = None) -> Facts
         named = SEGMENT_NAME.fullmatch(path.name)
         if named:
             segments[int(named[1])] = _size(path)
-        elif path.name != PROBE_NAME and config.nvme.directory != config.daemon.data_dir:
+        elif path.name not in {PROBE_NAME, "lost+found"} and config.nvme.directory != config.daemon.data_dir:
             foreign.append(str(path))
     slabs = []
     for path in (path for directory in slab_directories(config) for path in _entries(directory)):

@@ -193,6 +193,7 @@ def drop_row(place):
 
 def foreign(place):
     (place.nvme / "notes.txt").write_text("mine")
+    (place.nvme / "lost+found").mkdir()  # the file system's own
 
 
 def no_spec(place):
