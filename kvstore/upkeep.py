@@ -5,9 +5,9 @@ Evictions and prefetches carry on after the command returns; `settle` looks whic
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from .calibration import Calibration
@@ -34,9 +34,13 @@ NOBODY: Final = 0  # the client number of the daemon itself
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Eviction:
-    """Somebody waits until none of these copies is left; those in the middle of a move leave when it has ended."""
+    """Somebody waits until none of these copies is left; those in the middle of a move leave when it has ended.
+
+    `leaving` are on their way out, `pending` are not: a hit may have called them back.
+    """
 
     pending: list[tuple[Victim, Placement]]
+    leaving: deque[tuple[Victim, Placement]] = field(default_factory=deque)
     done: Callable[[HoldfastError | None], None]
     deadline_ns: int
 
@@ -71,18 +75,27 @@ class Upkeep:
             eviction.done(DeadlineExceeded("the eviction goes on, but took longer than the caller waits"))
 
     def settle(self) -> None:
-        """Let go what has become movable, and tell those whose evictions are complete."""
+        """Let go what has become movable, and tell those whose evictions are complete.
+
+        What is leaving is looked at from the front only, because there may be thousands.
+        """
         for eviction in list(self._evictions):
-            if any(self._pinned(victim, copy) for victim, copy in eviction.pending):
-                self._evictions.remove(eviction)
-                eviction.done(InUse("a pin came while the eviction was under way; the rest stays"))
+            while eviction.leaving and eviction.leaving[0][1].state is not State.DRAINING:
+                eviction.pending.append(eviction.leaving.popleft())
+            ready = [item for item in eviction.pending if item[1].movable]
+            if any(self._pinned(victim, copy) for victim, copy in ready):
+                self._give_up(eviction)
                 continue
-            ready = [victim for victim, copy in eviction.pending if copy.movable]
-            self.room.execute(ready, "admin")
-            eviction.pending = [item for item in eviction.pending if item[1].state is not State.GONE]
-            if not eviction.pending:
+            self.room.execute([victim for victim, _ in ready], "admin")
+            eviction.leaving += [item for item in eviction.pending if item[1].state is State.DRAINING]
+            eviction.pending = [i for i in eviction.pending if i[1].state not in (State.DRAINING, State.GONE)]
+            if not eviction.pending and not eviction.leaving:
                 self._evictions.remove(eviction)
                 eviction.done(None)
+
+    def _give_up(self, eviction: Eviction) -> None:
+        self._evictions.remove(eviction)
+        eviction.done(InUse("a pin came while the eviction was under way; the rest stays"))
 
     def _pinned(self, victim: Victim, copy: Placement) -> bool:
         """Whether pins forbid by now what an eviction still means to do."""
@@ -118,6 +131,9 @@ class Upkeep:
         if floor is not Tier.NVME:
             self._keep(record.document)
             self._prefetch(record.document)
+        for eviction in list(self._evictions):
+            if any(self._pinned(victim, copy) for victim, copy in (*eviction.pending, *eviction.leaving)):
+                self._give_up(eviction)
         return pin
 
     def unpin(self, document: DocumentId) -> Pin:

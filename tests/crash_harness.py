@@ -390,8 +390,8 @@ class Harness:
                 whole = set()
                 for name, document in shown.items():
                     if document.complete:
-                        # What only memory has may leave for what is read here, or turn out to be another's bytes.
-                        with suppress(*(() if document.durable else (DocumentIncomplete, CorruptExtent))):
+                        # What has no row may be another's bytes; and what is read here may need room. See `reborn`.
+                        with suppress(DocumentIncomplete, *(() if document.durable else (CorruptExtent,))):
                             read(client, tenant, name)
                             whole.add(name)
                 self.counts["documents read"] += len(whole)
