@@ -53,7 +53,8 @@ def clear_slabs(
     """
     inside: dict[int, list[Occupant]] = defaultdict(list)
     for occupant in occupants:
-        inside[occupant.slot.slab].append(occupant)
+        if not pool.is_fenced(occupant.slot.slab):
+            inside[occupant.slot.slab].append(occupant)
     gone = Counter(slot.slab for slot in leaving)
     whole = [number for number, here in inside.items() if pool.used_slots(number) == len(here) + gone[number]]
     whole.sort(key=lambda number: (sum(occupant.loss for occupant in inside[number]), number))

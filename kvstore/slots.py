@@ -151,6 +151,10 @@ class SlabPool:
             elif found.free:
                 self._open[found.kind].add(slab)
 
+    def is_fenced(self, slab: int) -> bool:
+        """Whether what is freed in it is of no use for now."""
+        return slab in self._fences
+
     @property
     def fenced_bytes(self) -> int:
         """Bytes in fenced slabs that would be free without the fences."""

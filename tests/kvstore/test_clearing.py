@@ -209,3 +209,15 @@ def test_the_planner_takes_no_more_than_the_demand_in_whole_slabs():
         service.state.check()
         assert not [answer for answer in heard if isinstance(answer, HoldfastError)]
     assert len(plans) > 20
+
+
+def test_a_fenced_slab_is_not_cleared():
+    """What is freed in it can be used by nobody yet, so its copies would leave for nothing."""
+    pool = SlabPool(2 * SLAB_BYTES, SLAB_BYTES)
+    cheap, dear = SlotClass("a", 16), SlotClass("b", 32)
+    fenced = pool.allocate(cheap)
+    others = [pool.allocate(dear), pool.allocate(dear)]
+    pool.fence(fenced.slab, 7)
+    occupants = [occupant(fenced), *(occupant(slot, 9.0) for slot in others)]
+    cleared = clear_slabs(pool, {SlotClass("c", 16): 1}, [], occupants)
+    assert [item.slot for item in cleared] == others

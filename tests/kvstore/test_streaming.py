@@ -573,8 +573,9 @@ def test_slots_stay_their_writers_until_it_has_heard_of_a_failure():
     assert scene.empty()
 
 
-def test_a_pin_of_what_is_too_large_for_ddr_keeps_what_is_there():
-    """Also what is being written out of it just now."""
+@pytest.mark.parametrize("is_named", [False, True])
+def test_a_pin_of_what_is_too_large_for_ddr_keeps_what_is_there(is_named):
+    """Also what is being written out of it just now, and an eviction of that document ends."""
     scene = Narrow()
     ingest, _ = scene.begin("a", tokens(1, 6), WritePolicy.BACK, group="g")
     scene.settle()
@@ -582,8 +583,10 @@ def test_a_pin_of_what_is_too_large_for_ddr_keeps_what_is_there():
     scene.settle()
     document = ingest.document.id
     assert scene.tiers(document)[:2] == [{Tier.DDR}] * 2
-    scene.service.evict(None, Tier.DDR, EXTENT_BYTES, FAR_NS, [].append)
-    scene.service.pin(document, Tier.DDR, None, "me", "")
+    heard = []
+    scene.service.evict(document if is_named else None, Tier.DDR, EXTENT_BYTES, FAR_NS, heard.append)
+    scene.service.pin(document, Tier.HBM, None, "me", "")
+    assert [type(answer) for answer in heard] == [InUse]
     scene.settle()
     assert all(Tier.DDR in tiers for tiers in scene.tiers(document)[:2])
 

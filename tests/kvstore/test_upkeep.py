@@ -7,6 +7,8 @@ from holdfast.kvstore.orders import DropDocument, DropPin, PutPin, Write
 from holdfast.kvstore.residency import Tier
 
 from fakes import CLIENT, FAR_NS, tiny_service, tiny_spec
+from scene import Scene
+from scene import tokens as tokens_of
 
 
 def stored(service, effects, name, tokens, write_policy=WritePolicy.THROUGH):
@@ -83,6 +85,34 @@ def test_a_pin_during_the_write_out_keeps_the_document():
     service.tick()
     assert Tier.DDR in tiers(service, document)[0]
     assert [type(answer) for answer in done] == [InUse]
+
+
+def test_an_eviction_looks_at_its_copies_a_few_times_each(monkeypatch):
+    """However many there are: not at all of them whenever one has been written."""
+    scene = Scene(ddr=64, nvme=64)
+    document = scene.store("a", tokens_of(1, 60), WritePolicy.BACK)
+    looks = []
+    may_leave = type(scene.state).may_leave
+    monkeypatch.setattr(type(scene.state), "may_leave", lambda *args: looks.append(args) or may_leave(*args))
+    scene.evict(document, Tier.DDR)
+    assert scene.tiers(document) == [{Tier.NVME}] * 60
+    assert len(looks) <= 5 * 60
+
+
+def test_what_a_hit_calls_back_leaves_after_all():
+    """It was on its way out when somebody attached it; when that has ended it goes, and the eviction ends."""
+    scene = Scene()
+    document = scene.store("a", tokens_of(1, 3), WritePolicy.BACK)
+    done = []
+    scene.service.evict(document, Tier.DDR, 0, FAR_NS, done.append)
+    (attach,) = scene.attach(document)
+    scene.settle()
+    assert not done
+    assert all(Tier.DDR in tiers for tiers in scene.tiers(document))
+    scene.detach(attach)
+    scene.settle()
+    assert done == [None]
+    assert scene.tiers(document) == [{Tier.NVME}] * 3
 
 
 def test_a_pin_while_an_eviction_waits_for_a_lease_wins():
