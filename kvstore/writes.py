@@ -74,6 +74,7 @@ class Writes:
         self._in_flight_bytes = 0
         self._turns: list[tuple[Turn, Decision]] = []  # the oldest first
         self._behind = False  # some document may be
+        self._unsaid: set[DocumentId] = set()  # whose rows the catalog refused
         self._retry_ns = 0  # until then nothing that is behind is tried
         self._offer_ns: int | None = None  # when withdrawn segments are tried again
 
@@ -151,6 +152,9 @@ class Writes:
 
         def committed(outcome: Outcome) -> None:
             owner.durable = outcome.error is None
+            if outcome.error is not None:
+                self.state.ledger.counts["catalog_failures"] += 1
+                self._unsaid.add(document)
 
         self.store.submit(write, committed)
 
@@ -213,11 +217,14 @@ class Writes:
                 return
 
     def tick(self) -> None:
-        """Let time pass: turns that waited too long end, and a device that was full is asked again."""
+        """Let time pass: turns that waited too long end, and a device or a catalog that refused is asked again."""
         now_ns = self.store.clock.monotonic_ns()
         for turn in [t for t, _ in self._turns if t.deadline_ns is not None and t.deadline_ns <= now_ns]:
             self.cancel(turn)
             turn.refused(DeadlineExceeded("the disk did not catch up before the deadline (nvme.when_behind = wait)"))
+        unsaid, self._unsaid = self._unsaid, set()
+        for document in sorted(unsaid):
+            self.make_durable(document)
         if self._offer_ns is not None and self._offer_ns <= now_ns:
             self._offer_ns = None
             self.state.nvme.offer()

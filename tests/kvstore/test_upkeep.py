@@ -3,7 +3,7 @@
 import numpy as np
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import InUse, StorageFailed
-from holdfast.kvstore.orders import DropDocument, DropPin, PutPin, Write
+from holdfast.kvstore.orders import DropDocument, DropPin, PutDocument, PutPin, Write
 from holdfast.kvstore.residency import Tier
 
 from fakes import CLIENT, FAR_NS, tiny_service, tiny_spec
@@ -85,6 +85,22 @@ def test_a_pin_during_the_write_out_keeps_the_document():
     service.tick()
     assert Tier.DDR in tiers(service, document)[0]
     assert [type(answer) for answer in done] == [InUse]
+
+
+def test_a_document_that_the_catalog_refused_is_durable_later():
+    """Its extents have their rows already: nothing else would bring it up again, and a restart would not know it."""
+    scene = Scene()
+    ingest, _ = scene.begin("a", tokens_of(1, 2))
+    scene.commit(ingest)
+    while scene.effects.orders:
+        order = scene.effects.orders[0]
+        is_row = isinstance(order, Write) and PutDocument(ingest.document) in order.records
+        scene.end(order, StorageFailed("busy") if is_row else None)
+    record = scene.state.document(ingest.document.id)
+    assert not record.durable
+    scene.service.tick()
+    scene.settle()
+    assert record.durable
 
 
 def test_an_eviction_looks_at_its_copies_a_few_times_each(monkeypatch):
