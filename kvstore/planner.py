@@ -331,8 +331,7 @@ class Planner:
         leaving = _slots(copy for copy in self.state.leaving if copy.tier is tier)
         if tier is Tier.NVME:
             return leaving  # a copy on its way out of NVMe is in no record any more
-        here = (record.ddr for record in self.state.extents.values() if record.ddr is not None)
-        return leaving + _slots(copy for copy in here if copy.state is State.DRAINING)
+        return leaving + _slots(copy for copy in self.state.draining.values() if copy.state is State.DRAINING)
 
     def _chain(self, tier: Tier) -> dict[str, str | None]:
         """What may be asked to leave DDR or NVMe, and the extent before each.

@@ -150,6 +150,7 @@ class Room:
             self.store.drop(record.ddr)
             return
         record.ddr.apply(Event.DRAIN)
+        self.store.records.draining[victim.extent] = record.ddr
         self.writes.demote(record)
 
     def _leave_hbm(self, shard: Shard, record: ExtentRecord, victim: Victim, reason: str) -> None:

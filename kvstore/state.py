@@ -159,6 +159,7 @@ class State:
         self.leases: dict[int, Lease] = {}
         self.private: dict[int, list[Placement]] = {}  # ingest id -> copies nobody else sees yet
         self.spares: dict[ExtentId, Placement] = {}  # good DDR copies, should the one that is being filled fail
+        self.draining: dict[ExtentId, Placement] = {}  # DDR copies told to leave; a hit may have called one back
         self.leaving: list[Placement] = []  # copies that no record names any more, whose slots are not free yet
 
     def document(self, document: DocumentId) -> DocumentRecord:
@@ -250,6 +251,9 @@ class State:
         for placement in placements:
             assert placement.state != "gone", f"a gone copy is still listed: {placement}"
             assert placement.holds >= 0, placement
+        drains = {id(copy) for copy in self.draining.values() if copy.state is Phase.DRAINING}
+        here = [record.ddr for record in self.extents.values() if record.ddr is not None]
+        assert drains == {id(copy) for copy in here if copy.state is Phase.DRAINING}, "what drains is not all listed"
         named = {id(copy) for record in self.extents.values() for copy in record.placements()}
         for copies in self.private.values():
             for copy in copies:

@@ -305,6 +305,8 @@ class Store:
         if placement.slot is not None:
             pool = self.records.ddr if placement.tier is Tier.DDR else self.records.nvme
             pool.free(placement.slot)
+        if self.records.draining.get(placement.extent) is placement:
+            del self.records.draining[placement.extent]
         for copies in (*self.records.private.values(), self.records.leaving):
             copies[:] = [copy for copy in copies if copy is not placement]
         record = self.records.extents.get(placement.extent)
