@@ -43,4 +43,6 @@ class Exchange:
         filled = [(run.start, run.group) for run, _ in batch]
         runs = self._client.next_slots(self._ingest, filled, [seal for _, seals in batch for seal in seals()]).runs
         self._owed += len(batch) - sum(run.count for run in runs)
+        if not runs:
+            self._owed = 0  # no slot of that size is wanted any more
         return runs

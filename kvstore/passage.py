@@ -156,7 +156,8 @@ class Passage:
     def next_slots(self, filled: Sequence[tuple[int, int]], seals: Sequence[bytes], given: Given) -> None:
         """The writer hands these over, by (first token, layer group); `given` hears of the slots that they make free.
 
-        It is called as soon as there is one, at once with none when no extent waits for a slot. Raises InvalidRequest
+        It is called as soon as there is one, with none when no extent waits for a slot, or for one of this size: then
+        nothing under way makes any free, and others have to be handed over. Raises InvalidRequest
         for what is not the writer's to hand over, and InUse while it is still waiting.
         """
         mine = {(extent.start, extent.group): extent for extent in self.unsealed}
@@ -175,7 +176,7 @@ class Passage:
         self._give()
 
     def _give(self) -> None:
-        if self._asking is not None and (self._given or not self.todo):
+        if self._asking is not None and (self._given or not self.todo or not self.in_flight):
             given, self._asking = self._asking, None
             extents, self._given = self._given, []
             given(extents)
@@ -210,6 +211,7 @@ class Passage:
             if self._goes_on(outcome.error):
                 placement.checksums = outcome.checksums
                 self._is_sealed(extent)
+                self._give()
 
         self.in_flight += 1
         self.store.submit(order, sealed)

@@ -552,6 +552,32 @@ def test_a_window_that_ends_early_leaves_nothing(end):
         scene.idle()
 
 
+def test_a_writer_hears_that_slots_of_one_size_are_wanted_no_more():
+    """Else it would wait, with slots of the other size in its hands, until its question times out."""
+    (group,) = SPEC.groups
+    spec = replace(SPEC, groups=(replace(group, layers=(0,)), replace(group, layers=(1,), kv_heads=16)))
+    scene = Narrow(ddr=8, window=2, nvme=64)
+    fingerprint = scene.service.register_spec(spec)
+    ids, name, heard = tokens(1, 12), DocumentId("t", "a"), []
+    policy = WritePolicy.THROUGH
+    ingest = scene.service.begin_ingest(CLIENT, name, fingerprint, ids, policy, None, 64, FAR_NS, heard.append)
+    scene.settle()
+    while any(extent.group == 0 for extent in ingest.passage.todo):
+        hand_over(scene, ingest, 1)
+        scene.settle()
+    heard = hand_over(scene, ingest, 1)
+    scene.settle()
+    assert heard == [(ingest, [])]
+    assert ingest.passage.todo
+    while ingest.passage.todo:
+        (answer,) = (hand_over(scene, ingest, 1),)
+        scene.settle()
+        assert answer
+    done = scene.commit(ingest)
+    scene.settle()
+    assert done == [ingest.document]
+
+
 def test_slots_stay_their_writers_until_it_has_heard_of_a_failure():
     """It fills one of them while the other cannot be written out: nobody else gets it before its writer gives up."""
     scene = Narrow()
