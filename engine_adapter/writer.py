@@ -24,6 +24,7 @@ from .exchange import Exchange
 from .planes import NUMPY_DTYPES, Array, Cut, Planes, in_extents
 
 SEAL_BATCH_BYTES: Final = 4 << 20  # much less than a cache, much more than handing it over costs
+EARLY_BATCH_BYTES: Final = 64 << 20  # the disk's work of 20 ms or so, and a round trip of 1
 
 
 class _Target:
@@ -36,9 +37,13 @@ class _Target:
         )
         self.seal_bytes = planes.geometry.plane_count * CHECKSUM_BYTES
         self.sealed = bytearray(planes.run.count * self.seal_bytes)
+        self.lacking = [set(range(planes.geometry.layers)) for _ in range(planes.run.count)]  # layers of each extent
+        self.given: set[int] = set()  # extents handed over
 
     def write(self, layer: int, cut: Cut, array: Array, part: int) -> None:
-        """Fill a cut's rows of one plane kind from [kv heads, tokens of the cut, dim]."""
+        """Fill a cut's rows of one plane kind from [kv heads, tokens of the cut, dim]. Raises InvalidRequest."""
+        if not self.given.isdisjoint(range(cut.first, cut.first + cut.extents)):
+            raise InvalidRequest(f"tokens from {cut.start} on are complete and have been handed over; write them once")
         np.copyto(self.planes.at(part, layer, cut), in_extents(array, cut.extents))
 
     def mark(self, layer: int, cut: Cut) -> list[tuple[int, int]]:
@@ -46,10 +51,13 @@ class _Target:
         run = self.planes.run
         written = self.written[layer]
         written[cut.start - run.start : cut.stop - run.start] = True
-        extents = range(cut.first, cut.first + cut.extents)
         if cut.extents == 1:
             first = cut.first * run.step
-            return [(e, layer) for e in extents if written[first : first + run.step].all()]
+            if not written[first : first + run.step].all():
+                return []
+        extents = range(cut.first, cut.first + cut.extents)
+        for extent in extents:
+            self.lacking[extent].discard(layer)
         return [(extent, layer) for extent in extents]
 
     def seal(self, extent: int, layer: int) -> None:
@@ -66,10 +74,13 @@ class _Target:
                 self.seal(extent, layer)
         return self.seals()
 
+    def seal_of(self, extent: int) -> bytes:
+        """Those of one extent."""
+        return bytes(self.sealed[extent * self.seal_bytes : (extent + 1) * self.seal_bytes])
+
     def seals(self) -> list[bytes]:
-        """One per extent."""
-        size = self.seal_bytes
-        return [bytes(self.sealed[n * size : (n + 1) * size]) for n in range(self.planes.run.count)]
+        """One per extent that was not handed over."""
+        return [self.seal_of(extent) for extent in range(self.planes.run.count) if extent not in self.given]
 
 
 class IngestWriter:
@@ -92,6 +103,8 @@ class IngestWriter:
         self._complete: list[tuple[_Target, int, int]] = []  # to be handed over
         self._complete_bytes = 0
         self._sealing: list[Future[None]] = []
+        self._whole: dict[tuple[_Target, int], None] = {}  # extents to be handed over early
+        self._whole_bytes = 0
         self._waiting = {(group, start): tokens for start, tokens, group in opened.waiting}  # without a slot, in order
         self._exchange = Exchange(client, opened.ingest, self._sealer) if opened.waiting else None
         self._add(opened.runs)
@@ -124,6 +137,8 @@ class IngestWriter:
 
         A document that is too large for DDR passes through it in a window: write every layer of a range of tokens
         before the next range, in pieces of at most half of the window.
+        What is to be on NVMe soon goes there while the rest is written: write every layer of a range of tokens before
+        the next range, and nothing twice.
 
         Raises InvalidRequest when the layer, the shape or the dtype is not the model's, when the tokens are not the
         document's or lie outside the window, and when the block has ended.
@@ -148,6 +163,8 @@ class IngestWriter:
                 complete = target.mark(position, cut)
                 if self._exchange is None:
                     self._seal(target, complete)
+                    if self._opened.early:
+                        self._give_early(target, complete)
                 elif self._waiting and target.written.all():
                     self._targets.remove(target)
                     self._exchange.give(target.planes.run, target.seal_all)
@@ -192,6 +209,24 @@ class IngestWriter:
         if self._complete_bytes >= SEAL_BATCH_BYTES:
             self._hand_over()
 
+    def _give_early(self, target: _Target, complete: list[tuple[int, int]]) -> None:
+        """Note what is complete in every layer; as soon as it is worth it, hand it over, behind its sealing."""
+        for extent, _ in complete:
+            if not target.lacking[extent] and (target, extent) not in self._whole:
+                self._whole[target, extent] = None
+                self._whole_bytes += target.planes.geometry.size_bytes
+        if self._whole_bytes >= EARLY_BATCH_BYTES:
+            batch, self._whole, self._whole_bytes = list(self._whole), {}, 0
+            for whole, extent in batch:
+                whole.given.add(extent)
+            self._hand_over()
+            self._sealing.append(self._sealer.submit(self._give, batch))
+
+    def _give(self, batch: list[tuple[_Target, int]]) -> None:
+        parts = [target.planes.run.part(extent) for target, extent in batch]
+        filled = [(part.start, part.group) for part in parts]
+        self._client.next_slots(self._opened.ingest, filled, [target.seal_of(extent) for target, extent in batch])
+
     def _hand_over(self) -> None:
         batch, self._complete, self._complete_bytes = self._complete, [], 0
         self._sealing.append(self._sealer.submit(_seal_all, batch))
@@ -228,6 +263,7 @@ class IngestWriter:
         self._sealer.shutdown(cancel_futures=True)
         self._targets.clear()
         self._complete.clear()
+        self._whole.clear()
 
 
 def _seal_all(batch: list[tuple[_Target, int, int]]) -> None:

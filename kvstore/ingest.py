@@ -36,7 +36,7 @@ from .slots import slots_of
 from .spill import Spill
 from .state import DocumentRecord, ExtentRecord
 from .store import Store
-from .writes import Turn
+from .writing import Turn
 
 
 def position(extent: Extent) -> tuple[int, int]:
@@ -145,8 +145,11 @@ class Ingests:
 
     def _granted(self, ingest: Ingest, deadline_ns: int) -> None:
         ingest.reservation = None
-        self._passage(ingest).begin()
+        passage = self._passage(ingest)
+        passage.begin()
         if ingest.group is None:
+            if self._is_early(ingest, passage):
+                passage.early = lambda extent: self.room.writes.begin_early(ingest.id, extent, ingest.filled[extent.id])
             self._ready(ingest, None)
             return
         shard = self.store.records.groups[ingest.group].shards.get(ingest.document.id)
@@ -178,6 +181,12 @@ class Ingests:
         except HoldfastError as error:
             ingest.loading = None
             self._end(ingest, error)
+
+    def _is_early(self, ingest: Ingest, passage: Passage) -> bool:
+        """Whether what a client hands over is to be on NVMe soon: as it looks now, its document will be."""
+        if passage.streams or not ingest.missing:
+            return False
+        return self.room.writes.decide(ingest.document, ingest.missing).policy is WritePolicy.THROUGH
 
     def _swap(self, ingest: Ingest) -> SwapRecord:
         """The cached front's receipt; kept with the swaps only when something had to move."""
@@ -310,6 +319,7 @@ class Ingests:
         """All is complete: publish it, after its turn if commits have to wait for the disk."""
         ingest.stage = Stage.BEHIND
         ingest.turn = Turn(
+            ingest=ingest.id,
             deadline_ns=ingest.deadline_ns,
             granted=lambda decision: self._publish(ingest, decision),
             refused=lambda error: self._end(ingest, error),
@@ -335,6 +345,7 @@ class Ingests:
             placement = ingest.filled.get(extent.id)
             if placement is not None and self.store.offer(record, placement):
                 records.private[ingest.id].remove(placement)  # `_release` gives back what was a duplicate
+        self.room.writes.publish_early(ingest.id)
         known = records.documents.get(document.id)
         published = known or DocumentRecord(document=document)
         published.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
@@ -404,10 +415,11 @@ class Ingests:
     def _release(self, ingest: Ingest) -> None:
         """Free private copies and every hold; a published shard's copies become readable."""
         del self.open[ingest.id]
-        for placement in list(self.store.records.private[ingest.id]):
+        self.room.writes.end_early(ingest.id)
+        for placement in self.store.records.private.pop(ingest.id):
             placement.holds -= 1
+            self.store.records.leaving.append(placement)  # until an early write that is under way has ended
             self.store.fail(placement)
-        assert not self.store.records.private.pop(ingest.id), "private copies left behind"
         for placement in ingest.held:
             if placement.state is not State.GONE:
                 self.store.unhold(placement)

@@ -15,7 +15,7 @@ from .passage import Passage
 from .residency import Placement
 from .room import Reservation
 from .state import Shard
-from .writes import Turn
+from .writing import Turn
 
 Done = Callable[[HoldfastError | None], None]
 

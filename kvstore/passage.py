@@ -49,6 +49,7 @@ class Passage:
         self.spill = spill
         self.ingest = ingest
         self.patience_ns = patience_ns
+        self.early: Callable[[Extent], None] | None = None  # takes what is handed over before everything is filled
         self.filled: dict[str, Placement] = {}
         self.written: dict[str, Placement] = {}
         self.in_flight = 0
@@ -221,6 +222,8 @@ class Passage:
         if self._needed[extent.slot_bytes]:
             self._needed[extent.slot_bytes] -= 1
             self._spill(extent)
+        elif self.early is not None and not self._is_final:
+            self.early(extent)
         self._end_if_complete()
 
     def _end_if_complete(self) -> None:

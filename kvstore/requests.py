@@ -218,9 +218,11 @@ class Requests:
                 raise opened.error
             copies = [(extent, opened.filled.get(extent.id)) for extent in opened.missing]
             runs = self._runs(body.fingerprint, copies)
-        todo = opened.passage.todo if opened.passage is not None and opened.group is None else []
+        passage = opened.passage if opened.group is None else None
+        todo = passage.todo if passage is not None else []
+        early = passage is not None and passage.early is not None
         waiting = [(extent.start, extent.valid_tokens, extent.group) for extent in todo]
-        return IngestOpened(opened.id, opened.cached_tokens, runs, _shard(opened.loading), waiting)
+        return IngestOpened(opened.id, opened.cached_tokens, runs, _shard(opened.loading), waiting, early)
 
     async def _next_slots(self, client: int, body: NextSlots) -> Reply:
         given: tuple[Ingest, list[Extent]] = await self._call(

@@ -17,7 +17,7 @@ from .ledger import Hop
 from .orders import Outcome, Part, SaveShard, Seal
 from .planner import Victim
 from .residency import Event, Placement, State, Tier
-from .state import ExtentRecord, Shard
+from .state import DDR, ExtentRecord, Shard
 from .store import Store
 from .writes import Writes
 
@@ -113,7 +113,7 @@ class Room:
         records = self.store.records
         leases = sorted({str(lease.document) for lease in records.leases.values()})
         pins = [str(pin.document) for pin in records.pins.all()]
-        filling = sum(copy.size_bytes for copies in records.private.values() for copy in copies)
+        filling = sum(copy.size_bytes for copies in records.private.values() for copy in copies if copy.device == DDR)
         wanted = sum(kind.slot_bytes * count for kind, count in demand.slots.items())
         rows = f" and {max(demand.rows)} rows per rank in group {demand.group}" if demand.rows else ""
         return (

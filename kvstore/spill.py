@@ -17,6 +17,7 @@ from .residency import Placement, Tier
 from .room import Room
 from .slots import SlotClass
 from .store import Store
+from .wear import count_wear
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -104,7 +105,7 @@ class Spill:
             hop, now_ns = Hop(Tier.DDR, Tier.NVME), self.store.clock.monotonic_ns()
             self.store.records.ledger.moved(hop, target.size_bytes, outcome.busy_ns, started_ns, now_ns)
             self.store.planner.learn(hop, target.size_bytes, outcome.busy_ns)
-            self.room.writes.count_wear(spilling.extent, Urgency.WRITE_THROUGH)
+            count_wear(self.store.records, spilling.extent, Urgency.WRITE_THROUGH)
             target.checksums = source.checksums
             spilling.done(target)
 

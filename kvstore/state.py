@@ -264,7 +264,7 @@ class State:
             ddr = self.extents[extent].ddr
             assert ddr is not None, f"a spare for nothing: {spare}"
             assert ddr.state is Phase.FILLING, f"a spare for what is complete: {ddr}"
-            assert spare.movable, spare
+            assert spare.state is Phase.RESIDENT, spare
         for group in self.groups.values():
             self._check_group(group)
         for record in self.extents.values():

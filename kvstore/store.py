@@ -180,7 +180,7 @@ class Store:
         spare = self.records.spares.get(placement.extent)
         if spare is not None and placement.readable and self.records.extents[placement.extent].ddr is placement:
             del self.records.spares[placement.extent]
-            self.drop(spare)
+            self._drop_spare(spare)
         if placement.holds:
             return
         if placement.state is State.LOST or (placement.state is State.DRAINING and placement.tier is not Tier.HBM):
@@ -216,6 +216,12 @@ class Store:
         if placement.state is State.RESIDENT:
             placement.apply(Event.DRAIN)
         self._gone(placement)
+
+    def _drop_spare(self, spare: Placement) -> None:
+        """It leaves, when an early write out of it has ended."""
+        spare.apply(Event.DRAIN)
+        self.records.leaving.append(spare)
+        self.settle(spare)
 
     def fail(self, placement: Placement) -> None:
         """The bytes cannot be trusted, or their device is gone; the slot is freed when nobody holds it."""
@@ -321,7 +327,7 @@ class Store:
             return
         spare = self.records.spares.pop(record.extent.id, None)
         if spare is not None:
-            self.drop(spare)
+            self._drop_spare(spare)
         for placement in record.placements():
             self.settle(placement)
         if not record.placements():

@@ -85,7 +85,8 @@ class CommitIngest(Message, frozen=True):
 class NextSlots(Message, frozen=True):
     """Hand over filled extents, each as (first token, layer group), and ask for the slots that they make free.
 
-    `seals`: none, or one each. For documents that do not fit into DDR (IngestOpened.waiting).
+    `seals`: none, or one each. For documents that do not fit into DDR (IngestOpened.waiting), and those whose extents
+    are to be written out as they come (IngestOpened.early).
     """
 
     ingest: int
@@ -290,6 +291,7 @@ class IngestOpened(Message, frozen=True):
     """Slots to fill (`runs`), tokens that are there already, and the shard in the group, if one was named.
 
     `waiting` are extents that get their slots later, as (first token, tokens, layer group), in order: see NextSlots.
+    `early`: what is complete may be handed over before the rest is, and is on NVMe sooner then.
     """
 
     ingest: int
@@ -297,6 +299,7 @@ class IngestOpened(Message, frozen=True):
     runs: list[RunMessage]
     shard: ShardMessage | None
     waiting: list[tuple[int, int, int]] = []
+    early: bool = False
 
     @property
     def parts(self) -> Parts:

@@ -4,58 +4,34 @@ Demotions go before write-through. What is in flight is bounded in bytes, and so
 document that would exceed it stays in memory for now (`DocumentRecord.behind`), or its commit waits (`when_behind`).
 A device without room for another segment is an eviction: that segment is withdrawn from the pool for a while, and the
 write is tried again in those that exist.
+
+What is still being put may be written before its document is there (see early), when nothing else waits.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from .costs import NS_PER_SECOND
 from .document import Document, DocumentId, WritePolicy
+from .early import EarlyWrites
 from .errors import DeadlineExceeded, HoldfastError, StorageFull
 from .extent import Extent, ExtentId
-from .geometry import extent_geometry
 from .ledger import Hop
-from .orders import Outcome, PutDocument, PutExtent, PutSpec, PutWear, Urgency, Write, WriteOut
+from .orders import Outcome, PutDocument, PutExtent, PutSpec, PutWear, Record, Urgency, Write, WriteOut
 from .residency import Event, Placement, State, Tier
 from .reuse import Comebacks, Decision, Stake, decide
 from .slots import SlotClass
 from .state import DocumentRecord, ExtentRecord
 from .store import Store
+from .wear import count_wear
+from .writing import Item, Life, Turn
 
 IN_FLIGHT_BYTES: Final = 512 << 20  # several syncs deep, so that none holds up the next; demotions go first
 RETRY_NS: Final = 60 * NS_PER_SECOND  # how long a device that is full or broken is left alone
 NAMED: Final = "named by its owner"
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class Turn:
-    """A commit that waits until the backlog has room for its bytes; `granted` hears what was decided for it."""
-
-    deadline_ns: int | None
-    granted: Callable[[Decision], None]
-    refused: Callable[[HoldfastError], None]
-    size_bytes: int = 0
-
-
-@dataclass(eq=False, slots=True, kw_only=True)
-class _Item:
-    """An extent that is to be written from `source`, which is held until the write has ended."""
-
-    record: ExtentRecord
-    source: Placement
-    urgency: Urgency
-
-    @property
-    def size_bytes(self) -> int:
-        return self.record.extent.slot_bytes
-
-    @property
-    def kind(self) -> SlotClass:
-        return SlotClass("", self.record.extent.slot_bytes)
 
 
 class Writes:
@@ -68,9 +44,10 @@ class Writes:
         self.limit_bytes = limit_bytes
         self.when_behind = when_behind
         self.backlog_bytes = 0  # of write-through, queued and in flight
-        self._demotions: OrderedDict[ExtentId, _Item] = OrderedDict()
-        self._throughs: OrderedDict[ExtentId, _Item] = OrderedDict()
-        self._in_flight: set[_Item] = set()
+        self._demotions: OrderedDict[ExtentId, Item] = OrderedDict()
+        self._throughs: OrderedDict[ExtentId, Item] = OrderedDict()
+        self.early = EarlyWrites(store)
+        self._in_flight: set[Item] = set()
         self._in_flight_bytes = 0
         self._turns: list[tuple[Turn, Decision]] = []  # the oldest first
         self._behind = False  # some document may be
@@ -81,7 +58,7 @@ class Writes:
     @property
     def queued(self) -> int:
         """Extents that wait for, or are on, their way to NVMe."""
-        return len(self._demotions) + len(self._throughs) + len(self._in_flight)
+        return len(self._demotions) + len(self._throughs) + len(self.early.waiting) + len(self._in_flight)
 
     # Documents ---------------------------------------------------------------------------------
 
@@ -165,7 +142,7 @@ class Writes:
         decision = self.decide(document, extents)
         if decision.policy is WritePolicy.THROUGH:
             turn.size_bytes = sum(extent.slot_bytes for extent in extents if not self._stored(extent))
-        if self.when_behind == "wait" and turn.size_bytes and (self._turns or not self._has_room(turn.size_bytes)):
+        if self.when_behind == "wait" and turn.size_bytes and (self._turns or not self._has_room_for(turn)):
             self._turns.append((turn, decision))
         else:
             turn.granted(decision)
@@ -178,6 +155,11 @@ class Writes:
         """Whether so much more may be queued; anything may be when nothing is."""
         return not self.backlog_bytes or self.backlog_bytes + size_bytes <= self.limit_bytes
 
+    def _has_room_for(self, turn: Turn) -> bool:
+        """The same for a commit: what of it is queued already is no reason to wait for it."""
+        others_bytes = self.backlog_bytes - self.early.queued_bytes(turn.ingest)
+        return not others_bytes or others_bytes + turn.size_bytes <= self.limit_bytes
+
     def _unwritten(self, owner: DocumentRecord) -> list[ExtentRecord]:
         """The document's extents that could be queued for NVMe and are not."""
         records = [self.state.extents[extent] for extent in owner.document.extents]
@@ -189,7 +171,9 @@ class Writes:
 
     def _through(self, owner: DocumentRecord) -> None:
         """Write a document through, or leave it in memory for now if the disk is behind."""
-        if self._has_room(sum(record.extent.slot_bytes for record in self._unwritten(owner))):
+        unwritten = self._unwritten(owner)
+        has_begun = len(unwritten) < len(owner.volatile)
+        if has_begun or self._has_room(sum(record.extent.slot_bytes for record in unwritten)):
             self._feed(owner)
         else:
             self.state.ledger.counts["write_through_skipped"] += 1
@@ -239,39 +223,94 @@ class Writes:
         self.backlog_bytes += record.extent.slot_bytes
         self._throughs[record.extent.id] = self._item(record, Urgency.WRITE_THROUGH)
 
-    def _item(self, record: ExtentRecord, urgency: Urgency) -> _Item:
+    def _item(self, record: ExtentRecord, urgency: Urgency) -> Item:
         assert record.ddr is not None
         record.ddr.holds += 1  # not `hold`: a write does not cancel the drain that asks for it
-        return _Item(record=record, source=record.ddr, urgency=urgency)
+        return Item(record=record, source=record.ddr, urgency=urgency, life=Life.PUBLISHED)
 
-    def _queue_of(self, item: _Item) -> OrderedDict[ExtentId, _Item]:
+    # Before their document is there --------------------------------------------------------------
+
+    def begin_early(self, ingest: int, extent: Extent, source: Placement) -> None:
+        """Queue a sealed extent of an open ingest, if the backlog has room that nobody waits for."""
+        if not self._turns and self._has_room(extent.slot_bytes):
+            self.backlog_bytes += extent.slot_bytes
+            self.early.queue(ingest, extent, source)
+
+    def publish_early(self, ingest: int) -> None:
+        """Its document is there: what was written early, or is being, becomes what is written through."""
+        landed = []
+        for item in self.early.items(ingest):
+            record = self.state.extents[item.extent.id]
+            is_queued = record.extent.id in self._throughs or record.extent.id in self._demotions
+            if item.target is None or record.ddr is not item.source or record.nvme is not None or is_queued:
+                continue  # not begun, or another was first; see `end_early`
+            self.early.publish(item, record)
+            if item.life is Life.LANDED:
+                self.backlog_bytes += item.size_bytes
+                self.store.hold(item.source)
+                self._take_off(item, item.target)
+                record.stored = True
+                landed.append((item, item.target))
+            item.life = Life.PUBLISHED
+        if landed:
+            self._catalog(landed)
+
+    def end_early(self, ingest: int) -> None:
+        """The ingest has ended: what is left of it is not written, or not kept."""
+        for item in self.early.end(ingest):
+            self._let_go(item)
+
+    def _landed_early(self, item: Item, target: Placement, error: HoldfastError | None) -> None:
+        """One more is on NVMe, or will not be before its document is; or nobody wants it any more."""
+        self._landed(item, target)
+        if item.life is Life.ENDED:
+            self.store.settle(target)
+        elif error is None:
+            item.life = Life.LANDED
+        else:
+            self.early.give_up(item)
+            target.holds -= 1
+            if isinstance(error, StorageFull):
+                self.withdraw(target)
+            else:
+                self.state.ledger.counts["write_failures"] += 1
+                self.store.fail(target)
+        self._let_go(item)
+
+    # Carrying them out ---------------------------------------------------------------------------
+
+    def _queue_of(self, item: Item) -> OrderedDict[ExtentId, Item]:
         return self._demotions if item.urgency is Urgency.DEMOTE else self._throughs
 
     def pump(self) -> None:
         """Start the writes that may be in flight, and let in who waits for the backlog."""
-        while self._turns and self._has_room(self._turns[0][0].size_bytes):
+        while self._turns and self._has_room_for(self._turns[0][0]):
             turn, decision = self._turns.pop(0)
             turn.granted(decision)
         self._refill()
         full: set[SlotClass] = set()
-        while (self._demotions or self._throughs) and self._in_flight_bytes < IN_FLIGHT_BYTES:
-            queue = self._demotions or self._throughs
+        while self._in_flight_bytes < IN_FLIGHT_BYTES and (
+            queue := self._demotions or self._throughs or self.early.waiting
+        ):
             item = next(iter(queue.values()))
             record = item.record
             target = None
-            is_wanted = record.nvme is None and bool(record.documents)
+            is_wanted = item.life is Life.QUEUED or (record.nvme is None and bool(record.documents))
             if is_wanted and item.kind not in full:
                 target = self.store.take(record.extent, Tier.NVME)
                 if target is None and self._make_room(item.kind):
                     return  # slots are free when the catalog says so
-            del queue[record.extent.id]
+            queue.popitem(last=False)
             if target is not None:
-                record.nvme = target
                 self._write(item, target)
             elif is_wanted:
                 full.add(item.kind)
                 self.state.ledger.counts["nvme_full"] += 1
-                self._failed(item, "NVMe is full of leased or pinned extents")
+                if item.life is Life.QUEUED:
+                    self.early.give_up(item)
+                    self._let_go(item)
+                else:
+                    self._failed(item, "NVMe is full of leased or pinned extents")
             else:
                 self._ended(item)
 
@@ -279,7 +318,7 @@ class Writes:
         """Let NVMe copies go, at once for all that is next; False when not even one slot of this class can be had."""
         wanted: Counter[SlotClass] = Counter()
         size_bytes = 0
-        for queue in (self._demotions, self._throughs):
+        for queue in (self._demotions, self._throughs, self.early.waiting):
             for item in queue.values():
                 if size_bytes < IN_FLIGHT_BYTES:
                     wanted[item.kind] += 1
@@ -295,13 +334,20 @@ class Writes:
             self.store.drop_nvme(self.state.extents[victim.extent])
         return True
 
-    def _write(self, item: _Item, target: Placement) -> None:
-        record, source = item.record, item.source
-        assert source.slot is not None
-        assert target.slot is not None
+    def _take_off(self, item: Item, target: Placement) -> None:
         self._in_flight.add(item)
         self._in_flight_bytes += item.size_bytes
         target.holds += 1
+
+    def _write(self, item: Item, target: Placement) -> None:
+        source = item.source
+        assert source.slot is not None
+        assert target.slot is not None
+        self._take_off(item, target)
+        if item.life is Life.QUEUED:
+            self.early.begin(item, target)
+        else:
+            item.record.nvme = target
         started_ns = self.store.clock.monotonic_ns()
         order = WriteOut(
             id=self.store.new_id(),
@@ -312,69 +358,70 @@ class Writes:
         )
 
         def written(outcome: Outcome) -> None:
-            if isinstance(outcome.error, StorageFull):
+            if outcome.error is None:
+                hop, now_ns = Hop(Tier.DDR, Tier.NVME), self.store.clock.monotonic_ns()
+                self.state.ledger.moved(hop, item.size_bytes, outcome.busy_ns, started_ns, now_ns)
+                self.store.planner.learn(hop, item.size_bytes, outcome.busy_ns)
+                count_wear(self.state, item.extent, item.urgency)
+            if item.life is not Life.PUBLISHED:
+                self._landed_early(item, target, outcome.error)
+            elif outcome.error is None:
+                self._catalog([(item, target)])
+            elif isinstance(outcome.error, StorageFull):
                 self._try_again(item, target)
-                return
-            if outcome.error is not None:
+            else:
                 self._landed(item, target)
                 self.store.fail(target)
                 self._broken(item, outcome.error)
-                return
-            hop = Hop(Tier.DDR, Tier.NVME)
-            ledger = self.state.ledger
-            ledger.moved(hop, item.size_bytes, outcome.busy_ns, started_ns, self.store.clock.monotonic_ns())
-            self.store.planner.learn(hop, item.size_bytes, outcome.busy_ns)
-            self.count_wear(record.extent, item.urgency)
-            assert target.slot is not None
-            put = (PutExtent(record.extent, source.checksums, target.slot), PutWear(ledger.wear))
-            self.store.submit(Write(id=self.store.new_id(), records=put), committed)
-
-        def committed(outcome: Outcome) -> None:
-            self._landed(item, target)
-            if outcome.error is not None:
-                self.store.fail_nvme(record, target)  # the row may be there all the same
-                self._broken(item, outcome.error)
-                return
-            record.cataloged = True
-            target.apply(Event.COMPLETE)
-            for owner in self.store.document_of(record):
-                owner.volatile.discard(record.extent.id)
-                self.make_durable(owner.document.id)
-            self._ended(item)
-            self.store.settle(target)
 
         self.store.submit(order, written)
 
-    def count_wear(self, extent: Extent, urgency: Urgency) -> None:
-        """Count what the device took, and how much of it is KV that it never had before."""
-        record = self.state.extents.get(extent.id)
-        geometry = extent_geometry(self.state.specs[extent.fingerprint], extent.group)
-        token_bytes = geometry.layers * geometry.heads * (geometry.key_bytes + geometry.value_bytes)
-        is_new = record is None or not record.stored
-        is_demotion = urgency is Urgency.DEMOTE
-        wear = self.state.ledger.wear
-        self.state.ledger.wear = wear._replace(
-            write_through_bytes=wear.write_through_bytes + (0 if is_demotion else extent.slot_bytes),
-            demotion_bytes=wear.demotion_bytes + (extent.slot_bytes if is_demotion else 0),
-            kv_bytes=wear.kv_bytes + (extent.valid_tokens * token_bytes if is_new else 0),
-        )
-        if record is not None:
-            record.stored = True
+    def _catalog(self, copies: Sequence[tuple[Item, Placement]]) -> None:
+        """These copies are on NVMe: give them rows."""
+        puts: list[Record] = []
+        for item, target in copies:
+            assert target.slot is not None
+            puts.append(PutExtent(item.extent, item.source.checksums, target.slot))
+
+        def committed(outcome: Outcome) -> None:
+            for item, target in copies:
+                self._cataloged(item, target, outcome.error)
+
+        puts.append(PutWear(self.state.ledger.wear))
+        self.store.submit(Write(id=self.store.new_id(), records=tuple(puts)), committed)
+
+    def _cataloged(self, item: Item, target: Placement, error: HoldfastError | None) -> None:
+        record = item.record
+        self._landed(item, target)
+        if error is not None:
+            self.store.fail_nvme(record, target)  # the row may be there all the same
+            self._broken(item, error)
+            return
+        record.cataloged = True
+        target.apply(Event.COMPLETE)
+        for owner in self.store.document_of(record):
+            owner.volatile.discard(record.extent.id)
+            self.make_durable(owner.document.id)
+        self._ended(item)
+        self.store.settle(target)
 
     # Ends --------------------------------------------------------------------------------------
 
-    def _landed(self, item: _Item, target: Placement) -> None:
+    def _landed(self, item: Item, target: Placement) -> None:
         self._in_flight.remove(item)
         self._in_flight_bytes -= item.size_bytes
         target.holds -= 1
 
-    def _ended(self, item: _Item) -> None:
+    def _ended(self, item: Item) -> None:
+        self._let_go(item)
+        self.store.reap(item.record)
+
+    def _let_go(self, item: Item) -> None:
         if item.urgency is Urgency.WRITE_THROUGH:
             self.backlog_bytes -= item.size_bytes
         self.store.unhold(item.source)
-        self.store.reap(item.record)
 
-    def _try_again(self, item: _Item, target: Placement) -> None:
+    def _try_again(self, item: Item, target: Placement) -> None:
         self._landed(item, target)
         self.withdraw(target)
         queue = self._queue_of(item)
@@ -389,11 +436,11 @@ class Writes:
         self.state.ledger.counts["segments_withdrawn"] += 1
         self._offer_ns = self.store.clock.monotonic_ns() + RETRY_NS
 
-    def _broken(self, item: _Item, error: HoldfastError) -> None:
+    def _broken(self, item: Item, error: HoldfastError) -> None:
         self.state.ledger.counts["write_failures"] += 1
         self._failed(item, str(error))
 
-    def _failed(self, item: _Item, reason: str) -> None:
+    def _failed(self, item: Item, reason: str) -> None:
         """The extent stays memory-only for a while; one that had to leave DDR leaves all the same, as a verdict."""
         record, source = item.record, item.source
         if source.state is State.DRAINING and not self.state.may_leave(record, source):
