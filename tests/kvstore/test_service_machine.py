@@ -352,9 +352,31 @@ class Machine(RuleBasedStateMachine):
         self.fill(ingest, tokens)
         filled = [(extent.start, extent.group) for extent in ingest.passage.unsealed[:count]]
         try:
-            self.service.next_slots(ingest.client, ingest.id, filled, [], lambda _: None)
+            seals = [b"made-by-" * 4 for _ in filled] if len(tokens) % 2 else []
+            self.service.next_slots(ingest.client, ingest.id, filled, seals, lambda _: None)
         except HoldfastError as error:
             self.refused(error, error.code in ("invalid-request", "in-use"), "claim-not-found")
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        tokens=st.builds(stream, st.integers(1, 3), st.sampled_from(LENGTHS)),
+        count=st.integers(1, 4),
+        steps=st.integers(0, 5),
+        commits=st.booleans(),
+    )
+    def is_put(self, name, tokens, count, steps, commits):
+        """A part of a document is on its way to NVMe when it is committed, or something else happens."""
+        known = set(self.ingests)
+        self.begin_one(1, name, tokens, WritePolicy.THROUGH, False)
+        self.drain()
+        for ingest in set(self.ingests) - known:
+            self.hand_over_one(ingest, count)
+        for _ in range(steps):
+            if self.endable():
+                self.end(self.endable()[0])
+        for ingest in set(self.ingests) - known:
+            if commits:
+                self.commit_one(ingest)
 
     @precondition(lambda self: self.ingests)
     @rule(data=st.data())
@@ -646,6 +668,7 @@ class WarmMachine(Machine):
     @rule(data=st.data())
     def restart_warm(self, data):
         """The daemon is killed; memory and the index outlive it, though not the index's last notes."""
+        self.what_writers_were_given_is_certain()  # by now, also within a rule
         notes = self.effects.notes
         for record in notes[: data.draw(st.integers(self.certain, len(notes)), label="notes")]:
             self.take_note(record)
