@@ -102,7 +102,10 @@ class Reads:
 
 
 class Writes:
-    """A committed document until it is durable; bare: the same memory into fallocated files, then fdatasync."""
+    """A document of which nothing was written early, from its commit until it is durable.
+
+    Bare: the same memory into fallocated files, then fdatasync.
+    """
 
     def __init__(self, stage: Stage, sizes: Sizes, pool: ThreadPoolExecutor) -> None:
         self.stage, self.sizes, self.pool = stage, sizes, pool
