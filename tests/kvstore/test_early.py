@@ -181,6 +181,44 @@ def test_another_ingest_of_the_same_tokens_may_come_first_or_last(is_early, end,
         assert scene.state.nvme.used_bytes == 2 * EXTENT_BYTES
 
 
+@pytest.mark.parametrize("outcome", OUTCOMES)
+def test_what_lies_in_ddr_already_does_not_leave_for_an_early_write(outcome):
+    """Another's copy is what the document has; its eviction writes it, whatever becomes of the early write."""
+    scene = Early()
+    ingest, _ = scene.begin("a", tokens(1, 1))
+    heard = []
+    document = DocumentId("t", "b")
+    other = scene.service.begin_ingest(
+        OTHER, document, FINGERPRINT, tokens(1, 1), WritePolicy.BACK, None, 64, FAR_NS, heard.append
+    )
+    (early,) = scene.hand_over(ingest, 1)
+    scene.publish(other)
+    scene.publish(ingest)
+    scene.service.evict(DOCUMENT, Tier.DDR, 0, FAR_NS, heard.append)
+    (write,) = [order for order in scene.pending(WriteOut) if order is not early]
+    scene.end(early, OUTCOMES[outcome])
+    scene.end(write)
+    scene.settle_late()
+    assert scene.tiers(DOCUMENT) == [{Tier.NVME}]
+    scene.check_durable()
+    scene.check_idle()
+
+
+def test_what_lies_on_nvme_already_stays():
+    scene = Early()
+    ingest, _ = scene.begin("a", tokens(1, 1))
+    scene.publish(scene.others(tokens(1, 1)))
+    scene.settle()
+    scene.evict(DocumentId("t", "b"), Tier.DDR)
+    (early,) = scene.hand_over(ingest, 1)
+    scene.publish(ingest)
+    scene.end(early)
+    scene.settle()
+    scene.check_durable()
+    scene.check_idle()
+    assert scene.tiers(DOCUMENT) == [{Tier.DDR, Tier.NVME}]
+
+
 def test_an_early_write_out_of_a_spare_outlives_it():
     """The extent came back to DDR while its second ingest was published with a write under way."""
     scene = Early()
@@ -308,8 +346,8 @@ def test_a_full_backlog_is_no_reason_for_a_document_to_wait_for_itself(when_behi
 
 def test_who_waits_for_the_disk_is_not_overtaken():
     """A commit that waits for the backlog goes before early writes that came later."""
-    scene = Early(backlog=2, when_behind="wait")
-    first, _ = scene.begin("a", tokens(1, 2))
+    scene = Early(backlog=4, when_behind="wait")
+    first, _ = scene.begin("a", tokens(1, 3))
     scene.publish(first)
     second = scene.others(tokens(2, 2))
     heard = []
