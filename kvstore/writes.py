@@ -1,11 +1,9 @@
 """Writes: what goes from DDR to NVMe, when, and what becomes of it when the device cannot.
 
-Demotions go before write-through. What is in flight is bounded in bytes, and so is the backlog of write-through: a
-document that would exceed it stays in memory for now (`DocumentRecord.behind`), or its commit waits (`when_behind`).
-A device without room for another segment is an eviction: that segment is withdrawn from the pool for a while, and the
-write is tried again in those that exist.
-
-What is still being put may be written before its document is there (see early), when nothing else waits.
+Demotions go before write-through, and that before early writes. What is in flight is bounded in bytes, and so is the
+backlog of write-through: a document that would exceed it stays in memory for now (`DocumentRecord.behind`), or its
+commit waits (`when_behind`). A device without room for another segment is an eviction: that segment is withdrawn from
+the pool for a while, and the write is tried again in those that exist.
 """
 
 from __future__ import annotations
@@ -172,8 +170,7 @@ class Writes:
     def _through(self, owner: DocumentRecord) -> None:
         """Write a document through, or leave it in memory for now if the disk is behind."""
         unwritten = self._unwritten(owner)
-        has_begun = len(unwritten) < len(owner.volatile)
-        if has_begun or self._has_room(sum(record.extent.slot_bytes for record in unwritten)):
+        if len(unwritten) < len(owner.volatile) or self._has_room(sum(r.extent.slot_bytes for r in unwritten)):
             self._feed(owner)
         else:
             self.state.ledger.counts["write_through_skipped"] += 1
@@ -276,8 +273,6 @@ class Writes:
                 self.state.ledger.counts["write_failures"] += 1
                 self.store.fail(target)
         self._let_go(item)
-
-    # Carrying them out ---------------------------------------------------------------------------
 
     def _queue_of(self, item: Item) -> OrderedDict[ExtentId, Item]:
         return self._demotions if item.urgency is Urgency.DEMOTE else self._throughs

@@ -355,7 +355,8 @@ class Machine(RuleBasedStateMachine):
             seals = [b"made-by-" * 4 for _ in filled] if len(tokens) % 2 else []
             self.service.next_slots(ingest.client, ingest.id, filled, seals, lambda _: None)
         except HoldfastError as error:
-            self.refused(error, error.code in ("invalid-request", "in-use"), "claim-not-found")
+            is_expected = error is ingest.error or error.code in ("invalid-request", "in-use")
+            self.refused(error, is_expected, "claim-not-found")
 
     @rule(
         name=st.sampled_from(NAMES),
