@@ -60,7 +60,8 @@ from .slots import Slot
 from .spec import KVSpec
 
 SCHEMA_VERSION: Final = 2
-WEAR: Final = "wear"  # its name in meta
+WEAR: Final = "wear"  # names in meta
+IDENTITY: Final = "identity"
 SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE specs (fingerprint BLOB PRIMARY KEY, spec BLOB NOT NULL) WITHOUT ROWID;
@@ -257,6 +258,14 @@ class Catalog:
         """Keep one word about the whole file. Raises StorageFailed."""
         with self._lock, self._failures("commit failed"):
             self._database.execute(*_replace("meta", name, value))
+
+    def identity(self) -> str:
+        """What tells this catalog from any other; made when it is new. Raises StorageFailed."""
+        found = self.recall(IDENTITY)
+        if found is None:
+            found = secrets.token_hex(16)
+            self.remember(IDENTITY, found)
+        return found
 
     def fences(self) -> list[PutFence]:
         """Every fence of a warm index. Raises StorageFailed."""

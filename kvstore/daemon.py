@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -35,8 +35,10 @@ from .inheritance import Inheritance, inherit
 from .machine import Machine
 from .mover import Mover
 from .orders import CloseShard, LoadShard, Note, OpenShard, Order, Outcome, RankOrder, SaveShard
+from .ownership import claim
 from .prefault import Prefault
 from .ranks import Ranks
+from .reports import Reports
 from .rest import Rest
 from .segments import Segments
 from .server import Server
@@ -47,7 +49,18 @@ TICK_SECONDS: Final = 0.1  # how late a deadline may be noticed
 PROGRESS_SECONDS: Final = 1.0
 PREFAULT_THREADS: Final = 4  # clearing pages is bound by memory, which a few cores saturate
 EXIT_BUG: Final = 70
-REPORTS_MAX: Final = 64  # in one turn of the loop
+
+
+LOSSES: Final = (  # the ledger's counts that an operator should hear of without asking
+    "quarantined",
+    "not_restored",
+    "pins_not_restored",
+    "read_failures",
+    "write_failures",
+    "catalog_failures",
+    "segments_withdrawn",
+    "nvme_full",
+)
 
 
 class DataDirectory:
@@ -75,58 +88,6 @@ class DataDirectory:
     def close(self) -> None:
         """Let the next one have it."""
         os.close(self._lock)
-
-
-class _Reports:
-    """Brings what workers report to the loop's thread; one wake-up of the loop brings all that has gathered."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, crashed: Callable[[BaseException], None]) -> None:
-        self._loop = loop
-        self._crashed = crashed
-        self._gathered: deque[tuple[Callable[..., None], tuple[object, ...]]] = deque()
-        self._is_called = False  # written without a lock: at worst the loop is woken twice
-        self.service: Service | None = None
-
-    def finished(self, order_id: int, outcome: Outcome) -> None:
-        """See mover.Report."""
-        self._later(self._finished, order_id, outcome)
-
-    def advanced(self, order_id: int, layers: int) -> None:
-        """See mover.Report."""
-        self._later(self._advanced, order_id, layers)
-
-    def crashed(self, error: Exception) -> None:
-        """See mover.Report."""
-        self._later(self._crashed, error)
-
-    def _later(self, call: Callable[..., None], *arguments: object) -> None:
-        self._gathered.append((call, arguments))
-        if not self._is_called:
-            self._call()
-
-    def _call(self) -> None:
-        self._is_called = True
-        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._deliver)
-
-    def _deliver(self) -> None:
-        """Tell the service; what comes from now on calls again. Others have their turn between many reports."""
-        self._is_called = False
-        try:
-            for _ in range(min(len(self._gathered), REPORTS_MAX)):
-                call, arguments = self._gathered.popleft()
-                call(*arguments)
-        finally:
-            if self._gathered:
-                self._call()
-
-    def _finished(self, order_id: int, outcome: Outcome) -> None:
-        assert self.service is not None
-        self.service.finished(order_id, outcome)
-
-    def _advanced(self, order_id: int, layers: int) -> None:
-        assert self.service is not None
-        self.service.advanced(order_id, layers)
 
 
 class _Effects:
@@ -180,6 +141,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._failure: BaseException | None = None
         self._state = "starting"
+        self._told: Counter[str] = Counter()
         self._was_ready = False
         self.directory = DataDirectory(config.daemon.data_dir)
         try:
@@ -193,7 +155,8 @@ class Daemon:
         self.catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
         contents = self.catalog.load()
         self.segments = Segments(config.nvme.directory, config.nvme.segment_bytes)
-        reports = _Reports(self._loop, self._crashed)
+        claim(config.nvme.directory, self.catalog.identity(), len(contents.extents))
+        reports = Reports(self._loop, self._crashed)
         inherited = self._open_arena(contents.documents, reports)
         self.index = inherited.index
         effects = _Effects(self._loop, self.index, self.arena.serial)
@@ -240,7 +203,7 @@ class Daemon:
             self.log.warning("no warm index: a restart will find nothing in memory", problem=self.index.problem)
         self._check_space()
 
-    def _open_arena(self, documents: Sequence[Document], reports: _Reports) -> Inheritance:
+    def _open_arena(self, documents: Sequence[Document], reports: Reports) -> Inheritance:
         ddr = self.config.ddr
         self.backing = open_backing(self.config, Machine())
         if self.backing.warning:
@@ -319,6 +282,15 @@ class Daemon:
         while True:
             await asyncio.sleep(TICK_SECONDS)
             self.service.tick()
+            self._tell_losses()
+
+    def _tell_losses(self) -> None:
+        """Log what was lost or could not be kept since the last time."""
+        counts = self.service.state.ledger.counts
+        grown = {name: counts[name] - self._told[name] for name in LOSSES if counts[name] > self._told[name]}
+        if grown:
+            self.log.warning("lost or not kept; `holdfast doc ls` and `holdfast check` tell more", **grown)
+            self._told.update(grown)
 
     async def _drain(self) -> None:
         """Refuse new work, write out what should survive, and wait for what is under way, within the limit."""

@@ -6,10 +6,9 @@ at: those are kept, and the latter fenced. Everything else that was found is rem
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 from .arena import Arena
 from .catalog import Catalog
@@ -17,8 +16,6 @@ from .document import Document
 from .processes import boot, still_running
 from .state import Left
 from .warm import WarmIndex
-
-IDENTITY: Final = "identity"
 
 
 class Holder(NamedTuple):
@@ -70,8 +67,4 @@ def _belongs_to(catalog: Catalog, slab_bytes: int) -> str | None:
     here = boot()
     if here is None:
         return None
-    identity = catalog.recall(IDENTITY)
-    if identity is None:
-        identity = secrets.token_hex(16)
-        catalog.remember(IDENTITY, identity)
-    return f"{here} {identity} {slab_bytes}"
+    return f"{here} {catalog.identity()} {slab_bytes}"

@@ -20,6 +20,7 @@ from .extent import ExtentId
 from .findings import Commit, Finding, Forget, Remove
 from .geometry import extent_geometry
 from .orders import DropExtent, Record
+from .ownership import OWNER_NAME
 from .segments import PROBE_NAME, SEGMENT_NAME, Segments
 from .verify import verify
 
@@ -49,7 +50,9 @@ def gather(config: Config, present: Collection[ExtentId] | None = None) -> Facts
         named = SEGMENT_NAME.fullmatch(path.name)
         if named:
             segments[int(named[1])] = _size(path)
-        elif path.name not in {PROBE_NAME, "lost+found"} and config.nvme.directory != config.daemon.data_dir:
+        elif (
+            path.name not in {PROBE_NAME, OWNER_NAME, "lost+found"} and config.nvme.directory != config.daemon.data_dir
+        ):
             foreign.append(str(path))
     slabs = []
     for path in (path for directory in slab_directories(config) for path in _entries(directory)):

@@ -61,6 +61,7 @@ class Planner:
         self.policy = policy
         self.history = history
         self.clock = clock
+        self._since_ns = clock.monotonic_ns()  # of earlier uses nothing is known
         self._curves: dict[bytes, PrefillCurve] = {}
         self._prefills: dict[bytes, deque[PrefillPoint]] = {}
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
@@ -388,7 +389,7 @@ class Planner:
             previous=previous,
             size_bytes=placement.size_bytes,
             movable=placement.movable and not stays and self._unpinned(record, placement),
-            last_access_ns=last if last is not None else 0,
+            last_access_ns=last if last is not None else self._since_ns,
             frequency=self.history.frequency(extent, now_ns),
             restore_ns=self.restore_ns(record, placement),
         )
