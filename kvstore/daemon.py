@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import signal
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from .errors import ConfigError, DataDirectoryBusy, HoldfastError, StorageFailed
 from .inheritance import Inheritance, inherit
 from .machine import Machine
 from .mover import Mover
-from .orders import CloseShard, LoadShard, Note, OpenShard, Order, Outcome, RankOrder, SaveShard
+from .orders import CloseShard, LoadShard, Note, OpenShard, Order, RankOrder, SaveShard
 from .ownership import claim
 from .prefault import Prefault
 from .ranks import Ranks

@@ -45,8 +45,6 @@ def test_a_loss_is_logged():
         put(client, "report", 100)
         until(lambda: durable(client, "report"), "it is durable")
         daemon.stop()
-        daemon.settings["nvme.capacity_bytes"] = "256 KiB"
-        daemon.settings["nvme.segment_bytes"] = "64 KiB"
         (daemon.data_dir / "nvme" / "segment-0").write_bytes(bytes(1 << 18))
         client = daemon.start().client()
         with pytest.raises(Exception, match="tokens"):
