@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -30,9 +31,10 @@ DESCRIPTORS: Final = 253  # more cannot come with one read
 FRAME_LIMIT: Final = 256 << 20  # we trust our daemon, but not a broken stream
 REPLY_SECONDS: Final = 30.0
 REASON_SECONDS: Final = 1.0
-# Clients of this process, by socket, that hold nothing any more, but could not tell the daemon so: the next that
-# connects does, and what was kept for them is free.
-_let_go: dict[Path, set[int]] = {}
+# The last clients of this process, by socket, that hold nothing any more. A daemon that was killed may not have written
+# down what they told it, so each that connects tells it again, and what was kept for them is free.
+LET_GO_KEPT: Final = 256
+_let_go: defaultdict[Path, deque[int]] = defaultdict(lambda: deque(maxlen=LET_GO_KEPT))
 
 
 class Connection:
@@ -71,16 +73,14 @@ class Connection:
             ) from error
         self._reader = threading.Thread(target=self._read, name="holdfast-client", daemon=True)
         self._reader.start()
-        let_go = _let_go.get(path, set())
         try:
-            hello = Hello(PROTOCOL_VERSION, tenant, [*(resume or ()), *let_go])
+            hello = Hello(PROTOCOL_VERSION, tenant, [*(resume or ()), *_let_go[path]])
             reply, _ = self.call(hello, deadline_seconds)
         except HoldfastError:
             self._hang_up()
             raise
         assert isinstance(reply, Welcome), reply
         self.client = reply.client
-        let_go -= set(hello.resume)
 
     @property
     def is_open(self) -> bool:
@@ -185,10 +185,9 @@ class Connection:
     def close(self) -> None:
         """Say goodbye, so that claims end at once, and hang up."""
         self._on_lost = None
-        try:
+        with suppress(HoldfastError):
             self.call(Goodbye(), 5.0)
-        except HoldfastError:
-            _let_go.setdefault(self._path, set()).add(self.client)
+        _let_go[self._path].append(self.client)
         self._hang_up()
 
     def _hang_up(self) -> None:
