@@ -2,8 +2,8 @@
 
 LMCache runs in an environment and a process of its own (lmcache_worker.py). Both sides copy with as many threads. Its
 figure in a row is its best manager's. Loads end in an engine's buffers in the order of the stored objects, because
-LMCache's managers do not change it; what it takes us to bring a document into an engine's order is in raw. Stores: LMCache
-copies whole objects, we take the KV of prefill chunks apart into extents.
+LMCache's managers do not change it; what it takes us to bring a document into an engine's order is in raw. Stores:
+LMCache copies whole objects, we take the KV of prefill chunks apart into extents.
 """
 
 from __future__ import annotations
