@@ -354,6 +354,7 @@ def test_a_write_makes_progress_under_a_stream_of_attaches(house):
 
 def test_writes_that_end_during_a_sync_are_synced_together(house):
     """Two segments, ten writes: one sync of each, besides the one that was under way."""
+    _, last = house.stored(2, order_id=50)
     mover, heard = house.mover(threads=3), house.heard
     syncing, go_on = threading.Event(), threading.Event()
     synced = []
@@ -373,9 +374,10 @@ def test_writes_that_end_during_a_sync_are_synced_together(house):
         mover.submit(write_out(index, page, Slot(index % 2, index * PAGE, PAGE)))
     for _ in range(10):
         assert house.io.arrived.acquire(timeout=WAIT_SECONDS)
-    mover.submit(Seal(id=11, slot=Slot(3, 0, SMALL.size_bytes), geometry=SMALL))
-    assert heard.outcome(11).error is None  # the other worker is past the writes
-    assert heard.events == [("finished", 11)], "nothing is reported before it is synced"
+    mover.submit(replace(last, urgency=Urgency.PREFETCH))  # not for the worker that is kept for attaches
+    assert heard.outcome(50).error is None  # the other one is past the writes
+    ended = {event[1] for event in heard.events if event[0] == "finished"}
+    assert ended == {50}, "nothing is reported before it is synced"
     go_on.set()
     for index in range(11):
         assert heard.outcome(index).error is None
