@@ -120,8 +120,8 @@ class DaemonProcess:
     def start(self, prepare: Callable[[], None] | None = None) -> DaemonProcess:
         """Start, and wait until it is ready. Fails when it ends instead. Clients of the last daemon are closed."""
         for client in self._clients:
-            if not client.is_open:
-                client.close()
+            until(lambda client=client: not client.is_open, "clients notice that their daemon has ended")
+            client.close()
         (self.data_dir / "rest.json").unlink(missing_ok=True)
         self.spawn(prepare)
         until(lambda: not self.alive or (self.data_dir / "rest.json").exists(), "the daemon starts")
