@@ -3,8 +3,8 @@
 from holdfast.engine_adapter.group import GroupOptions, RankGroup
 from holdfast.engine_adapter.session import Session
 from holdfast.kvstore.client import Client
-from holdfast.ring_attention.checkpoint import digest_of, read_config, spec_of
 from holdfast.ring_attention.config import ModelConfig
+from holdfast.ring_attention.identity import digest_of, read_config, spec_of
 
 CONFIG = ModelConfig(
     vocabulary_size=64, hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2, head_dim=16

@@ -12,7 +12,7 @@ import pytest
 from driver_process import CONFIG, drives, group
 from engine_contract import CHUNK, NEW, EngineContract
 from holdfast.kvstore.errors import GroupFailed, SpecMismatch
-from holdfast.ring_attention.checkpoint import spec_of
+from holdfast.ring_attention.identity import spec_of
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
 
 from daemon_clients import client_process

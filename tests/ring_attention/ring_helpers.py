@@ -8,8 +8,8 @@ from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.layout import Layout, Span, chunked, copies, extent_holding, shard_holding
 from holdfast.kvstore.spec import sized
 from holdfast.ring_attention.arena import HBMArena
-from holdfast.ring_attention.checkpoint import spec_of
 from holdfast.ring_attention.config import ModelConfig
+from holdfast.ring_attention.identity import spec_of
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.model import Decoder
 from holdfast.ring_attention.runner import ContextParallelRunner

@@ -4,8 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 from holdfast.kvstore.errors import InvalidSpec
-from holdfast.ring_attention.checkpoint import digest_of, load_model, read_config, spec_of
+from holdfast.ring_attention.checkpoint import load_model
 from holdfast.ring_attention.config import parse_config
+from holdfast.ring_attention.identity import digest_of, read_config, spec_of
 from holdfast.ring_attention.rope import frequencies
 from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
 from ring_helpers import answers, prefilled, tokens_of
