@@ -34,6 +34,37 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RingSpeed:
+    """What the ranks of a group do to each other's attention, measured by all of them together.
+
+    Rates are one rank's while all do the same. `flops_per_second` is attention's where queries are many;
+    `key_bytes_per_second` is how fast a call reads KV where they are few. A shift is one hop of the ring, an exchange
+    one all-to-all (its bytes are those that a rank sends), a copy packs a message. `overlap` is the part of the shorter
+    of a shift and the computing beside it that really goes on at once: 0 where transfers cost the same cores, 1 where
+    hardware moves the bytes. `spread` is the widest (slowest - fastest) / median of these over the rounds.
+    """
+
+    flops_per_second: float
+    key_bytes_per_second: float
+    bytes_per_second: float
+    latency_ns: float
+    exchange_bytes_per_second: float
+    exchange_latency_ns: float
+    copy_bytes_per_second: float
+    overlap: float
+    spread: float = 0.0
+
+    def shift_seconds(self, size_bytes: float) -> float:
+        """One hop; 0 for no bytes, because an empty message is not sent."""
+        return self.latency_ns / 1e9 + size_bytes / self.bytes_per_second if size_bytes else 0.0
+
+    def exposed_seconds(self, size_bytes: float, compute_seconds: float) -> float:
+        """What is left of a hop beside that much computing."""
+        shift_seconds = self.shift_seconds(size_bytes)
+        return shift_seconds - self.overlap * min(shift_seconds, compute_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """What a GPU's driver says of it; None is unknown. `nvlinks` counts the links that are up."""
 

@@ -1,0 +1,279 @@
+"""Choice: which of the exact strategies exposes less communication, pass-KV or pass-Q. Pure arithmetic, no tensors.
+
+First the rules of arXiv 2411.01783 in its own symbols: N ranks (`ranks`), C FLOP/s of one rank (`flops_per_second`), BW
+bytes/s of its link (`bytes_per_second`), e bytes an element (`element_bytes`), NH and NKV heads (`heads`, `kv_heads`),
+D = NH * head dim (`model_dim`), T new and P cached tokens. Then `decide`, which `auto` uses: Algorithm 5's comparison
+with what was measured in the group instead of the paper's constants, and with the bytes that are really sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, log
+from typing import Final
+
+from ..kvstore.calibration import RingSpeed
+
+PASS_KV: Final = "pass_kv"  # noqa: S105 - no password
+PASS_Q: Final = "pass_q"  # noqa: S105 - no password
+LOCAL: Final = "local"  # one rank: nothing goes round
+
+# One sequence of a batch: (T new tokens, P cached tokens).
+Sequences = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaperSetting:
+    """What the paper's rules are about; see the module for the symbols."""
+
+    ranks: int
+    flops_per_second: float
+    bytes_per_second: float
+    element_bytes: int
+    heads: int
+    kv_heads: int
+
+    def eq2_new_tokens(self) -> float:
+        """Equation 2: from T = N C NKV e / (2 NH BW) on, pass-KV's transfers are hidden; P does not matter."""
+        work = self.ranks * self.flops_per_second * self.kv_heads * self.element_bytes
+        return work / (2 * self.heads * self.bytes_per_second)
+
+    def eq3_tokens(self) -> float:
+        """Equation 3: from T + P = N e C / (4 BW) on, pass-Q's ring transfers are hidden; its All2All never is."""
+        return self.ranks * self.element_bytes * self.flops_per_second / (4 * self.bytes_per_second)
+
+    def eq5_all2all_seconds(self, new_tokens: int, model_dim: int) -> float:
+        """Equation 5: (N - 1) (D + 1) T e / BW."""
+        return (self.ranks - 1) * (model_dim + 1) * new_tokens * self.element_bytes / self.bytes_per_second
+
+
+def algorithm1(setting: PaperSetting, new_tokens: int, cached_tokens: int) -> str:
+    """Algorithm 1: pass-KV if its transfers are hidden (equation 2) or it sends fewer bytes (equation 1)."""
+    miss_ratio = new_tokens / (new_tokens + cached_tokens)
+    parity = 2 * setting.kv_heads / setting.heads
+    return PASS_KV if new_tokens >= setting.eq2_new_tokens() or miss_ratio >= parity else PASS_Q
+
+
+def algorithm5(setting: PaperSetting, new_tokens: int, cached_tokens: int) -> str:
+    """Algorithm 5 (appendix C): algorithm 1 with the All2All counted against pass-Q."""
+    miss_ratio = new_tokens / (new_tokens + cached_tokens)
+    parity = 2 * setting.kv_heads / setting.heads
+    work = setting.ranks * setting.flops_per_second * setting.element_bytes
+    all2all = 4 * new_tokens * setting.bytes_per_second / work
+    return PASS_KV if new_tokens >= setting.eq2_new_tokens() or miss_ratio >= parity - all2all else PASS_Q
+
+
+def empirical(new_tokens: int, cached_tokens: int, a: float, b: float, c: float) -> float:
+    """Appendix D: h = a ln T + b ln(T / (T + P)) + c; above 0 it speaks for pass-KV.
+
+    The published coefficients get 4 of the 14 rows of the paper's own table 4 right: fit them (`fit_empirical`).
+    """
+    return a * log(new_tokens) + b * log(new_tokens / (new_tokens + cached_tokens)) + c
+
+
+def fit_empirical(points: Sequence[tuple[int, int, float]]) -> tuple[float, float, float]:
+    """(a, b, c) by least squares. A point is (T, P, gain), gain = ln(pass-Q seconds / pass-KV seconds).
+
+    At least three points that differ in T and in T / (T + P) are needed. A touch of ridge keeps the solution finite
+    where they hardly differ: measured along one P + T, ln T and ln(T / (T + P)) move together.
+    """
+    rows = [(log(new), log(new / (new + cached)), 1.0) for new, cached, _ in points]
+    ridge = 1e-9 * sum(x * x for row in rows for x in row)
+    matrix = [[sum(r[i] * r[j] for r in rows) + (ridge if i == j else 0.0) for j in range(3)] for i in range(3)]
+    right = [sum(r[i] * gain for r, (_, _, gain) in zip(rows, points, strict=True)) for i in range(3)]
+    whole = _determinant(matrix)
+    a, b, c = (_determinant([[*m[:i], y, *m[i + 1 :]] for m, y in zip(matrix, right, strict=True)]) for i in range(3))
+    return a / whole, b / whole, c / whole
+
+
+def _determinant(m: Sequence[Sequence[float]]) -> float:
+    minors = (m[1][1] * m[2][2] - m[1][2] * m[2][1], m[1][2] * m[2][0] - m[1][0] * m[2][2])
+    return m[0][0] * minors[0] + m[0][1] * minors[1] + m[0][2] * (m[1][0] * m[2][1] - m[1][1] * m[2][0])
+
+
+# What `auto` uses ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """One layer's attention as one rank of `cp` computes it: the heads are a tensor-parallel rank's own.
+
+    `partial_bytes` is the size of one element of pass-Q's partial results on their way home (float32: 4); their
+    log-sum-exp always is float32.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+    element_bytes: int
+    cp: int
+    partial_bytes: int = 4
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """Bytes of one token's K and V."""
+        return self.kv_heads * (self.head_dim + self.value_dim) * self.element_bytes
+
+    @property
+    def query_token_bytes(self) -> int:
+        """Bytes of one token's queries."""
+        return self.heads * self.head_dim * self.element_bytes
+
+    @property
+    def partial_token_bytes(self) -> int:
+        """Bytes of one token's partial result: (out, lse)."""
+        return self.heads * (self.value_dim * self.partial_bytes + 4)
+
+    @property
+    def pair_flops(self) -> int:
+        """FLOPs of one query token and one key token: 2 H (D + Dv)."""
+        return 2 * self.heads * (self.head_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """A strategy, why in one line, and what either would make the ranks wait in one layer, predicted.
+
+    Seconds beyond an even share of the computing: transfers that it does not hide, and waiting for a rank that has more
+    to do. They are 0 for one rank, and None where nothing was measured and bytes alone decided.
+    """
+
+    strategy: str
+    reason: str
+    pass_kv_seconds: float | None
+    pass_q_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceModel:
+    """A group's choice: its shape, and its speed where that was measured."""
+
+    shape: AttentionShape
+    speed: RingSpeed | None = None
+
+    def decide(self, sequences: Sequences, cached: Sequence[Sequence[int]] | None = None) -> Decision:
+        """See `decide`."""
+        return decide(self.shape, self.speed, sequences, cached)
+
+
+def decide(
+    shape: AttentionShape,
+    speed: RingSpeed | None,
+    sequences: Sequences,
+    cached: Sequence[Sequence[int]] | None = None,
+) -> Decision:
+    """The strategy that exposes less; a tie goes to pass-KV. Equal arguments give equal answers: all ranks agree.
+
+    `cached[i][r]` are the cached tokens of sequence i whose KV is on rank r, by default even shares; new tokens are
+    dealt evenly. With `speed` None the strategy that sends fewer bytes is chosen. More new tokens never turn pass-KV
+    into pass-Q where an exchanged byte costs no less than a shifted one and a token's partial result is no smaller than
+    its KV (so for every GQA or half-precision model).
+    """
+    assert all(new >= 0 and before >= 0 for new, before in sequences), sequences
+    if shape.cp == 1:
+        return Decision(strategy=LOCAL, reason="local: cp=1", pass_kv_seconds=0.0, pass_q_seconds=0.0)
+    load = _Load.of(shape, sequences, cached or [[before / shape.cp] * shape.cp for _, before in sequences])
+    case = f"T={sum(new for new, _ in sequences)}, P={sum(before for _, before in sequences)}, cp={shape.cp}"
+    if len(sequences) != 1:
+        case = f"{len(sequences)} sequences, {case}"
+    if speed is None:
+        kv, q = (shape.cp - 1) * load.kv_bytes, (shape.cp - 1) * load.query_bytes + load.exchange_bytes
+        strategy, (less, more) = _smaller(kv, q)
+        reason = f"{strategy}: sends {less / 1e6:.3g} MB a layer, {_other(strategy)} {more / 1e6:.3g} MB"
+        return Decision(
+            strategy=strategy, reason=f"{reason} (not calibrated; {case})", pass_kv_seconds=None, pass_q_seconds=None
+        )
+    kv_seconds, q_seconds = load.pass_kv_seconds(speed), load.pass_q_seconds(speed)
+    strategy, (less, more) = _smaller(kv_seconds, q_seconds)
+    reason = f"{strategy}: exposes {less * 1e3:.3g} ms a layer, {_other(strategy)} {more * 1e3:.3g} ms ({case})"
+    return Decision(strategy=strategy, reason=reason, pass_kv_seconds=kv_seconds, pass_q_seconds=q_seconds)
+
+
+def pass_kv_from(shape: AttentionShape, speed: RingSpeed, cached_tokens: int) -> int | None:
+    """The fewest new tokens from which on one sequence takes pass-KV; None when it does not up to as many as cached."""
+
+    def takes(new_tokens: int) -> bool:
+        return decide(shape, speed, [(new_tokens, cached_tokens)]).strategy == PASS_KV
+
+    low, high = 1, max(1, cached_tokens)
+    if not takes(high):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if takes(middle) else (middle + 1, high)
+    return low
+
+
+def _smaller(kv: float, q: float) -> tuple[str, tuple[float, float]]:
+    return (PASS_KV, (kv, q)) if kv <= q else (PASS_Q, (q, kv))
+
+
+def _other(strategy: str) -> str:
+    return PASS_Q if strategy == PASS_KV else PASS_KV
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Load:
+    """What one layer of a call sends and computes. Bytes are those of the largest message.
+
+    `pairs[r]` are query-key pairs with keys on rank r, `keys_bytes[r]` the KV there.
+    """
+
+    cp: int
+    kv_bytes: float
+    query_bytes: float
+    exchange_bytes: float
+    pair_flops: int
+    pairs: Sequence[float]
+    keys_bytes: Sequence[float]
+
+    @classmethod
+    def of(cls, shape: AttentionShape, sequences: Sequences, cached: Sequence[Sequence[float]]) -> _Load:
+        """Add the sequences up."""
+        ranks = range(shape.cp)
+        before = [sum(shares[rank] for shares in cached) for rank in ranks]
+        largest = sum(ceil(new / shape.cp) for new, _ in sequences)
+        causal = sum(new * (new + 1) / 2 for new, _ in sequences) / shape.cp
+        new_tokens = sum(new for new, _ in sequences) / shape.cp
+        return cls(
+            cp=shape.cp,
+            kv_bytes=(max(before) + largest) * shape.kv_token_bytes,
+            query_bytes=largest * shape.query_token_bytes,
+            exchange_bytes=(shape.cp - 1) * largest * shape.partial_token_bytes,
+            pair_flops=shape.pair_flops,
+            pairs=[
+                causal + sum(new * shares[rank] for (new, _), shares in zip(sequences, cached, strict=True))
+                for rank in ranks
+            ],
+            keys_bytes=[(before[rank] + new_tokens) * shape.kv_token_bytes for rank in ranks],
+        )
+
+    def hops(self, speed: RingSpeed) -> list[float]:
+        """Seconds that one rank's share of the queries takes over each rank's keys."""
+        return [
+            pairs / self.cp * self.pair_flops / speed.flops_per_second + size / speed.key_bytes_per_second
+            for pairs, size in zip(self.pairs, self.keys_bytes, strict=True)
+        ]
+
+    def pass_kv_seconds(self, speed: RingSpeed) -> float:
+        """What pass-KV exposes: packing the message, and of each hop's transfer what computing does not hide."""
+        hops = self.hops(speed)
+        return self.kv_bytes / speed.copy_bytes_per_second + (self.cp - 1) * speed.exposed_seconds(
+            self.kv_bytes, sum(hops) / self.cp
+        )
+
+    def pass_q_seconds(self, speed: RingSpeed) -> float:
+        """What pass-Q exposes: the same of the smaller messages, the All2All, and waiting for the rank with most keys.
+
+        In pass-KV every rank meets every shard, so uneven shards cost it no computing.
+        """
+        hops = self.hops(speed)
+        even = sum(hops) / self.cp
+        waiting = self.cp * (max(hops) - even)
+        return (self.cp - 1) * speed.exposed_seconds(self.query_bytes, even) + self._exchange(speed) + waiting
+
+    def _exchange(self, speed: RingSpeed) -> float:
+        packing = self.exchange_bytes / speed.copy_bytes_per_second
+        return packing + speed.exchange_latency_ns / 1e9 + self.exchange_bytes / speed.exchange_bytes_per_second
