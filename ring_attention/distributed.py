@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from ..kvstore.errors import GroupFailed, MissingExtra
+from .collectives import Collectives, Message
+from .communicator import part_of
 
 _LOCAL_METHODS = ("file://", "tcp://127.", "tcp://localhost")
 
@@ -33,13 +34,75 @@ class _DistributedWork:
 
     def wait(self) -> None:
         """See Work."""
-        with _peer_errors(self.rank, "ring transfer"):
+        with _peer_errors(self.rank, "transfer"):
             for work in self.works:
                 work.wait()
 
 
-class DistributedCommunicator:
-    """See Communicator. One per process: it owns torch's default process group until closed."""
+class _Part(Collectives):
+    """The ranks of one torch process group: the whole or a part of it."""
+
+    def __init__(
+        self, rank: int, size: int, device: torch.device, deadline: timedelta, groups: list[dist.ProcessGroup]
+    ) -> None:
+        self.name = _backend(device)
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self._deadline = deadline
+        # The whole's and its parts', until one of them is closed: connections last as long as some reference.
+        self._groups = groups
+        self._index = len(groups) - 1
+        if self.name == "nccl":
+            # NCCL connects in the first collective, which all must enter; an exchange may leave ranks out.
+            with _peer_errors(rank, "joining"):
+                dist.all_reduce(torch.zeros(1, device=device), group=groups[-1])
+
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _DistributedWork:
+        if not self._groups:
+            raise GroupFailed(f"rank {self.rank}: the group was left; form a new one")
+        group = self._groups[self._index]
+        with _peer_errors(self.rank, "transfer"):
+            operations = [
+                dist.P2POp(operation, tensor, group=group, group_peer=peer)
+                for operation, messages in ((dist.isend, sends), (dist.irecv, receives))
+                for peer, tensor in messages
+            ]
+            return _DistributedWork(self.rank, list(dist.batch_isend_irecv(operations)) if operations else [])
+
+    def barrier(self) -> None:
+        """See Communicator."""
+        super().barrier()
+        if self.name == "nccl":
+            torch.cuda.synchronize(self.device)  # its waits order streams, not the caller
+
+    def split(self, parts: Sequence[Sequence[int]]) -> _Part:
+        """See Communicator."""
+        assert self._index == 0, "only a whole group splits"
+        index = part_of(self.rank, self.size, parts)
+        with _peer_errors(self.rank, "splitting"):
+            # Every rank makes every group, in the same order: torch asks for it.
+            groups = [dist.new_group(list(part), timeout=self._deadline) for part in parts]
+        members = parts[index]
+        self._groups.append(groups[index])
+        return _Part(members.index(self.rank), len(members), self.device, self._deadline, self._groups)
+
+    def abort(self, reason: str) -> None:
+        """See Communicator. The others see closed connections; `reason` stays in this process."""
+        self.close()
+
+    def close(self) -> None:
+        """Leave the group. Afterwards every operation raises GroupFailed."""
+        if self._groups:
+            self._groups.clear()
+            dist.destroy_process_group()
+
+
+class DistributedCommunicator(_Part):
+    """See Communicator. One per process: it owns torch's default process group until closed.
+
+    A rank notices the end of one that it exchanges nothing with when the others, who do, abort.
+    """
 
     def __init__(self, rank: int, size: int, init_method: str, device: torch.device, deadline_s: float = 60.0) -> None:
         """Join the group; blocks until all ranks have.
@@ -53,56 +116,15 @@ class DistributedCommunicator:
             # Without it gloo resolves the host name, which in containers may lead to an interface
             # nobody hears.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        self.rank = rank
-        self.size = size
-        self.device = device
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        deadline = timedelta(seconds=deadline_s)
         with _peer_errors(rank, "joining"):
             dist.init_process_group(
-                backend,
-                init_method=init_method,
-                rank=rank,
-                world_size=size,
-                timeout=timedelta(seconds=deadline_s),
+                _backend(device), init_method=init_method, rank=rank, world_size=size, timeout=deadline
             )
+        whole = dist.group.WORLD
+        assert whole is not None, "just made"
+        super().__init__(rank, size, device, deadline, [whole])
 
-    def shift(self, send: Tensor, receive: Tensor) -> _DistributedWork:
-        """See Communicator."""
-        following, previous = (self.rank + 1) % self.size, (self.rank - 1) % self.size
-        if self.size == 1:
-            receive.copy_(send)
-            return _DistributedWork(self.rank, [])
-        operations = []
-        if send.numel():
-            operations.append(dist.P2POp(dist.isend, send, following))
-        if receive.numel():
-            operations.append(dist.P2POp(dist.irecv, receive, previous))
-        if not operations:
-            return _DistributedWork(self.rank, [])
-        with _peer_errors(self.rank, "ring transfer"):
-            return _DistributedWork(self.rank, list(dist.batch_isend_irecv(operations)))
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """See Communicator."""
-        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _peer_errors(self.rank, "all-gather"):
-            dist.all_gather(gathered, tensor)
-        return gathered
-
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """See Communicator."""
-        with _peer_errors(self.rank, "broadcast"):
-            dist.broadcast(tensor, source)
-
-    def barrier(self) -> None:
-        """See Communicator."""
-        self.all_gather(torch.zeros(1, device=self.device))
-
-    def abort(self, reason: str) -> None:
-        """See Communicator. The others see closed connections; `reason` stays in this process."""
-        self.close()
-
-    def close(self) -> None:
-        """Leave the group. Afterwards every operation raises GroupFailed."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"

@@ -1,33 +1,48 @@
-"""LocalCommunicator: ranks are threads of one process. For tests, and for a group of one."""
+"""LocalCommunicator: ranks are threads of one process. For tests, virtual ranks on one GPU, and a group of one."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Condition
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from ..kvstore.errors import GroupFailed
+from .collectives import Collectives, Message
+from .communicator import part_of
 
 Result = TypeVar("Result")
+Address = tuple[int, int, int]  # from rank, to rank, number of the message on that way
+
+
+class _Part:
+    """The mail between the ranks of a group or of a part of it."""
+
+    def __init__(self, members: Sequence[int]) -> None:
+        self.members = tuple(members)  # ranks of the whole group, by rank of this part
+        self.mail: dict[Address, Tensor] = {}
 
 
 class _Group:
-    """What the ranks share: ring mailboxes, collective rounds, and why the group failed, all under one condition."""
+    """What all ranks share: mail and why the group failed, under one condition."""
 
     def __init__(self, size: int, deadline_s: float) -> None:
         assert size >= 1, size
-        self.size = size
         self.deadline_s = deadline_s
         self.changed = Condition()
-        self.inboxes: list[deque[Tensor]] = [deque() for _ in range(size)]
-        self.rounds: dict[int, dict[int, Tensor]] = {}
-        self.readers: dict[int, int] = {}
+        self.whole = _Part(range(size))
+        self.parts: dict[tuple[int, tuple[int, ...]], _Part] = {}
         self.failure = ""
+
+    def check(self) -> None:
+        """Raise GroupFailed if some rank has failed; holding the condition."""
+        if self.failure:
+            raise GroupFailed(self.failure)
 
     def await_(self, ready: Callable[[], bool], what: str) -> None:
         """Wait, holding the condition, until `ready`. Raises GroupFailed."""
@@ -35,83 +50,80 @@ class _Group:
         if not in_time:
             self.failure = f"{what} took longer than {self.deadline_s} s"
             self.changed.notify_all()
-        if self.failure:
-            raise GroupFailed(self.failure)
-
-
-@dataclass(frozen=True, slots=True)
-class _LocalWork:
-    group: _Group
-    rank: int
-    receive: Tensor
-
-    def wait(self) -> None:
-        """See Work."""
-        if not self.receive.numel():
-            return
-        inbox = self.group.inboxes[self.rank]
-        with self.group.changed:
-            self.group.await_(lambda: bool(inbox), f"a message to rank {self.rank}")
-            message = inbox.popleft()
-        assert message.shape == self.receive.shape, "both sides know the length of a message"
-        self.receive.copy_(message)
+        self.check()
 
 
 @dataclass(slots=True)
-class LocalCommunicator:
+class _LocalWork:
+    group: _Group
+    mail: dict[Address, Tensor]
+    awaited: list[tuple[Address, Tensor]]
+
+    def wait(self) -> None:
+        """See Work."""
+        while self.awaited:
+            self._take(*self.awaited.pop())
+
+    def _take(self, address: Address, receive: Tensor) -> None:
+        with self.group.changed:
+            self.group.await_(lambda: address in self.mail, f"a message to rank {address[1]}")
+            message = self.mail.pop(address)
+        assert message.shape == receive.shape, "both sides know the length of a message"
+        receive.copy_(message)
+
+
+@dataclass(slots=True)
+class LocalCommunicator(Collectives):
     """See Communicator."""
 
     rank: int
     group: _Group
-    _round: int = field(default=0, init=False)
+    part: _Part
+    device: torch.device = field(default=torch.device("cpu"), init=False)
+    name: str = field(default="local", init=False)
+    _numbers: Counter[tuple[int, int]] = field(default_factory=Counter, init=False)
+    _splits: int = field(default=0, init=False)
 
     @property
-    def size(self) -> int:
+    def size(self) -> int:  # type: ignore[override]
         """See Communicator."""
-        return self.group.size
+        return len(self.part.members)
 
-    def shift(self, send: Tensor, receive: Tensor) -> _LocalWork:
-        """See Communicator."""
-        if send.numel():
-            message = send.clone()  # the sender may reuse its buffer before the receiver has looked
-            with self.group.changed:
-                self.group.inboxes[(self.rank + 1) % self.size].append(message)
-                self.group.changed.notify_all()
-        return _LocalWork(self.group, self.rank, receive)
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _LocalWork:
+        # Clones, because the sender may reuse its buffer before the receiver has looked.
+        posted = [(self._address(self.rank, peer), tensor.clone()) for peer, tensor in sends]
+        awaited = [(self._address(peer, self.rank), tensor) for peer, tensor in receives]
+        with self.group.changed:
+            self.group.check()
+            self.part.mail.update(posted)
+            self.group.changed.notify_all()
+        return _LocalWork(self.group, self.part.mail, awaited)
 
-    def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """See Communicator."""
-        group, number = self.group, self._round
-        self._round += 1
-        with group.changed:
-            gathered = group.rounds.setdefault(number, {})
-            gathered[self.rank] = tensor.clone()
-            group.changed.notify_all()
-            group.await_(lambda: len(gathered) == group.size, f"collective {number} at rank {self.rank}")
-            group.readers[number] = group.readers.get(number, 0) + 1
-            if group.readers[number] == group.size:
-                del group.rounds[number], group.readers[number]
-        return [gathered[rank] for rank in range(group.size)]
+    def _address(self, source: int, target: int) -> Address:
+        self._numbers[source, target] += 1
+        return source, target, self._numbers[source, target]
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
+    def split(self, parts: Sequence[Sequence[int]]) -> LocalCommunicator:
         """See Communicator."""
-        tensor.copy_(self.all_gather(tensor)[source])
-
-    def barrier(self) -> None:
-        """See Communicator."""
-        self.all_gather(Tensor())
+        assert self.part is self.group.whole, "only a whole group splits"
+        members = tuple(parts[part_of(self.rank, self.size, parts)])
+        self._splits += 1
+        with self.group.changed:
+            self.group.check()
+            part = self.group.parts.setdefault((self._splits, members), _Part(members))
+        return LocalCommunicator(members.index(self.rank), self.group, part)
 
     def abort(self, reason: str) -> None:
         """See Communicator."""
         with self.group.changed:
-            self.group.failure = self.group.failure or f"rank {self.rank}: {reason}"
+            self.group.failure = self.group.failure or f"rank {self.part.members[self.rank]}: {reason}"
             self.group.changed.notify_all()
 
 
 def local_group(size: int, deadline_s: float = 60.0) -> list[LocalCommunicator]:
     """The communicators of a new group of threads."""
     group = _Group(size, deadline_s)
-    return [LocalCommunicator(rank, group) for rank in range(size)]
+    return [LocalCommunicator(rank, group, group.whole) for rank in range(size)]
 
 
 def run_ranks(size: int, function: Callable[[LocalCommunicator], Result], deadline_s: float = 60.0) -> list[Result]:

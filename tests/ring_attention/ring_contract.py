@@ -45,6 +45,79 @@ def broadcast_overwrites(communicator):
         assert tensor.tolist() == [source] * 3
 
 
+def all_to_all_gives_everyone_its_entry(communicator):
+    """Lengths differ by pair; some are empty; the own entry is copied; two may be under way."""
+    rank, size = communicator.rank, communicator.size
+
+    def length(source, target):
+        return (3 * source + target) % 4 * 5_000
+
+    def entries(count):
+        return [torch.full((length(rank, peer),), float(count * 100 + rank * 10 + peer)) for peer in range(size)]
+
+    received = [[torch.full((length(peer, rank),), -1.0) for peer in range(size)] for _ in range(2)]
+    works = [communicator.all_to_all(entries(count), received[count]) for count in range(2)]
+    for work in reversed(works):
+        work.wait()
+    for count in range(2):
+        for peer, tensor in enumerate(received[count]):
+            assert (tensor == count * 100 + peer * 10 + rank).all()
+
+
+def all_reduce_is_the_float32_sum_in_rank_order(communicator):
+    """Small and large, odd lengths, strided, half precision and double: the bits that one process computes."""
+    rank, size = communicator.rank, communicator.size
+    generator = torch.Generator().manual_seed(3)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for shape in ((1,), (2, 0), (3, 37), (2, 40_001)):
+            whole = (torch.randn(size, *shape, generator=generator) * 100).to(dtype)
+            total = whole[0].to(torch.promote_types(dtype, torch.float32))
+            for other in range(1, size):
+                total = total + whole[other]
+            mine = whole[rank].t().contiguous().t() if len(shape) == 2 else whole[rank].clone()
+            communicator.all_reduce(mine)
+            assert torch.equal(mine, total.to(dtype))
+
+
+def tensors_may_be_strided_where_it_does_not_matter(communicator):
+    """all_gather and broadcast take views; what is around a view stays."""
+    grid = torch.arange(12.0).view(3, 4) + 100 * communicator.rank
+    columns = torch.stack(communicator.all_gather(grid[:, 1]))
+    assert columns.tolist() == [[100 * rank + at for at in (1, 5, 9)] for rank in range(communicator.size)]
+    communicator.broadcast(grid[:, 2], communicator.size - 1)
+    assert grid[:, 2].tolist() == [100 * (communicator.size - 1) + at for at in (2, 6, 10)]
+    assert grid[:, 1].tolist() == [100 * communicator.rank + at for at in (1, 5, 9)]
+
+
+def parts_work_apart_and_beside_the_whole(communicator):
+    """A grid of cp x tp: rows, columns and the whole, with messages of all under way at once."""
+    rank, size = communicator.rank, communicator.size
+    tp = 2 if size % 2 == 0 else 1
+    rows = [[first + other for other in range(tp)] for first in range(0, size, tp)]
+    columns = [list(range(first, size, tp)) for first in range(tp)]
+    row, column = communicator.split(rows), communicator.split(columns)
+    assert (row.rank, row.size, row.name) == (rank % tp, tp, communicator.name)
+    assert (column.rank, column.size) == (rank // tp, size // tp)
+    mine = torch.full((1000,), float(rank))
+    received = [torch.empty(1000) for _ in range(3)]
+    works = [part.shift(mine, into) for part, into in zip((column, communicator, row), received, strict=True)]
+    for work in works:
+        work.wait()
+    previous = [columns[rank % tp][column.rank - 1], (rank - 1) % size, rows[rank // tp][row.rank - 1]]
+    assert [into[0].item() for into in received] == previous
+    total = torch.tensor([float(rank)])
+    row.all_reduce(total)
+    assert total.item() == sum(rows[rank // tp])
+    column.all_reduce(total)
+    assert total.item() == sum(range(size))
+    column.barrier()
+
+
+def names_say_what_carries_the_bytes(communicator):
+    """For status and logs."""
+    assert communicator.name in {"local", "gloo", "nccl", "shm"}
+
+
 def barrier_lets_everyone_through(communicator):
     """Twice, so that the rounds do not mix."""
     communicator.barrier()
@@ -82,6 +155,11 @@ SCENARIOS = (
     messages_have_their_own_lengths,
     all_gather_is_in_rank_order,
     broadcast_overwrites,
+    all_to_all_gives_everyone_its_entry,
+    all_reduce_is_the_float32_sum_in_rank_order,
+    tensors_may_be_strided_where_it_does_not_matter,
+    parts_work_apart_and_beside_the_whole,
+    names_say_what_carries_the_bytes,
     barrier_lets_everyone_through,
     ring_attention_is_exact,
     an_answer_equals_the_dense_model,
