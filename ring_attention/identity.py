@@ -4,44 +4,66 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ..kvstore.errors import InvalidSpec
 from ..kvstore.spec import KVSpec, LayerGroup, sized
 from .config import ModelConfig, parse_config
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE: Final = "config.json"
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+FETCH_AGAIN: Final = "fetch or copy the checkpoint again"
+HASHED_AT_ONCE_BYTES: Final = 4 << 20
 
 
 def read_config(directory: Path) -> ModelConfig:
     """The config in `directory`. Raises InvalidSpec."""
-    return parse_config(_read_json(directory / CONFIG_FILE))
+    return parse_config(read_json(directory / CONFIG_FILE))
 
 
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, whole or sharded, by name. Raises InvalidSpec."""
     if (directory / WEIGHTS_FILE).exists():
         return [directory / WEIGHTS_FILE]
-    if not (directory / INDEX_FILE).exists():
-        raise InvalidSpec(f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-    names = sorted(set(_read_json(directory / INDEX_FILE).get("weight_map", {}).values()))
-    paths = [directory / name for name in names]
+    index = directory / INDEX_FILE
+    if not index.exists():
+        raise InvalidSpec(
+            f"{directory} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; convert other formats with transformers' "
+            "save_pretrained"
+        )
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise InvalidSpec(f"{index} has no weight_map from tensors to files; {FETCH_AGAIN}")
+    paths = [directory / name for name in sorted(set(shards.values()))]
     missing = [path.name for path in paths if not path.exists()]
     if missing or not paths:
         raise InvalidSpec(f"{directory} lacks weight files: {', '.join(missing) or 'the index names none'}")
     return paths
 
 
-def digest_of(directory: Path) -> str:
-    """32 hex digits over the config and every weight byte: the model's identity."""
+def digest_of(directory: Path, progress: Callable[[int, int], None] | None = None) -> str:
+    """32 hex digits over the config and every weight byte: the model's identity.
+
+    `progress` gets the bytes read so far and those of all files. Raises InvalidSpec.
+    """
+    paths = [directory / CONFIG_FILE, *weight_files(directory)]
+    total = sum(path.stat().st_size for path in paths)
+    done = 0
     digest = hashlib.blake2b(digest_size=16, person=b"holdfast-model")
-    for path in [directory / CONFIG_FILE, *weight_files(directory)]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    buffer = memoryview(bytearray(HASHED_AT_ONCE_BYTES))
+    for path in paths:
+        of_file = hashlib.blake2b()
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                of_file.update(buffer[:count])
+                done += count
+                if progress is not None:
+                    progress(done, total)
+        digest.update(of_file.digest())
     return digest.hexdigest()
 
 
@@ -65,12 +87,13 @@ def spec_of(config: ModelConfig, digest: str, adapter: str = "") -> KVSpec:
     return sized(spec)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file. Raises InvalidSpec."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InvalidSpec(f"{path} does not exist") from error
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InvalidSpec(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise InvalidSpec(f"{path} is not a JSON object")

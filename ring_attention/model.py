@@ -1,7 +1,7 @@
 """Decoder: the forward pass of Llama, Mistral, Qwen2 and Qwen3, written once for any attention.
 
 Shapes: T tokens, H query heads, Hkv kv heads, D head dim, E hidden size, V vocabulary size, L
-layers.
+layers. Under tensor parallelism H and Hkv are this rank's share of the model's.
 """
 
 from __future__ import annotations
@@ -13,51 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kvstore.errors import InvalidSpec, TokenOutOfRange
+from ..kvstore.errors import TokenOutOfRange
 from ..kvstore.spec import KVSpec
 from .config import ModelConfig
 from .rope import frequencies, rotate, rotation
+from .weight_share import WeightShare, share_of
+from .weights import Linear, Range, Sliced, Weights
 
 # (layer, query [H, T, D], key [Hkv, T, D], value [Hkv, T, D]) -> [H, T, D]
 Attention = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-
-
-class _Weights:
-    """Named tensors, each taken once, so that what a checkpoint has and we ignore is noticed."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-        self._taken: set[str] = set()
-
-    def maybe(self, name: str) -> Tensor | None:
-        self._taken.add(name)
-        return self._tensors.get(name)
-
-    def take(self, name: str) -> Tensor:
-        found = self.maybe(name)
-        if found is None:
-            raise InvalidSpec(f"the checkpoint lacks the tensor {name!r}")
-        return found
-
-    def linear(self, *names: str) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of projections that read the same input, joined into one."""
-        weights = [self.take(f"{name}.weight") for name in names]
-        biases = [self.maybe(f"{name}.bias") for name in names]
-        if all(bias is None for bias in biases):
-            return torch.cat(weights), None
-        filled = [
-            weight.new_zeros(weight.shape[0]) if bias is None else bias
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
-        return torch.cat(weights), torch.cat(filled)
-
-    def check_all_taken(self) -> None:
-        left = {name for name in self._tensors if not name.endswith("rotary_emb.inv_freq")} - self._taken
-        if left:
-            raise InvalidSpec(f"the checkpoint has tensors that are not supported: {', '.join(sorted(left)[:5])}")
-
-
-Linear = tuple[Tensor, Tensor | None]
+Reduce = Callable[[Tensor], None]  # sums a tensor in place over the tensor-parallel ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,40 +39,60 @@ class _Layer:
     down: Linear
 
 
-def _read_layer(weights: _Weights, index: int, config: ModelConfig) -> _Layer:
+def _read_layer(weights: Weights, index: int, config: ModelConfig, share: WeightShare) -> _Layer:
     prefix = f"model.layers.{index}"
     attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    width, dim, columns = config.hidden_size, config.head_dim, config.intermediate_size
+    queries = _times(share.queries, dim)
+    keys = (config.kv_heads * dim, _times(share.keys, dim))
+    projections = {
+        f"{attention}.q_proj": (config.heads * dim, queries),
+        f"{attention}.k_proj": keys,
+        f"{attention}.v_proj": keys,
+    }
+    gate_up = dict.fromkeys((f"{mlp}.gate_proj", f"{mlp}.up_proj"), (columns, share.intermediate))
     normalised = config.normalises_heads
     return _Layer(
-        input_norm=weights.take(f"{prefix}.input_layernorm.weight"),
-        query_key_value=weights.linear(*(f"{attention}.{part}_proj" for part in "qkv")),
-        query_norm=weights.take(f"{attention}.q_norm.weight") if normalised else None,
-        key_norm=weights.take(f"{attention}.k_norm.weight") if normalised else None,
-        output=weights.linear(f"{attention}.o_proj"),
-        post_norm=weights.take(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=weights.linear(f"{mlp}.gate_proj", f"{mlp}.up_proj"),
-        down=weights.linear(f"{mlp}.down_proj"),
+        input_norm=weights.vector(f"{prefix}.input_layernorm.weight", width),
+        query_key_value=weights.joined(projections, width),
+        query_norm=weights.vector(f"{attention}.q_norm.weight", dim) if normalised else None,
+        key_norm=weights.vector(f"{attention}.k_norm.weight", dim) if normalised else None,
+        output=weights.summed(f"{attention}.o_proj", (width, config.heads * dim), queries),
+        post_norm=weights.vector(f"{prefix}.post_attention_layernorm.weight", width),
+        gate_up=weights.joined(gate_up, width),
+        down=weights.summed(f"{mlp}.down_proj", (width, columns), share.intermediate),
     )
 
 
-class Decoder:
-    """A decoder-only transformer in evaluation."""
+def _times(part: Range, size: int) -> Range:
+    return part[0] * size, part[1] * size
 
-    def __init__(self, config: ModelConfig, spec: KVSpec, tensors: Mapping[str, Tensor]) -> None:
-        """`tensors` by their Hugging Face names, on one device. Raises InvalidSpec for missing or unknown ones."""
-        weights = _Weights(tensors)
+
+class Decoder:
+    """A decoder-only transformer in evaluation, or one tensor-parallel rank's part of it."""
+
+    def __init__(
+        self, config: ModelConfig, spec: KVSpec, tensors: Mapping[str, Sliced], tp: int = 1, tp_rank: int = 0
+    ) -> None:
+        """`tensors` whole, by their Hugging Face names, on one device; what is kept is the rank's part.
+
+        Raises InvalidSpec for missing or unknown ones, and for a `tp` that does not divide the model.
+        """
+        weights = Weights(tensors)
         self.config = config
         self.spec = spec
-        self._embedding = weights.take("model.embed_tokens.weight")
-        self._layers = [_read_layer(weights, index, config) for index in range(config.layers)]
-        self._norm = weights.take("model.norm.weight")
-        head = weights.maybe("lm_head.weight")
-        if config.tied_embeddings or head is None:
-            if not config.tied_embeddings:
-                raise InvalidSpec("the checkpoint lacks lm_head.weight and does not tie embeddings")
-            head = self._embedding
-        self._head = head
-        weights.check_all_taken()
+        self.tp = tp
+        self.share = share_of(config, tp, tp_rank)
+        whole = (config.vocabulary_size, config.hidden_size)
+        self._embedding = weights.rows("model.embed_tokens.weight", whole, (0, whole[0]))
+        self._layers = [_read_layer(weights, index, config, self.share) for index in range(config.layers)]
+        self._norm = weights.vector("model.norm.weight", config.hidden_size)
+        if config.tied_embeddings:
+            weights.has("lm_head.weight")  # some checkpoints keep the copy
+            self._head = self._embedding
+        else:
+            self._head = weights.rows("lm_head.weight", whole, (0, whole[0]))
+        weights.check_all_known()
         self._inverse = frequencies(config.rope, config.head_dim).to(self.device)
 
     @property
@@ -120,16 +105,21 @@ class Decoder:
         if tokens and (min(tokens) < 0 or max(tokens) >= self.config.vocabulary_size):
             raise TokenOutOfRange(f"token ids must lie in [0, {self.config.vocabulary_size})")
 
-    def hidden(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
-        """Final hidden states [T, E] of token ids [T] at global positions [T]; T may be 0."""
+    def hidden(self, tokens: Tensor, positions: Tensor, attention: Attention, reduce: Reduce) -> Tensor:
+        """Final hidden states [T, E] of token ids [T] at global positions [T]; T may be 0.
+
+        `attention` gets this rank's heads. `reduce` gets contiguous [T, E] in the model's dtype, twice a layer; it must
+        leave the same bits on all tp ranks, which then go on with equal states.
+        """
         cos, sin = rotation(positions, self._inverse, self._embedding.dtype)
         states = functional.embedding(tokens, self._embedding)
         for index, layer in enumerate(self._layers):
             normed = self._rms(states, layer.input_norm)
-            states = states + self._attend(index, layer, normed, cos, sin, attention)
+            heads = self._attend(index, layer, normed, cos, sin, attention)
+            states = states + _summed(heads, layer.output, reduce)
             normed = self._rms(states, layer.post_norm)
             gate, up = functional.linear(normed, *layer.gate_up).chunk(2, dim=-1)
-            states = states + functional.linear(functional.silu(gate) * up, *layer.down)
+            states = states + _summed(functional.silu(gate) * up, layer.down, reduce)
         return self._rms(states, self._norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -145,18 +135,15 @@ class Decoder:
         sin: Tensor,
         attention: Attention,
     ) -> Tensor:
-        config = self.config
-        tokens = states.shape[0]
-        total = config.heads + 2 * config.kv_heads
-        joined = functional.linear(states, *layer.query_key_value).view(tokens, total, config.head_dim)
-        heads = joined.transpose(0, 1)
-        query, rest = heads[: config.heads], heads[config.heads :]
-        key, value = rest[: config.kv_heads], rest[config.kv_heads :]
+        """This rank's heads side by side: [T, H D]."""
+        tokens, dim = states.shape[0], self.config.head_dim
+        sizes = [self.share.heads, self.share.kv_heads, self.share.kv_heads]
+        joined = functional.linear(states, *layer.query_key_value).view(tokens, sum(sizes), dim)
+        query, key, value = torch.split(joined.transpose(0, 1), sizes)
         if layer.query_norm is not None and layer.key_norm is not None:
             query, key = self._rms(query, layer.query_norm), self._rms(key, layer.key_norm)
         out = attention(index, rotate(query, cos, sin), rotate(key, cos, sin), value)
-        flat = out.to(states.dtype).transpose(0, 1).reshape(tokens, config.heads * config.head_dim)
-        return functional.linear(flat, *layer.output)
+        return out.to(states.dtype).transpose(0, 1).reshape(tokens, self.share.heads * dim)
 
     def _rms(self, states: Tensor, weight: Tensor) -> Tensor:
         wide = states.float()
@@ -167,10 +154,23 @@ class Decoder:
     def dense_logits(self, tokens: Sequence[int], last: int) -> Tensor:
         """Float32 [last, V] for the last positions of `tokens`: dense, without cache, ring or merge. The oracle."""
         assert 1 <= last <= len(tokens), (last, len(tokens))
+        assert self.tp == 1, "the oracle is a whole model"
         self.check_tokens(tokens)
         ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
         positions = torch.arange(len(tokens), device=self.device)
-        return self.logits(self.hidden(ids, positions, _dense_attention)[-last:])
+        return self.logits(self.hidden(ids, positions, _dense_attention, alone)[-last:])
+
+
+def alone(_partial: Tensor) -> None:
+    """The `reduce` of a whole model: there is nothing to add."""
+
+
+def _summed(states: Tensor, projection: Linear, reduce: Reduce) -> Tensor:
+    """A projection of which each rank has some input columns. The bias is added once, after the sum."""
+    weight, bias = projection
+    partial = functional.linear(states, weight)
+    reduce(partial)
+    return partial if bias is None else partial + bias
 
 
 def _dense_attention(_layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from ..kvstore.layout import Layout, Span, chunked, zigzag
 from .arena import HBMArena
 from .communicator import Communicator
 from .decode import decode
-from .model import Decoder
+from .model import Decoder, alone
 from .pass_kv import pass_kv
 from .segment import KVSegment
 from .shard import KVShard
@@ -185,7 +185,7 @@ class ContextParallelRunner:
             positions = [base + index for span in mine for index in range(span.start, span.stop)]
             query_spans = tuple(Span(base + span.start, base + span.stop) for span in mine)
             attention = _RingAttention(communicator, [*before, into], row, query_spans, waits, self._kernel)
-            yield into, self.model.hidden(_ids(self.model, local), _ids(self.model, positions), attention)
+            yield into, self.model.hidden(_ids(self.model, local), _ids(self.model, positions), attention, alone)
 
     def _last_logits(self, tail: KVShard, hidden: Tensor) -> Tensor:
         """Logits [V] of the last prefilled token, from the rank that has it."""
@@ -287,6 +287,7 @@ class _Answering:
             _ids(self._model, [token]),
             _ids(self._model, [self._position]),
             self._keep_and_read if keeps else self._read,
+            alone,
         )
         self._row += keeps
         self._position += 1
