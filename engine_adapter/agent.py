@@ -16,11 +16,12 @@ from typing import Final, Protocol
 
 from ..kvstore.client import Client
 from ..kvstore.clock import Clock
+from ..kvstore.commands import Command, LoadCommand, SaveCommand, ShardClosed, ShardOpened
 from ..kvstore.errors import DaemonUnavailable, DeadlineExceeded, GroupFailed, HoldfastError
 from ..kvstore.layout import Copy, Layout, clipped, copies, extent_holding, shard_holding
 from ..kvstore.runs import PartMessage
 from ..kvstore.spec import KVSpec
-from ..kvstore.wire import Command, LoadCommand, MoveDone, SaveCommand, ShardClosed, ShardOpened
+from ..kvstore.wire import MoveDone
 
 RETRY_SECONDS: Final = 0.2
 CLOSED_KEPT: Final = 64  # failed shards remembered for whoever still waits for them

@@ -211,9 +211,14 @@ def tiers(ctx: typer.Context) -> None:
 
 
 @app.command()
-def swaps(ctx: typer.Context, limit: Limit = 20) -> None:
+def swaps(
+    ctx: typer.Context,
+    limit: Limit = 20,
+    detail: Annotated[bool, typer.Option("--detail", help="Each in full: its hops, and why its strategy.")] = False,
+) -> None:
     """Receipts of attaches: where bytes came from, and how long it took."""
-    listing(ctx, "swaps", {"limit": str(limit)}, "swaps", "no document was attached yet")
+    table = "swap_details" if detail else "swaps"
+    listing(ctx, "swaps", {"limit": str(limit)}, table, "no document was attached yet")
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -225,7 +225,6 @@ def tiers(found: Sequence[Json]) -> Table:
 def status(s: Json) -> Table:
     """The daemon at a glance."""
     overdue = f" ({s['leases_overdue']} overdue)" if s["leases_overdue"] else ""
-    groups = ", ".join(f"{g['name']} {g['ranks_registered']}/{g['cp'] * g['tp']} ranks" for g in s["groups"])
     return pairs(
         (
             ("daemon", f"{s['version']} at {s['url']}"),
@@ -233,12 +232,19 @@ def status(s: Json) -> Table:
             ("documents", s["documents"]),
             ("leases", f"{s['leases']}{overdue}"),
             ("pins", f"{s['pins']}, {size(s['pinned_bytes'])} of {size(s['pin_budget_bytes'])}"),
-            ("groups", groups or "none"),
+            *(("group", group(g)) for g in s["groups"]),
+            *((("groups", "none"),) if not s["groups"] else ()),
             ("waiting", f"{s['reservations_waiting']} for room, {s['writes_queued']} to be written"),
             ("in flight", f"{s['orders_in_flight']} orders"),
             ("ddr", s["ddr_backing"]),
         )
     )
+
+
+def group(g: Json) -> str:
+    """A group of ranks, and what they compute with."""
+    ranks = f"{g['name']}: {g['ranks_registered']}/{g['cp'] * g['tp']} ranks (cp={g['cp']} tp={g['tp']})"
+    return ", ".join([ranks, *(f"{what} {g[what]}" for what in ("device", "kernel", "communicator") if g[what])])
 
 
 def victims(found: Sequence[Json]) -> Table:
@@ -292,6 +298,7 @@ def swaps(found: Sequence[Json]) -> Table:
         "EXPOSED",
         "PREDICTED",
         "RECOMPUTE",
+        "STRATEGY",
         "OUTCOME",
     )
     rows = (
@@ -306,8 +313,39 @@ def swaps(found: Sequence[Json]) -> Table:
             nanoseconds(s["exposed_ns"]),
             nanoseconds(s["predicted_ns"]),
             nanoseconds(s["recompute_ns"]),
+            s["strategy"] or "-",
             s["outcome"],
         )
         for s in found
     )
     return table(columns, rows, numbers=columns[4:10])
+
+
+def swap_details(found: Sequence[Json]) -> Group:
+    """Receipts in full, each hop by hop, and why its ranks exchanged KV as they did."""
+    return Group(*(part for s in found for part in (_swap(s), "")))
+
+
+def _swap(s: Json) -> Table:
+    hops = [
+        (h["hop"], f"{size(h['size_bytes'])} in {h['moves']} moves, {nanoseconds(h['elapsed_ns'])}") for h in s["hops"]
+    ]
+    return pairs(
+        (
+            ("swap", s["id"]),
+            ("document", s["document"]),
+            ("when", moment(s["started_wall_ns"])),
+            ("tokens", s["token_count"]),
+            ("to", s["group"] or "ddr"),
+            ("from", s["source_tier"]),
+            *hops,
+            ("waited", nanoseconds(s["wait_ns"])),
+            ("took", f"{nanoseconds(s['reattach_ns'])}, predicted {nanoseconds(s['predicted_ns'])}"),
+            ("recompute", f"{nanoseconds(s['recompute_ns'])} instead"),
+            ("exposed", nanoseconds(s["exposed_ns"])),
+            ("question", f"{nanoseconds(s['prefill_ns'])}, then {nanoseconds(s['decode_ns'])} of decode"),
+            ("answer", "-" if s["answer_tokens"] is None else f"{s['answer_tokens']} tokens"),
+            ("strategy", s["strategy_reason"] or s["strategy"] or "-"),
+            ("outcome", s["outcome"]),
+        )
+    )

@@ -25,7 +25,7 @@ from .planner import Victim
 from .problems import body, problems, query, reply
 from .residency import Tier
 from .service import NS, Service
-from .state import Group
+from .state import Backend, Group
 from .store import hbm_device
 from .wire import PROTOCOL_VERSION
 
@@ -130,7 +130,10 @@ class EvictionView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupView(msgspec.Struct, frozen=True, kw_only=True):
-    """A group of ranks, and whose shards lie in its HBM."""
+    """A group of ranks, and whose shards lie in its HBM.
+
+    `kernel`, `communicator` and `device` are what its ranks compute with: one name, or those that differ, with commas.
+    """
 
     name: str
     model: str
@@ -141,6 +144,9 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
     capacity_bytes: int
     used_bytes: int
     documents: list[str]
+    kernel: str
+    communicator: str
+    device: str
 
 
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
@@ -394,6 +400,7 @@ class Admin:
         return reply({"groups": [self._group(group) for group in self.service.state.groups.values()]})
 
     def _group(self, group: Group) -> GroupView:
+        backend = Backend(*(", ".join(sorted(set(names))) for names in zip(*group.backends.values(), strict=True)))
         return GroupView(
             name=group.name,
             model=self.service.state.specs[group.fingerprint].model,
@@ -404,6 +411,9 @@ class Admin:
             capacity_bytes=group.capacity_bytes,
             used_bytes=self.service.state.ledger.occupancy(hbm_device(group.name)),
             documents=sorted(str(document) for document in group.shards),
+            kernel=backend.kernel,
+            communicator=backend.communicator,
+            device=backend.device,
         )
 
 

@@ -14,7 +14,7 @@ from .claims import Lease
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, HoldfastError, InvalidRequest, LayoutError, SpecMismatch
 from .layout import RUNS_LIMIT, Layout, scheme
-from .ledger import Hop, SwapRecord
+from .ledger import Hop, Seen, SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
 from .orders import Urgency
@@ -226,15 +226,10 @@ class Attaches:
             else:
                 attach.waiting.append((layers, done))
 
-    def report(
-        self, client: int, lease_id: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int
-    ) -> SwapRecord:
+    def report(self, client: int, lease_id: int, seen: Seen) -> SwapRecord:
         """What the engine saw of an attach, added to its swap record, which is returned."""
         swap = self.claim(client, lease_id).loading.swap
-        swap.exposed_ns = (swap.exposed_ns or 0) + exposed_ns
-        swap.prefill_ns = (swap.prefill_ns or 0) + prefill_ns
-        swap.decode_ns = (swap.decode_ns or 0) + decode_ns
-        swap.answer_tokens = (swap.answer_tokens or 0) + answer_tokens
+        swap.add(seen)
         return swap
 
     def renew(self, client: int, lease_id: int) -> None:

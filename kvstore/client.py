@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .commands import Command
 from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
 from .errors import ClaimNotFound, TokenOutOfRange
@@ -26,7 +27,6 @@ from .wire import (
     AttachDocument,
     Attached,
     BeginIngest,
-    Command,
     CommitIngest,
     DeleteDocument,
     Detach,
@@ -232,9 +232,20 @@ class Client:
         """Push a lease's deadline out."""
         self._do(Renew(lease))
 
-    def report(self, lease: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int) -> SwapView:
-        """Tell what an attach was like; returns its receipt."""
-        return self._ask(Receipt, Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens)).swap
+    def report(
+        self,
+        lease: int,
+        *,
+        exposed_ns: int,
+        prefill_ns: int,
+        decode_ns: int,
+        answer_tokens: int,
+        strategy: str = "",
+        strategy_reason: str = "",
+    ) -> SwapView:
+        """Tell what an attach was like, and how the ranks exchanged KV and why; returns its receipt."""
+        body = Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens, strategy, strategy_reason)
+        return self._ask(Receipt, body).swap
 
     def detach(self, lease: int) -> None:
         """End a lease. Its views must not be used any more."""
@@ -257,9 +268,21 @@ class Client:
 
     # Ranks -------------------------------------------------------------------------------------
 
-    def register_rank(self, group: str, rank: int, cp: int, tp: int, fingerprint: bytes, rows: int) -> None:
-        """Become one rank of a group, with an arena of `rows` token rows."""
-        self._do(RegisterRank(group, rank, cp, tp, fingerprint, rows))
+    def register_rank(
+        self,
+        group: str,
+        rank: int,
+        cp: int,
+        tp: int,
+        fingerprint: bytes,
+        rows: int,
+        *,
+        kernel: str = "",
+        communicator: str = "",
+        device: str = "",
+    ) -> None:
+        """Become one rank of a group, with an arena of `rows` token rows; what it computes with is shown in status."""
+        self._do(RegisterRank(group, rank, cp, tp, fingerprint, rows, kernel, communicator, device))
 
     def move_done(self, done: MoveDone) -> None:
         """Answer a command."""

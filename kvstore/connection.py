@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from .commands import Command
 from .errors import DaemonUnavailable, DeadlineExceeded, HoldfastError, Unavailable, from_code
 from .frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, decode_request, encode
 from .wire import (
     PROTOCOL_VERSION,
-    Command,
     Goodbye,
     Hello,
     Refused,

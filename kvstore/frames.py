@@ -12,8 +12,9 @@ from typing import Final
 
 import msgspec
 
+from .commands import Command
 from .errors import FrameTooLarge, HoldfastError, MalformedFrame
-from .wire import Command, Reply, Request
+from .wire import Reply, Request
 
 LENGTH: Final = struct.Struct("<I")
 

@@ -50,13 +50,25 @@ class HopTime:
         self.last_ns = max(self.last_ns, ended_ns)
 
 
+class Seen(NamedTuple):
+    """What an engine saw of an attach: nanoseconds, tokens of the answer, how the ranks exchanged KV and why."""
+
+    exposed_ns: int
+    prefill_ns: int
+    decode_ns: int
+    answer_tokens: int
+    strategy: str = ""
+    strategy_reason: str = ""
+
+
 @dataclass(slots=True, kw_only=True)
 class SwapRecord:
     """The receipt of an attach. Durations in nanoseconds, sizes in bytes.
 
     `wait_ns` is the time until room was made, `reattach_ns` from the request until everything had arrived,
     `exposed_ns` the part that the decoder really waited for (reported by the engine; None until then).
-    `predicted_ns` and `recompute_ns` are the cost model's words at the time of the request.
+    `predicted_ns` and `recompute_ns` are the cost model's words at the time of the request. `strategy` and
+    `strategy_reason` are how the ranks exchanged KV for the question, and why (reported; empty until then).
     """
 
     id: int
@@ -75,7 +87,18 @@ class SwapRecord:
     prefill_ns: int | None = None
     decode_ns: int | None = None
     answer_tokens: int | None = None
+    strategy: str = ""
+    strategy_reason: str = ""
     outcome: str = "moving"
+
+    def add(self, seen: Seen) -> None:
+        """Times and tokens of several answers add up; of strategies the last one named stays."""
+        self.exposed_ns = (self.exposed_ns or 0) + seen.exposed_ns
+        self.prefill_ns = (self.prefill_ns or 0) + seen.prefill_ns
+        self.decode_ns = (self.decode_ns or 0) + seen.decode_ns
+        self.answer_tokens = (self.answer_tokens or 0) + seen.answer_tokens
+        if seen.strategy:
+            self.strategy, self.strategy_reason = seen.strategy, seen.strategy_reason
 
     @property
     def moved_bytes(self) -> int:

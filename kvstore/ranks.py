@@ -9,18 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from .commands import Command, LoadCommand, SaveCommand, ShardClosed, ShardOpened
 from .errors import GroupFailed, from_code
 from .layouts import LayoutMessage
 from .orders import CloseShard, LoadShard, OpenShard, Outcome, Part, RankOrder, SaveShard
 from .runs import PartMessage
-from .wire import (
-    Command,
-    LoadCommand,
-    MoveDone,
-    SaveCommand,
-    ShardClosed,
-    ShardOpened,
-)
+from .wire import MoveDone
 
 
 @dataclass(eq=False, slots=True)

@@ -21,6 +21,7 @@ from .extent import Extent
 from .ingesting import Ingest
 from .keys import ROOT, Tokens, as_tokens, block_keys
 from .layouts import LayoutMessage, ShardMessage
+from .ledger import Seen
 from .loading import Loading
 from .planner import Victim
 from .residency import Placement, Tier
@@ -142,16 +143,16 @@ class Requests:
                 service.renew(client, lease)
             case Detach(lease=lease):
                 service.detach(client, lease)
-            case Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens):
-                swap = service.report(
-                    client,
-                    lease,
-                    exposed_ns=exposed_ns,
-                    prefill_ns=prefill_ns,
-                    decode_ns=decode_ns,
-                    answer_tokens=answer_tokens,
+            case Report(lease=lease):
+                seen = Seen(
+                    body.exposed_ns,
+                    body.prefill_ns,
+                    body.decode_ns,
+                    body.answer_tokens,
+                    body.strategy,
+                    body.strategy_reason,
                 )
-                return Receipt(swap_view(swap))
+                return Receipt(swap_view(service.report(client, lease, seen)))
             case ObservePrefill(fingerprint, points):
                 measured = [
                     PrefillPoint(cached_tokens=cached, new_tokens=new, seconds=seconds)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from .arena import Arena
+from .commands import Command
 from .config import LimitsConfig
 from .document import checked_name
 from .errors import ConfigError, Draining, HoldfastError, InUse, ProtocolError, Unavailable, VersionMismatch
@@ -27,11 +28,11 @@ from .processes import started
 from .ranks import Ranks
 from .requests import Requests
 from .service import Service
+from .state import Backend
 from .warm import WarmIndex
 from .wire import (
     PROTOCOL_VERSION,
     BeginIngest,
-    Command,
     DeleteDocument,
     Done,
     Goodbye,
@@ -372,8 +373,9 @@ class Server:
         def command(message: Command) -> None:
             connection.send(_Frame(encode(Answer(0, message))))
 
+        backend = Backend(body.kernel, body.communicator, body.device)
         self._service.register_rank(
-            connection.client, body.group, body.rank, body.cp, body.tp, body.fingerprint, body.rows
+            connection.client, body.group, body.rank, body.cp, body.tp, body.fingerprint, body.rows, backend
         )
         connection.has_seat = True
         self._ranks.add(connection.client, body.group, body.rank, command)

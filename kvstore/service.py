@@ -40,7 +40,7 @@ from .ingest import Ingests
 from .ingesting import Ingest
 from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
 from .layout import Layout, chunked, heads_of, zigzag
-from .ledger import Ledger, SwapRecord
+from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
 from .orders import Effects, Outcome, PutCalibration, PutPrefills, PutSpec, Write
 from .planner import Planner, Victim
@@ -50,7 +50,7 @@ from .reuse import Comebacks
 from .room import Room
 from .slots import RowPool, SlabPool, Slot, SlotClass
 from .spec import KVSpec
-from .state import Group, Left, State
+from .state import UNSAID, Backend, Group, Left, State
 from .store import Store
 from .upkeep import Upkeep
 from .writes import Writes
@@ -156,7 +156,17 @@ class Service:
         self.store.submit(Write(id=self.store.new_id(), records=(PutSpec(spec),)))
         return fingerprint
 
-    def register_rank(self, client: int, name: str, rank: int, cp: int, tp: int, fingerprint: bytes, rows: int) -> None:
+    def register_rank(
+        self,
+        client: int,
+        name: str,
+        rank: int,
+        cp: int,
+        tp: int,
+        fingerprint: bytes,
+        rows: int,
+        backend: Backend = UNSAID,
+    ) -> None:
         """Seat a client as one rank of a group, with an arena of `rows` token rows.
 
         Raises InvalidRequest, LayoutError (heads that `tp` cannot share), SpecMismatch or InUse.
@@ -179,6 +189,7 @@ class Service:
             raise InUse(f"rank {rank} of group {name!r} is taken")
         group.seats[rank] = client
         group.pools[rank] = RowPool(rows)
+        group.backends[rank] = backend
 
     def _spec(self, fingerprint: bytes) -> KVSpec:
         spec = self.state.specs.get(fingerprint)
@@ -364,18 +375,9 @@ class Service:
         """See Attaches.wait_layers."""
         self.attaches.wait_layers(client, lease_id, layers, done)
 
-    def report(
-        self, client: int, lease_id: int, *, exposed_ns: int, prefill_ns: int, decode_ns: int, answer_tokens: int
-    ) -> SwapRecord:
+    def report(self, client: int, lease_id: int, seen: Seen) -> SwapRecord:
         """See Attaches.report."""
-        return self.attaches.report(
-            client,
-            lease_id,
-            exposed_ns=exposed_ns,
-            prefill_ns=prefill_ns,
-            decode_ns=decode_ns,
-            answer_tokens=answer_tokens,
-        )
+        return self.attaches.report(client, lease_id, seen)
 
     def renew(self, client: int, lease_id: int) -> None:
         """Push a lease's deadline out again."""

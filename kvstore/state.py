@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Final, NamedTuple
 
 from .claims import Lease, Pins
 from .document import Document, DocumentId, WritePolicy
@@ -119,6 +120,17 @@ class Shard:
         return len(self.copies) == len(self.spans) and all(c.readable for c in self.copies.values())
 
 
+class Backend(NamedTuple):
+    """What a rank computes with, by name, chosen at its start; empty where it did not say."""
+
+    kernel: str = ""
+    communicator: str = ""
+    device: str = ""
+
+
+UNSAID: Final = Backend()
+
+
 @dataclass(slots=True, kw_only=True)
 class Group:
     """Ranks that decode together. `seats[rank]` is the client at that rank; it works when all are taken."""
@@ -130,6 +142,7 @@ class Group:
     row_bytes: int  # bytes of one row on one rank
     pools: dict[int, RowPool] = field(default_factory=dict)
     seats: dict[int, int] = field(default_factory=dict)
+    backends: dict[int, Backend] = field(default_factory=dict)
     shards: dict[DocumentId, Shard] = field(default_factory=dict)
 
     @property

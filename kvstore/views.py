@@ -129,6 +129,8 @@ class SwapView(msgspec.Struct, frozen=True, kw_only=True):
     decode_ns: int | None
     answer_tokens: int | None
     outcome: str
+    strategy: str = ""
+    strategy_reason: str = ""
 
 
 class VictimView(msgspec.Struct, frozen=True, kw_only=True):
@@ -343,6 +345,8 @@ def swap_view(swap: SwapRecord) -> SwapView:
         decode_ns=swap.decode_ns,
         answer_tokens=swap.answer_tokens,
         outcome=swap.outcome,
+        strategy=swap.strategy,
+        strategy_reason=swap.strategy_reason,
     )
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from .document import WritePolicy
 from .layouts import LayoutMessage, ShardMessage
-from .runs import PartMessage, Parts, RunMessage
+from .runs import Parts, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
 
@@ -24,6 +24,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
 Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10**6)]
+Line = Annotated[str, msgspec.Meta(max_length=1000)]  # what people are shown
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -52,7 +53,7 @@ class RegisterSpec(Message, frozen=True):
 
 
 class RegisterRank(Message, frozen=True):
-    """This connection is one rank of a group, with an HBM arena."""
+    """This connection is one rank of a group, with an HBM arena; what it computes with was chosen at its start."""
 
     group: str
     rank: Count
@@ -60,6 +61,9 @@ class RegisterRank(Message, frozen=True):
     tp: Count
     fingerprint: bytes
     rows: Count
+    kernel: Line = ""
+    communicator: Line = ""
+    device: Line = ""
 
 
 class BeginIngest(Message, frozen=True):
@@ -132,6 +136,8 @@ class Report(Message, frozen=True):
     prefill_ns: Nanoseconds
     decode_ns: Nanoseconds
     answer_tokens: Count
+    strategy: Line = ""
+    strategy_reason: Line = ""
 
 
 class Detach(Message, frozen=True):
@@ -141,10 +147,11 @@ class Detach(Message, frozen=True):
 
 
 class ObservePrefill(Message, frozen=True):
-    """Measured prefills: (cached tokens, new tokens, seconds)."""
+    """Measured prefills of a group of `ranks`: (cached tokens, new tokens, seconds)."""
 
     fingerprint: bytes
     points: list[tuple[Count, Count, Seconds]]
+    ranks: Count = 1
 
 
 class MapSlabs(Message, frozen=True):
@@ -389,46 +396,6 @@ class Tiers(Message, frozen=True):
 
     tiers: list[TierView]
 
-
-# Commands to ranks ---------------------------------------------------------------------------------
-
-
-class ShardOpened(Message, frozen=True):
-    """The shard's rows begin at `row` on this rank; its first tokens are there already."""
-
-    shard: int
-    generation: int
-    layout: LayoutMessage
-    row: int
-    resident_tokens: int
-
-
-class LoadCommand(Message, frozen=True):
-    """Copy these layers of these extents from DDR into the shard's rows."""
-
-    order: int
-    shard: int
-    parts: list[PartMessage]
-    layer_start: int
-    layer_stop: int
-
-
-class SaveCommand(Message, frozen=True):
-    """Copy this rank's share of these extents from the shard's rows into DDR."""
-
-    order: int
-    shard: int
-    parts: list[PartMessage]
-
-
-class ShardClosed(Message, frozen=True):
-    """Forget the shard; with a reason: fail whoever waits for its layers."""
-
-    shard: int
-    reason: str
-
-
-Command = ShardOpened | LoadCommand | SaveCommand | ShardClosed
 
 Reply = (
     Done

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from holdfast.kvstore.client import Client
-from holdfast.kvstore.wire import Command, SaveCommand
+from holdfast.kvstore.commands import Command, SaveCommand
 
 from daemon_process import FORKS, PATIENCE_SECONDS, fetch, tokens_of, write
 from fakes import tiny_spec

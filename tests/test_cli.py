@@ -16,10 +16,12 @@ from holdfast.kvstore import errors
 from holdfast.kvstore.admin import make_app
 from holdfast.kvstore.config import load_config
 from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.ledger import Seen
 from holdfast.kvstore.residency import Tier
+from holdfast.kvstore.state import Backend
 from typer.testing import CliRunner
 
-from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, ingest, tiny_config, tiny_service
+from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, ingest, tiny_config, tiny_service, tiny_spec
 from holdfast import cli, cli_tables
 from holdfast.cli_session import exit_code, hoisted
 from holdfast.rest import Rest, document_path
@@ -217,10 +219,35 @@ def test_tiers_swaps_verdicts(live):
     assert "nvme" in shown
     (swap,) = machine("swaps", live=live)["swaps"]
     assert swap["moved_bytes"] == 2 * EXTENT_BYTES
+    assert swap["strategy"] == swap["strategy_reason"] == ""
     shown = ok("verdicts", live=live)
     assert "demote" in shown
     assert "admin" in shown
     assert len(machine("verdicts", "--limit", "1", live=live)["evictions"]) == 1
+
+
+def test_a_receipt_says_which_strategy_and_in_full_why(live):
+    lease = live.attach(live.ingest("report", token_count=64)).lease.id
+    reason = "pass_q: exposes 0.4 ms a layer, pass_kv 3.1 ms (T=64, P=32768, cp=2)"
+    live.call(lambda: live.service.report(CLIENT, lease, Seen(1000, 5000, 0, 3, "pass_q", reason)))
+    live.call(lambda: live.service.report(CLIENT, lease, Seen(1000, 5000, 0, 4)))  # another answer, which names none
+    (swap,) = machine("swaps", live=live)["swaps"]
+    assert (swap["strategy"], swap["strategy_reason"], swap["answer_tokens"]) == ("pass_q", reason, 7)
+    table = ok("swaps", live=live)
+    assert "pass_q" in table
+    assert reason not in table
+    detail = ok("swaps", "--detail", "--limit", "1", live=live)
+    assert reason in detail
+    assert "default/report" in detail
+
+
+def test_status_shows_what_a_group_computes_with(live):
+    assert "groups" in ok("status", live=live)
+    live.ingest("report")
+    backend = Backend("cpu_flash", "shm", "cpu")
+    live.call(lambda: live.service.register_rank(77, "left", 0, 2, 1, tiny_spec().fingerprint(), 128, backend))
+    shown = ok("status", live=live)
+    assert "left: 1/2 ranks (cp=2 tp=1), device cpu, kernel cpu_flash, communicator shm" in shown
 
 
 # Changing --------------------------------------------------------------------------------------

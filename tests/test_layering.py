@@ -105,6 +105,7 @@ FLOOR_OF = {
     "check_view": "edges",
     "checks": "edges",
     "client": "edges",
+    "commands": "edges",
     "connection": "edges",
     "daemon": "edges",
     "frames": "edges",

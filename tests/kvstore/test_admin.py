@@ -14,6 +14,7 @@ from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import HoldfastError, StorageFailed, all_errors
 from holdfast.kvstore.orders import DropDocument
 from holdfast.kvstore.residency import Tier
+from holdfast.kvstore.state import Backend
 from holdfast.kvstore.wire import PROTOCOL_VERSION
 
 from fakes import CLIENT, EXTENT_BYTES, EXTENT_TOKENS, FAR_NS, ingest, tiny_config, tiny_service, tiny_spec
@@ -619,6 +620,15 @@ async def test_groups(api):
     assert group["capacity_bytes"] == 128 * api.service.state.groups["left"].row_bytes
     devices = [tier["device"] for tier in (await api.get("/v1/tiers"))["tiers"]]
     assert devices == ["hbm:left", "ddr", "nvme"]
+    assert (group["kernel"], group["communicator"], group["device"]) == ("", "", "")
+
+
+async def test_a_group_says_what_its_ranks_compute_with(api):
+    for rank in range(2):
+        backend = Backend("cpu_flash", "gloo", f"cuda:{rank}")
+        api.service.register_rank(3 + rank, "left", rank, 2, 1, tiny_spec().fingerprint(), 128, backend)
+    (group,) = (await api.get("/v1/status"))["groups"]
+    assert (group["kernel"], group["communicator"], group["device"]) == ("cpu_flash", "gloo", "cuda:0, cuda:1")
 
 
 async def test_looking_never_perturbs(api):

@@ -36,7 +36,7 @@ from holdfast.kvstore.errors import (
     TokenOutOfRange,
     Unavailable,
 )
-from holdfast.kvstore.frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, encode
+from holdfast.kvstore.frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, decode_request, encode
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.requests import Requests
 from holdfast.kvstore.seal import seal_planes
@@ -49,7 +49,10 @@ from holdfast.kvstore.wire import (
     ListDocuments,
     LookupTokens,
     MapSlabs,
+    ObservePrefill,
     Refused,
+    RegisterRank,
+    Report,
     Welcome,
 )
 
@@ -425,6 +428,19 @@ def test_messages_of_another_shape_are_malformed(unharmed, body):
     with closing(Raw(unharmed, HELLO + frame(msgspec.msgpack.encode([2, body])))) as raw:
         answers = raw.answers()
     assert [answer.body.code for answer in answers[1:]] == ["malformed-frame"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (["Report", 1, 2, 3, 4, 5], Report(1, 2, 3, 4, 5, "", "")),
+        (["RegisterRank", "g", 0, 1, 1, b"f", 9], RegisterRank("g", 0, 1, 1, b"f", 9, "", "", "")),
+        (["ObservePrefill", b"f", [[0, 1, 1.0]]], ObservePrefill(b"f", [(0, 1, 1.0)], 1)),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_an_older_client_leaves_out_is_empty(body, message):
+    assert decode_request(msgspec.msgpack.encode([2, body])).body == message
 
 
 def test_what_cannot_be_looked_up_is_refused(unharmed):

@@ -1,0 +1,45 @@
+"""Commands: what the daemon sends to the ranks of a group; they answer each load and save with a MoveDone."""
+
+from __future__ import annotations
+
+from .layouts import LayoutMessage
+from .runs import PartMessage
+from .wire import Message
+
+
+class ShardOpened(Message, frozen=True):
+    """The shard's rows begin at `row` on this rank; its first tokens are there already."""
+
+    shard: int
+    generation: int
+    layout: LayoutMessage
+    row: int
+    resident_tokens: int
+
+
+class LoadCommand(Message, frozen=True):
+    """Copy these layers of these extents from DDR into the shard's rows."""
+
+    order: int
+    shard: int
+    parts: list[PartMessage]
+    layer_start: int
+    layer_stop: int
+
+
+class SaveCommand(Message, frozen=True):
+    """Copy this rank's share of these extents from the shard's rows into DDR."""
+
+    order: int
+    shard: int
+    parts: list[PartMessage]
+
+
+class ShardClosed(Message, frozen=True):
+    """Forget the shard; with a reason: fail whoever waits for its layers."""
+
+    shard: int
+    reason: str
+
+
+Command = ShardOpened | LoadCommand | SaveCommand | ShardClosed
