@@ -1,4 +1,4 @@
-"""Control: the messages between the driver of a group and its rank processes, over a socket pair.
+"""Control: the messages between the driver of a group and its rank processes, over a socket.
 
 Framed as in kvstore.wire. KV never travels here; logits do, for they are small.
 """
@@ -6,42 +6,56 @@ Framed as in kvstore.wire. KV never travels here; logits do, for they are small.
 from __future__ import annotations
 
 import socket
+import struct
 from typing import Final
 
 import msgspec
 
 from ..kvstore.errors import GroupFailed, MalformedFrame
 from ..kvstore.frames import LENGTH
-from ..kvstore.layouts import LayoutMessage
+from ..kvstore.layouts import LayoutMessage, ShardMessage
+from .rank_config import RankConfig
 
 FRAME_LIMIT: Final = 256 << 20  # tokens and logits of one call; ranks are our own processes
 READ_BYTES: Final = 1 << 20
+SEND_SECONDS: Final = 30.0
+TIMEVAL: Final = struct.Struct("ll")
 
 
 class Order(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """Base of what the driver says."""
 
 
+class Start(Order, frozen=True):
+    """Load the model, take the seat, join the process group."""
+
+    config: RankConfig
+
+
 class Prefill(Order, frozen=True):
     """Compute a document's KV into the rows of a shard, behind `cached_tokens` that the daemon loads."""
 
-    shard: int
-    generation: int
-    layout: LayoutMessage
+    shard: ShardMessage
     cached_tokens: int
     chunk_tokens: int
     tokens: bytes
     deadline_seconds: float
 
 
-class Ask(Order, frozen=True):
-    """Answer a question over a shard."""
+class Asked(msgspec.Struct, frozen=True, array_like=True):
+    """A question over a shard."""
 
-    shard: int
-    generation: int
-    layout: LayoutMessage
-    question: list[int]
+    shard: ShardMessage
+    tokens: list[int]
     new_tokens: int
+    eos: list[int]
+
+
+class Ask(Order, frozen=True):
+    """Answer questions together. `call` names what the ranks keep of them."""
+
+    call: int
+    questions: list[Asked]
     deadline_seconds: float
 
 
@@ -75,10 +89,23 @@ class Ready(Report, frozen=True):
     fingerprint: bytes
 
 
+class Joining(Report, frozen=True):
+    """The first word of a rank that somebody else has started."""
+
+    rank: int
+
+
 class Progress(Report, frozen=True):
     """Tokens prefilled so far."""
 
     tokens: int
+
+
+class Token(Report, frozen=True):
+    """The next token of the answer to one of the call's questions."""
+
+    question: int
+    token: int
 
 
 class Prefilled(Report, frozen=True):
@@ -87,14 +114,24 @@ class Prefilled(Report, frozen=True):
     points: list[tuple[int, int, int]]
 
 
-class Answered(Report, frozen=True):
-    """The answer; `logits` float32 [tokens, vocabulary] from rank 0, empty from the others."""
+class AnswerMessage(msgspec.Struct, frozen=True, array_like=True):
+    """An answer; `logits` float32 [tokens, vocabulary] from rank 0, empty from the others.
+
+    `tail`: who has which tokens of question and answer, as long as the ranks have them.
+    """
 
     tokens: list[int]
     logits: bytes
     prefill_ns: int
     decode_ns: int
     exposed_ns: int
+    tail: LayoutMessage | None = None
+
+
+class Answered(Report, frozen=True):
+    """The answers to all questions, in their order."""
+
+    answers: list[AnswerMessage]
 
 
 class Rejoined(Report, frozen=True):
@@ -108,8 +145,8 @@ class Failed(Report, frozen=True):
     message: str
 
 
-AnyOrder = Prefill | Ask | Recompute | Rejoin | Quit
-AnyReport = Ready | Progress | Prefilled | Answered | Rejoined | Failed
+AnyOrder = Start | Prefill | Ask | Recompute | Rejoin | Quit
+AnyReport = Joining | Ready | Progress | Token | Prefilled | Answered | Rejoined | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _orders = msgspec.msgpack.Decoder(AnyOrder)
@@ -117,10 +154,15 @@ _reports = msgspec.msgpack.Decoder(AnyReport)
 
 
 class Channel:
-    """One end of the socket pair; whole messages, in order."""
+    """One end of a connected socket; whole messages, in order.
+
+    No send takes longer than SEND_SECONDS: a peer that is stuck is as good as gone.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        seconds, fraction = divmod(SEND_SECONDS, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(int(seconds), int(fraction * 1e6)))
         self._data = bytearray()
 
     def fileno(self) -> int:

@@ -9,10 +9,19 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..kvstore.layouts import ShardMessage
+from ..kvstore.layouts import LayoutMessage, ShardMessage
 from ..kvstore.spec import KVSpec
 
-Progress = Callable[[int], None]
+Progress = Callable[[int], None]  # tokens prefilled so far
+OnToken = Callable[[int, int], None]  # which question of the call, and the next token of its answer
+
+
+def ignore_progress(_: int) -> None:
+    """For callers that show none."""
+
+
+def ignore_token(_: int, __: int) -> None:
+    """For callers that wait for the whole answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +34,33 @@ class PrefillPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """Token ids to be answered over the document of `shard` by at most `new_tokens` tokens, ending behind an `eos`."""
+
+    shard: ShardMessage
+    tokens: Sequence[int]
+    new_tokens: int
+    eos: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """KV behind a document that the ranks still have: of a question and its answer, until their next call.
+
+    `layout` says who has which tokens, counted from the document's end; it may lack the last of the answer, whose KV
+    nobody needed. `call` and `index` name it.
+    """
+
+    call: int
+    index: int
+    layout: LayoutMessage
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """Greedy tokens; row i of `logits` (float32 [tokens, vocabulary]) predicted token i. Times in nanoseconds.
 
-    `exposed_ns` is the part of `prefill_ns` spent waiting for layers of the document.
+    `exposed_ns` is the part of `prefill_ns` spent waiting for layers of the document. Times are those of the batch.
     """
 
     tokens: list[int]
@@ -36,12 +68,13 @@ class Answer:
     prefill_ns: int
     decode_ns: int
     exposed_ns: int
+    tail: Tail | None = None
 
 
 class Engine(Protocol):
     """A group of ranks, registered with the daemon under `group`, that runs the model of `spec`.
 
-    Calls raise GroupFailed when a rank dies, and leave the group usable when an answer merely fails.
+    Calls raise GroupFailed when a rank dies, and leave the group usable when an answer merely fails. One at a time.
     """
 
     @property
@@ -60,8 +93,11 @@ class Engine(Protocol):
         """Compute a document into the shard's rows, behind what the daemon loads."""
         ...
 
-    def answer(self, shard: ShardMessage, question: Sequence[int], new_tokens: int) -> Answer:
-        """Answer a question over the shard's document."""
+    def answer_many(self, questions: Sequence[Question], on_token: OnToken = ignore_token) -> list[Answer]:
+        """Answer questions together, each over its own document; several may share one. In their order.
+
+        `on_token` hears every token as it is decoded. Raises InvalidRequest or TokenOutOfRange for bad questions.
+        """
         ...
 
     def recompute(self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int) -> Answer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -23,7 +24,7 @@ from ..kvstore.layout import Copy, Layout, Span
 from ..kvstore.layouts import ShardMessage
 from ..kvstore.spec import KVSpec
 from .agent import Agent, Seat
-from .engine import Answer, PrefillPoint, Progress
+from .engine import Answer, OnToken, PrefillPoint, Progress, Question, ignore_token
 
 Bytes = npt.NDArray[np.uint8]
 WAIT_SECONDS: Final = 60.0
@@ -138,14 +139,25 @@ class FakeEngine:
             progress(stop)
         return points
 
-    def answer(self, shard: ShardMessage, question: Sequence[int], new_tokens: int) -> Answer:
+    def answer_many(self, questions: Sequence[Question], on_token: OnToken = ignore_token) -> list[Answer]:
         """See Engine."""
-        self._check(question, new_tokens)
-        layout = shard.layout.layout()
-        starts = self._rows(shard)
-        exposed_ns = self._wait(shard, layout.token_count)
+        for question in questions:
+            self._check(question.tokens, question.new_tokens)
+        answers = [self._answer(question) for question in questions]
+        for index, answer in enumerate(answers):
+            for token in answer.tokens:
+                on_token(index, token)
+        return answers
+
+    def _answer(self, question: Question) -> Answer:
+        layout = question.shard.layout.layout()
+        starts = self._rows(question.shard)
+        exposed_ns = self._wait(question.shard, layout.token_count)
         planes = {key: self._gathered(layout, starts, *key) for key in self._keys()}
-        return self._answered(planes, question, new_tokens, exposed_ns)
+        answer = self._answered(planes, question.tokens, question.new_tokens, exposed_ns)
+        ends = [index + 1 for index, token in enumerate(answer.tokens) if token in question.eos]
+        kept = min(ends, default=question.new_tokens)
+        return replace(answer, tokens=answer.tokens[:kept], logits=answer.logits[:kept])
 
     def recompute(self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int) -> Answer:
         """See Engine."""

@@ -1,4 +1,4 @@
-"""RankGroup: starts and drives the rank processes of the built-in runner. An Engine.
+"""RankGroup: drives the rank processes of the built-in runner. An Engine.
 
 One process a rank, on this machine; every call has a deadline, and a rank that dies or hangs ends the group.
 """
@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import os
 import selectors
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-import msgspec
 import numpy as np
 
 from ..kvstore.client import token_bytes
@@ -26,66 +23,81 @@ from ..kvstore.layouts import ShardMessage
 from ..kvstore.spec import KVSpec
 from .control import (
     Answered,
+    AnswerMessage,
     AnyOrder,
     AnyReport,
     Ask,
-    Channel,
+    Asked,
     Failed,
     Prefill,
     Prefilled,
-    Progress,
     Quit,
+    Ready,
     Recompute,
     Rejoin,
     Rejoined,
+    Start,
+    Token,
 )
-from .engine import Answer, PrefillPoint
+from .control import Progress as ProgressReport
+from .engine import Answer, OnToken, PrefillPoint, Progress, Question, Tail, ignore_progress, ignore_token
+from .launch import Launcher, Member, SpawnLauncher
 from .rank_config import RankConfig
 
 START_SECONDS: Final = 120.0  # importing torch on a busy machine, and loading weights
 CALL_SECONDS: Final = 3600.0  # a long prefill
+LAG_SECONDS: Final = 15.0  # ranks end a call together, but for one that waits for the others until its own deadline
 QUIT_SECONDS: Final = 10.0
+PASSING: Final = (ProgressReport, Token)  # what a rank says in the middle of a call
 R = TypeVar("R", bound=AnyReport)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOptions:
-    """How to start a group. `rows` are token rows of HBM per rank; `threads` 0 shares the cores evenly."""
+    """How to start a group of cp x tp ranks. `rows` are token rows of HBM per rank.
+
+    `threads` 0 shares the cores evenly. `communicator` and `kernel` name one, or are empty: the device chooses.
+    `strategy` is "auto", or names the only one to use.
+    """
 
     name: str
     model: Path
     cp: int
+    tp: int = 1
     rows: int
     daemon_socket: Path
     tenant: str = "default"
     device: str = "cpu"
     threads: int = 0
+    communicator: str = ""
+    kernel: str = ""
+    strategy: str = "auto"
     collective_seconds: float = 120.0
 
-
-@dataclass(eq=False, slots=True)
-class _Process:
-    rank: int
-    process: subprocess.Popen[bytes]
-    channel: Channel
+    @property
+    def ranks(self) -> int:
+        """Rank processes."""
+        return self.cp * self.tp
 
 
 class RankGroup:
     """A running group. Use as a context manager, or call `close`."""
 
-    def __init__(self, options: GroupOptions, spec: KVSpec) -> None:
-        """Start all ranks and wait until each has its model and its seat. Raises GroupFailed or a rank's refusal."""
+    def __init__(self, options: GroupOptions, spec: KVSpec, launcher: Launcher | None = None) -> None:
+        """Launch all ranks and wait until each has its model and its seat. Raises GroupFailed or a rank's refusal.
+
+        By default they are children of this process.
+        """
         self._options = options
         self._spec = spec
         self._scratch = tempfile.TemporaryDirectory(prefix="holdfast-group-")
         self._joins = 0
-        self._ranks: list[_Process] = []
+        self._calls = 0
+        self._members: list[Member] = []
         self._broken = ""
         try:
-            init_method = self._new_init_method()
-            for rank in range(options.cp):
-                self._ranks.append(self._start(rank, init_method))
-            self._await_ready()
+            self._members = (launcher or SpawnLauncher()).launch(options.ranks)
+            self._start()
         except HoldfastError:
             self.close()
             raise
@@ -103,7 +115,7 @@ class RankGroup:
     @property
     def pids(self) -> list[int]:
         """Process ids, by rank."""
-        return [rank.process.pid for rank in self._ranks]
+        return [member.pid for member in self._members]
 
     def __enter__(self) -> Self:
         return self
@@ -117,54 +129,47 @@ class RankGroup:
         self._joins += 1
         return f"file://{self._scratch.name}/join-{self._joins}"
 
-    def _start(self, rank: int, init_method: str) -> _Process:
-        options = self._options
-        ours, theirs = socket.socketpair()
-        cores = len(os.sched_getaffinity(0))
-        config = RankConfig(
-            rank=rank,
-            cp=options.cp,
-            group=options.name,
-            tenant=options.tenant,
-            daemon_socket=str(options.daemon_socket),
-            model=str(options.model),
-            device=options.device,
-            threads=options.threads or max(1, cores // options.cp),
-            rows=options.rows,
-            init_method=init_method,
-            channel=theirs.fileno(),
-            deadline_seconds=options.collective_seconds,
-        )
-        process = subprocess.Popen(
-            [sys.executable, "-m", "holdfast.engine_adapter.rank", msgspec.json.encode(config).decode()],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        return _Process(rank, process, Channel(ours))
-
-    def _await_ready(self) -> None:
+    def _start(self) -> None:
         """Raises the first refusal at once: the other ranks would wait in vain for the one that refused."""
+        options, init_method = self._options, self._new_init_method()
+        cores = len(os.sched_getaffinity(0))
+        for rank in range(options.ranks):
+            config = RankConfig(
+                rank=rank,
+                cp=options.cp,
+                tp=options.tp,
+                group=options.name,
+                tenant=options.tenant,
+                daemon_socket=str(options.daemon_socket),
+                model=str(options.model),
+                device=options.device,
+                threads=options.threads or max(1, cores // options.ranks),
+                rows=options.rows,
+                init_method=init_method,
+                communicator=options.communicator,
+                kernel=options.kernel,
+                strategy=options.strategy,
+                deadline_seconds=options.collective_seconds,
+            )
+            self._send_to(rank, Start(config))
         for rank, report in self._told(START_SECONDS):
             if isinstance(report, Failed):
                 self._fail(f"rank {rank} did not start")
                 raise from_code(report.code, report.message)
+            assert isinstance(report, Ready), report
 
     def close(self) -> None:
         """Ask the ranks to quit; kill those that do not."""
-        for rank in self._ranks:
-            try:
-                rank.channel.send(Quit())
-            except GroupFailed:
-                continue
-        for rank in self._ranks:
-            try:
-                rank.process.wait(QUIT_SECONDS if not self._broken else 1.0)
-            except subprocess.TimeoutExpired:
-                rank.process.kill()
-                rank.process.wait()
-            rank.channel.close()
-        self._ranks.clear()
+        for member in self._members:
+            with suppress(GroupFailed):
+                member.channel.send(Quit())
+        deadline = time.monotonic() + (QUIT_SECONDS if not self._broken else 1.0)
+        for member in self._members:
+            if member.wait(max(0.0, deadline - time.monotonic())) is None:
+                member.kill()
+                member.wait(QUIT_SECONDS)
+            member.channel.close()
+        self._members.clear()
         self._broken = self._broken or "the group is closed"
         self._scratch.cleanup()
 
@@ -176,25 +181,26 @@ class RankGroup:
         tokens: Sequence[int],
         cached_tokens: int,
         chunk_tokens: int,
-        progress: Callable[[int], None],
+        progress: Progress,
     ) -> list[PrefillPoint]:
         """See Engine."""
-        data = token_bytes(tokens)
-        order = Prefill(shard.id, shard.generation, shard.layout, cached_tokens, chunk_tokens, data, CALL_SECONDS)
+        order = Prefill(shard, cached_tokens, chunk_tokens, token_bytes(tokens), CALL_SECONDS)
         points = self._call(order, Prefilled, progress)[0].points
         return [PrefillPoint(cached, new, elapsed_ns) for cached, new, elapsed_ns in points]
 
-    def answer(self, shard: ShardMessage, question: Sequence[int], new_tokens: int) -> Answer:
+    def answer_many(self, questions: Sequence[Question], on_token: OnToken = ignore_token) -> list[Answer]:
         """See Engine."""
-        order = Ask(shard.id, shard.generation, shard.layout, list(question), new_tokens, CALL_SECONDS)
-        return self._joined(self._call(order, Answered))
+        self._calls += 1
+        asked = [Asked(q.shard, list(q.tokens), q.new_tokens, list(q.eos)) for q in questions]
+        reports = self._call(Ask(self._calls, asked, CALL_SECONDS), Answered, on_token=on_token)
+        return [self._joined([report.answers[i] for report in reports], i) for i in range(len(questions))]
 
     def recompute(self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int) -> Answer:
         """See Engine."""
         order = Recompute(token_bytes(tokens), chunk_tokens, list(question), new_tokens, CALL_SECONDS)
-        return self._joined(self._call(order, Answered))
+        return self._joined([report.answers[0] for report in self._call(order, Answered)], 0)
 
-    def _joined(self, answers: list[Answered]) -> Answer:
+    def _joined(self, answers: Sequence[AnswerMessage], index: int) -> Answer:
         """One answer of all ranks': their tokens must agree, and the slowest rank's times count."""
         first = answers[0]
         assert all(answer.tokens == first.tokens for answer in answers), "ranks decoded different tokens"
@@ -205,15 +211,18 @@ class RankGroup:
             prefill_ns=max(answer.prefill_ns for answer in answers),
             decode_ns=max(answer.decode_ns for answer in answers),
             exposed_ns=max(answer.exposed_ns for answer in answers),
+            tail=Tail(self._calls, index, first.tail) if first.tail is not None else None,
         )
 
-    def _call(self, order: AnyOrder, kind: type[R], progress: Callable[[int], None] = lambda _: None) -> list[R]:
+    def _call(
+        self, order: AnyOrder, kind: type[R], progress: Progress = ignore_progress, on_token: OnToken = ignore_token
+    ) -> list[R]:
         """Give all ranks an order and collect their reports; a failed call leaves the group joined anew."""
         if self._broken:
             raise GroupFailed(f"group {self.group!r}: {self._broken}")
         self._send(order)
         try:
-            return self._collect(kind, CALL_SECONDS, progress)
+            return self._collect(kind, CALL_SECONDS, progress, on_token)
         except HoldfastError:
             if not self._broken:
                 self._rejoin()
@@ -229,79 +238,87 @@ class RankGroup:
             self._fail(self._broken or f"it could not start anew: {error}")
 
     def _collect(
-        self, kind: type[R], deadline_seconds: float, progress: Callable[[int], None] = lambda _: None
+        self,
+        kind: type[R],
+        deadline_seconds: float,
+        progress: Progress = ignore_progress,
+        on_token: OnToken = ignore_token,
     ) -> list[R]:
         """One report of that kind from every rank. Raises the first failure, after all ranks have reported."""
         reports: dict[int, AnyReport] = {}
         told = self._told(deadline_seconds)
         try:
             for rank, report in told:
-                if isinstance(report, Progress):
-                    progress(report.tokens)
-                else:
-                    reports[rank] = report
+                match report:
+                    case ProgressReport(tokens):
+                        progress(tokens)
+                    case Token(question, token):
+                        on_token(question, token)
+                    case _:
+                        reports[rank] = report
         finally:
-            # Whatever `progress` raised: a rank that still computes writes into rows that are about to be given away,
+            # Whatever a callback raised: a rank that still computes writes into rows that are about to be given away,
             # and what it says at last is no answer to the next call.
             try:
-                reports.update((rank, report) for rank, report in told if not isinstance(report, Progress))
+                reports.update((rank, report) for rank, report in told if not isinstance(report, PASSING))
             finally:
-                if len(reports) < len(self._ranks) and not self._broken:
+                if len(reports) < len(self._members) and not self._broken:
                     self._fail("a call was abandoned")
         failures = [from_code(r.code, r.message) for r in reports.values() if isinstance(r, Failed)]
         if failures:
             # Ranks that only lost a peer say GroupFailed; the rank with the cause says more.
             raise next((f for f in failures if not isinstance(f, GroupFailed)), failures[0])
         found: list[R] = [report for _, report in sorted(reports.items()) if isinstance(report, kind)]
-        assert len(found) == len(self._ranks), reports
+        assert len(found) == len(self._members), reports
         return found
 
     def _told(self, deadline_seconds: float) -> Iterator[tuple[int, AnyReport]]:
-        """What the ranks say, as it comes, until each has said its last. Raises GroupFailed or DeadlineExceeded."""
+        """What the ranks say, as it comes, until each has said its last. Raises GroupFailed or DeadlineExceeded.
+
+        They end together: one that is still silent when it must have heard that the others ended is stuck.
+        """
         deadline = time.monotonic() + deadline_seconds
-        waiting = {rank.rank for rank in self._ranks}
+        waiting = set(range(len(self._members)))
         with selectors.DefaultSelector() as selector:
-            for rank in self._ranks:
-                selector.register(rank.channel, selectors.EVENT_READ, rank)
+            for rank, member in enumerate(self._members):
+                selector.register(member.channel, selectors.EVENT_READ, rank)
             while waiting:
                 ready = selector.select(max(0.0, min(1.0, deadline - time.monotonic())))
                 if not ready and time.monotonic() >= deadline:
-                    self._fail(f"rank {min(waiting)} did not answer within {deadline_seconds:g} s")
+                    self._fail(f"rank {min(waiting)} did not answer before the deadline of the call")
                     raise DeadlineExceeded(f"group {self.group!r}: {self._broken}")
                 for key, _ in ready:
                     for report in self._reports(key.data):
-                        if not isinstance(report, Progress):
-                            waiting.discard(key.data.rank)
-                        yield key.data.rank, report
+                        if not isinstance(report, PASSING):
+                            waiting.discard(key.data)
+                            lag = self._options.collective_seconds + LAG_SECONDS
+                            deadline = min(deadline, time.monotonic() + lag)
+                        yield key.data, report
 
-    def _reports(self, rank: _Process) -> list[AnyReport]:
+    def _reports(self, rank: int) -> list[AnyReport]:
         """What a rank has said. Raises GroupFailed when it is gone."""
-        reports = rank.channel.receive_reports()
+        reports = self._members[rank].channel.receive_reports()
         if reports is None:
             raise self._died(rank)
         return reports
 
-    def _died(self, rank: _Process) -> GroupFailed:
-        self._fail(f"rank {rank.rank} died ({self._status(rank)})")
+    def _died(self, rank: int) -> GroupFailed:
+        self._fail(f"rank {rank} died ({self._members[rank].wait(1.0) or 'its channel closed'})")
         return GroupFailed(f"group {self.group!r}: {self._broken}")
 
     def _send(self, order: AnyOrder) -> None:
         """Give all ranks an order. Raises GroupFailed when one is gone, and then no rank waits for it."""
-        for rank in self._ranks:
-            try:
-                rank.channel.send(order)
-            except GroupFailed as error:
-                raise self._died(rank) from error
+        for rank in range(len(self._members)):
+            self._send_to(rank, order)
 
-    def _status(self, rank: _Process) -> str:
+    def _send_to(self, rank: int, order: AnyOrder) -> None:
         try:
-            code = rank.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            return "its channel closed"
-        return f"signal {-code}" if code < 0 else f"exit status {code}"
+            self._members[rank].channel.send(order)
+        except GroupFailed as error:
+            raise self._died(rank) from error
 
     def _fail(self, reason: str) -> None:
         """The group is lost: no rank may go on waiting for one that is not there."""
         self._broken = reason
-        for rank in self._ranks:
-            rank.process.kill()
+        for member in self._members:
+            member.kill()

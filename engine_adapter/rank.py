@@ -1,4 +1,4 @@
-"""Rank: one process of a context-parallel group. `python -m holdfast.engine_adapter.rank` is started by the driver.
+"""Rank: one process of a group of cp x tp ranks. `python -m holdfast.engine_adapter.rank` is started by the driver.
 
 It holds the model, the HBM arena with its residency agent, and the runner; it takes orders from the driver one by
 one, and ends when the driver does.
@@ -11,12 +11,12 @@ import signal
 import socket
 import sys
 from pathlib import Path
-
-import msgspec
+from typing import Final
 
 from ..kvstore.clock import Clock, SystemClock
-from ..kvstore.errors import GroupFailed, HoldfastError
+from ..kvstore.errors import GroupFailed, HoldfastError, InvalidRequest
 from ..kvstore.keys import token_list
+from ..kvstore.layouts import ShardMessage
 from ..ring_attention.arena import HBMArena
 from ..ring_attention.checkpoint import load_model
 from ..ring_attention.device import device_of, use_threads
@@ -27,9 +27,11 @@ from ..ring_attention.shard import KVShard
 from .agent import Agent, Seat
 from .control import (
     Answered,
+    AnswerMessage,
     AnyOrder,
     AnyReport,
     Ask,
+    Asked,
     Channel,
     Failed,
     Prefill,
@@ -40,8 +42,13 @@ from .control import (
     Recompute,
     Rejoin,
     Rejoined,
+    Start,
+    Token,
 )
+from .launch import joined
 from .rank_config import RankConfig
+
+JOIN_SECONDS: Final = 120.0
 
 
 class Rank:
@@ -51,6 +58,8 @@ class Rank:
         self._config = config
         self._channel = channel
         self._clock = clock
+        if config.tp != 1:
+            raise InvalidRequest(f"tp={config.tp}: groups are of tensor-parallel degree 1")
         use_threads(config.threads)
         self._device = device_of(config.device, config.rank)
         self._model: Decoder = load_model(Path(config.model), str(self._device))
@@ -64,7 +73,7 @@ class Rank:
         communicator = DistributedCommunicator(
             config.rank, config.cp, init_method, self._device, config.deadline_seconds
         )
-        return ContextParallelRunner(self._model, communicator, clock=self._clock)
+        return ContextParallelRunner(self._model, communicator, config.kernel or None, self._clock)
 
     def serve(self) -> None:
         """Carry out orders until told to quit, or the driver is gone."""
@@ -99,18 +108,18 @@ class Rank:
             case _:
                 raise GroupFailed(f"{type(order).__name__} is no order")
 
-    def _shard(self, order: Prefill | Ask, token_count: int) -> KVShard:
+    def _shard(self, shard: ShardMessage, token_count: int, deadline_seconds: float) -> KVShard:
         """The rows that the daemon gave to this opening of the shard, of its first `token_count` tokens."""
-        deadline_ns = self._clock.monotonic_ns() + int(order.deadline_seconds * 1e9)
+        deadline_ns = self._clock.monotonic_ns() + int(deadline_seconds * 1e9)
         return KVShard(
             arena=self._arena,
-            layout=order.layout.layout().truncated(token_count),
-            row_start=self._agent.row(order.shard, order.generation, deadline_ns),
-            wait_layer=self._agent.waiter(order.shard, order.generation, token_count, deadline_ns),
+            layout=shard.layout.layout().truncated(token_count),
+            row_start=self._agent.row(shard.id, shard.generation, deadline_ns),
+            wait_layer=self._agent.waiter(shard.id, shard.generation, token_count, deadline_ns),
         )
 
     def _prefill(self, order: Prefill) -> AnyReport:
-        shard = self._shard(order, order.cached_tokens)
+        shard = self._shard(order.shard, order.cached_tokens, order.deadline_seconds)
         ids = token_list(order.tokens)
         cached = shard.layout.token_count
         points: list[tuple[int, int, int]] = []
@@ -132,9 +141,16 @@ class Rank:
         return Prefilled(points)
 
     def _ask(self, order: Ask) -> AnyReport:
-        layout = order.layout.layout()
-        shard = self._shard(order, layout.token_count)
-        return self._answered(self._runner.answer(shard, order.question, order.new_tokens))
+        return Answered([self._answer(i, asked, order.deadline_seconds) for i, asked in enumerate(order.questions)])
+
+    def _answer(self, index: int, asked: Asked, deadline_seconds: float) -> AnswerMessage:
+        layout = asked.shard.layout.layout()
+        shard = self._shard(asked.shard, layout.token_count, deadline_seconds)
+        answer = self._runner.answer(shard, asked.tokens, asked.new_tokens, next(iter(asked.eos), None))
+        if self._config.rank == 0:
+            for token in answer.tokens:
+                self._channel.send(Token(index, token))
+        return self._answered(answer)
 
     def _recompute(self, order: Recompute) -> AnyReport:
         """The same answer without the daemon: what an engine falls back to, and what a reload saves."""
@@ -144,11 +160,11 @@ class Rank:
         prefill_ns = self._clock.monotonic_ns() - started_ns
         filled = KVShard(arena=shard.arena, layout=layout)
         answer = self._runner.answer(filled, order.question, order.new_tokens)
-        return self._answered(answer, prefill_ns)
+        return Answered([self._answered(answer, prefill_ns)])
 
-    def _answered(self, answer: Answer, document_prefill_ns: int = 0) -> Answered:
+    def _answered(self, answer: Answer, document_prefill_ns: int = 0) -> AnswerMessage:
         logits = answer.logits.float().cpu().numpy().tobytes() if self._config.rank == 0 else b""
-        return Answered(
+        return AnswerMessage(
             answer.tokens,
             logits,
             document_prefill_ns + answer.prefill_ns,
@@ -157,16 +173,25 @@ class Rank:
         )
 
 
-def main() -> int:
-    """Start a rank from its command line; exit status 1 when it cannot start, with the reason sent to the driver."""
+def join(path: Path, rank: int) -> int:
+    """Be that rank of the group whose driver listens, or will, at `path` (see launch.JoinLauncher), until its end.
+
+    For a process of its own: returns its exit status. Raises GroupFailed when no driver comes.
+    """
+    return run(joined(path, rank, JOIN_SECONDS))
+
+
+def run(channel: Channel) -> int:
+    """Be the rank that the driver at the other end says; exit status 1 when it cannot, with the reason sent there."""
     # Ctrl-C on a terminal reaches the whole process group; the driver ends its ranks in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    config = msgspec.json.decode(sys.argv[1], type=RankConfig)
-    channel = Channel(socket.socket(fileno=config.channel))
+    order = channel.receive_order()
+    if not isinstance(order, Start):
+        return 1  # the driver is gone
     try:
-        rank = Rank(config, channel, SystemClock())
+        rank = Rank(order.config, channel, SystemClock())
     except HoldfastError as error:
-        channel.send(Failed(error.code, f"rank {config.rank}: {error.message}"))
+        channel.send(Failed(error.code, f"rank {order.config.rank}: {error.message}"))
         return 1
     try:
         rank.serve()
@@ -179,6 +204,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     # Torch's threads may outlive main; nothing of ours is left to save.
-    status = main()
+    status = run(Channel(socket.socket(fileno=int(sys.argv[1]))))
     sys.stdout.flush()
     os._exit(status)

@@ -1,4 +1,4 @@
-"""RankConfig: what a driver tells a rank process on its command line."""
+"""RankConfig: what a driver tells a rank process before anything else."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import msgspec
 
 
 class RankConfig(msgspec.Struct, frozen=True):
-    """As JSON. `channel` is the inherited descriptor of the control socket; `init_method` is torch.distributed's."""
+    """Rank r of the group is (cp rank r // tp, tp rank r % tp). `init_method` is torch.distributed's.
+
+    `communicator` and `kernel` name one, or are empty: the device chooses. `strategy` is "auto", or names one.
+    """
 
     rank: int
     cp: int
+    tp: int
     group: str
     tenant: str
     daemon_socket: str
@@ -18,5 +22,7 @@ class RankConfig(msgspec.Struct, frozen=True):
     threads: int
     rows: int
     init_method: str
-    channel: int
+    communicator: str
+    kernel: str
+    strategy: str
     deadline_seconds: float

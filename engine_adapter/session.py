@@ -16,22 +16,22 @@ from ..kvstore.errors import (
     CorruptExtent,
     DocumentIncomplete,
     DocumentNotFound,
+    HoldfastError,
+    InvalidRequest,
     NoCapacity,
     NotFound,
     StorageFailed,
     Unavailable,
 )
+from ..kvstore.keys import as_tokens
 from ..kvstore.views import DocumentView, SwapView
 from ..kvstore.wire import Attached
-from .engine import Answer, Engine
+from .engine import Answer, Engine, OnToken, Progress, Question, ignore_progress, ignore_token
 
 CHUNK_TOKENS: Final = 2048
+ATTACH_SECONDS: Final = 120.0
 REPAIRS: Final = 3  # times that more of a document may turn out to be corrupt while it is ingested
 FALLBACK: Final = (Unavailable, NoCapacity, DocumentIncomplete, DocumentNotFound, CorruptExtent, StorageFailed)
-
-
-def ignore_progress(_: int) -> None:
-    """For callers that show none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,8 @@ class Session:
         self._engine = engine
         self._fingerprint = client.register_spec(engine.spec)
 
+    # Ingest ------------------------------------------------------------------------------------
+
     def ingest(
         self,
         name: str,
@@ -58,8 +60,8 @@ class Session:
         *,
         write_policy: WritePolicy = WritePolicy.AUTO,
         chunk_tokens: int = CHUNK_TOKENS,
-        progress: Callable[[int], None] = ignore_progress,
-        deadline_seconds: float = 120.0,
+        progress: Progress = ignore_progress,
+        deadline_seconds: float = ATTACH_SECONDS,
     ) -> DocumentView:
         """Prefill a document and publish it. What other documents share of it, or what is left of it, is reused.
 
@@ -77,7 +79,7 @@ class Session:
         tokens: Sequence[int],
         write_policy: WritePolicy,
         chunk_tokens: int,
-        progress: Callable[[int], None],
+        progress: Progress,
         deadline_seconds: float,
     ) -> DocumentView:
         opened = self._client.begin_ingest(
@@ -115,8 +117,10 @@ class Session:
         with suppress(NotFound, Unavailable):  # it has ended already, or with its daemon
             self._client.abort_ingest(ingest)
 
+    # Ask ---------------------------------------------------------------------------------------
+
     @contextmanager
-    def attached(self, name: str, deadline_seconds: float = 120.0) -> Iterator[Attached]:
+    def attached(self, name: str, *, deadline_seconds: float = ATTACH_SECONDS) -> Iterator[Attached]:
         """A document attached to the engine's group; detached at the end, whatever happens."""
         attached = self._client.attach(
             name, fingerprint=self._fingerprint, group=self._engine.group, deadline_seconds=deadline_seconds
@@ -127,19 +131,117 @@ class Session:
             with suppress(NotFound, Unavailable):  # it has ended already, or with its daemon
                 self._client.detach(attached.lease)
 
-    def ask(self, name: str, question: Sequence[int], new_tokens: int) -> Reply:
-        """Answer a question over a stored document. Raises what attach and the engine raise."""
+    def ask(
+        self,
+        name: str,
+        question: Sequence[int],
+        new_tokens: int,
+        *,
+        eos: Sequence[int] = (),
+        on_token: Callable[[int], None] = ignore_progress,
+    ) -> Reply:
+        """Answer a question over a stored document: at most `new_tokens` tokens, ending behind one of `eos`.
+
+        `on_token` hears each token as it is decoded. Raises what attach and the engine raise.
+        """
         with self.attached(name) as attached:
             assert attached.shard is not None, "a group was named"
-            answer = self._engine.answer(attached.shard, question, new_tokens)
-            swap = self._client.report(
-                attached.lease,
-                exposed_ns=answer.exposed_ns,
-                prefill_ns=answer.prefill_ns,
-                decode_ns=answer.decode_ns,
-                answer_tokens=len(answer.tokens),
-            )
-        return Reply(answer, swap)
+            asked = Question(attached.shard, question, new_tokens, eos)
+            (answer,) = self._engine.answer_many([asked], lambda _, token: on_token(token))
+            return Reply(answer, self._reported(attached, [answer]))
+
+    def _reported(self, attached: Attached, answers: Sequence[Answer]) -> SwapView:
+        """The receipt of an attach that these answers, which were made together, have used."""
+        return self._client.report(
+            attached.lease,
+            exposed_ns=max(answer.exposed_ns for answer in answers),
+            prefill_ns=max(answer.prefill_ns for answer in answers),
+            decode_ns=max(answer.decode_ns for answer in answers),
+            answer_tokens=sum(len(answer.tokens) for answer in answers),
+        )
+
+    def ask_many(
+        self,
+        questions: Sequence[tuple[str, Sequence[int], int]],
+        *,
+        eos: Sequence[int] = (),
+        on_token: OnToken = ignore_token,
+    ) -> list[Reply | HoldfastError]:
+        """Answer questions together, each (document, question, new tokens) over its own; several may share one.
+
+        For each its reply, or why there is none: what cannot be attached, or is no question, does not harm the others.
+        Those of one document share a receipt. `on_token` hears which question, and the next token of its answer.
+        """
+        with ExitStack() as stack:
+            places: dict[str, Attached | HoldfastError] = {}
+            asked: dict[int, Question] = {}
+            found: dict[int, Reply | HoldfastError] = {}
+            for index, (name, tokens, new_tokens) in enumerate(questions):
+                if name not in places:
+                    places[name] = self._entered(stack, name)
+                try:
+                    asked[index] = self._question(places[name], tokens, new_tokens, eos)
+                except HoldfastError as error:
+                    found[index] = error
+            answers = self._answered(asked, on_token)
+            for name, place in places.items():
+                own = {index: answer for index, answer in answers.items() if questions[index][0] == name}
+                found |= self._replies(place, own)
+        return [found[index] for index in range(len(questions))]
+
+    def _entered(self, stack: ExitStack, name: str) -> Attached | HoldfastError:
+        """A document attached until the stack ends, or why not."""
+        try:
+            return stack.enter_context(self.attached(name))
+        except HoldfastError as error:
+            return error
+
+    def _question(
+        self, place: Attached | HoldfastError, tokens: Sequence[int], new_tokens: int, eos: Sequence[int]
+    ) -> Question:
+        """Checked here, because the engine would refuse the whole call. Raises why there is no document too."""
+        if isinstance(place, HoldfastError):
+            raise place
+        assert place.shard is not None, "a group was named"
+        if not tokens or new_tokens < 1:
+            raise InvalidRequest("an answer needs a question of at least one token and room for one new token")
+        as_tokens(tokens, self._engine.spec)
+        return Question(place.shard, tokens, new_tokens, eos)
+
+    def _answered(self, asked: dict[int, Question], on_token: OnToken) -> dict[int, Answer | HoldfastError]:
+        """The answer of each, or why there is none. If they fail together, each is asked by itself.
+
+        A document whose loading fails fails all. Not when tokens were heard already: none is to be heard twice.
+        """
+        numbers = list(asked)
+        heard: list[int] = []
+
+        def hears(index: int, token: int) -> None:
+            heard.append(token)
+            on_token(numbers[index], token)
+
+        try:
+            answers = self._engine.answer_many(list(asked.values()), hears) if asked else []
+        except HoldfastError as error:
+            if len(asked) > 1 and not heard:
+                alone = [self._answered({number: question}, on_token) for number, question in asked.items()]
+                return {number: answer for one in alone for number, answer in one.items()}
+            return dict.fromkeys(asked, error)
+        return dict(zip(numbers, answers, strict=True))
+
+    def _replies(
+        self, place: Attached | HoldfastError, answers: dict[int, Answer | HoldfastError]
+    ) -> dict[int, Reply | HoldfastError]:
+        """The answers over one document with their receipt."""
+        given = [answer for answer in answers.values() if isinstance(answer, Answer)]
+        if not given:
+            return {index: answer for index, answer in answers.items() if isinstance(answer, HoldfastError)}
+        assert isinstance(place, Attached), place
+        try:
+            swap = self._reported(place, given)
+        except HoldfastError as error:
+            return dict.fromkeys(answers, error)
+        return {n: Reply(answer, swap) if isinstance(answer, Answer) else answer for n, answer in answers.items()}
 
     def ask_or_recompute(
         self,

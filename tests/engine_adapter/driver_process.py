@@ -15,11 +15,10 @@ def spec_in(directory):
     return spec_of(read_config(directory), digest_of(directory))
 
 
-def group(model, name, cp, socket, rows):
-    options = GroupOptions(
-        name=name, model=model, cp=cp, rows=rows, daemon_socket=socket, threads=1, collective_seconds=20.0
-    )
-    return RankGroup(options, spec_in(model))
+def group(model, name, cp, socket, rows, launcher=None, **more):
+    more = {"threads": 1, "collective_seconds": 20.0} | more
+    options = GroupOptions(name=name, model=model, cp=cp, rows=rows, daemon_socket=socket, **more)
+    return RankGroup(options, spec_in(model), launcher)
 
 
 def drives(pipe, socket, model):

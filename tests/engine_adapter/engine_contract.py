@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
+from holdfast.engine_adapter.engine import Question
 from holdfast.engine_adapter.session import Session
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
@@ -208,7 +209,7 @@ class EngineContract:
             try:
                 for _ in range(3):
                     with session.attached(name) as attached, turn:
-                        answer = engine.answer(attached.shard, questions[name], NEW)
+                        (answer,) = engine.answer_many([Question(attached.shard, questions[name], NEW)])
                         if answer.tokens != engine.recompute(documents[name], questions[name], NEW, CHUNK).tokens:
                             wrong.append(name)
             except HoldfastError as error:
@@ -220,6 +221,60 @@ class EngineContract:
         for thread in threads:
             thread.join(60)
         assert wrong == []
+
+    def test_a_batch_is_answered_each_over_its_own_document(self, stage, cp):
+        """Several of one document share a receipt; what cannot be attached or asked harms no other; tokens stream."""
+        session, engine, client = stage.session(cp), stage.engine(cp), stage.client()
+        documents = {name: self.stored(stage, session, name, number) for name, number in (("a", 130), ("b", 60))}
+        questions = [self.tokens(9), self.tokens(3), self.tokens(20)]
+        client.evict("a", "hbm")
+        heard = {}
+        asked = [
+            ("a", questions[0], NEW),
+            ("nothing", questions[0], NEW),
+            ("b", questions[1], 2),
+            ("a", [], NEW),
+            ("a", [self.VOCABULARY], NEW),
+            ("a", questions[2], NEW),
+        ]
+        replies = session.ask_many(asked, on_token=lambda number, token: heard.setdefault(number, []).append(token))
+        assert stage.daemon.leases() == []
+        wrong = [DocumentNotFound, InvalidRequest, TokenOutOfRange]
+        assert [type(replies[i]) for i in (1, 3, 4)] == wrong
+        for index, (name, number) in {0: ("a", NEW), 2: ("b", 2), 5: ("a", NEW)}.items():
+            wanted = engine.recompute(documents[name], asked[index][1], number, CHUNK)
+            assert replies[index].answer.tokens == wanted.tokens == heard[index]
+            assert np.abs(replies[index].answer.logits - wanted.logits).max() < 1e-4
+        assert replies[0].swap == replies[5].swap
+        assert (replies[0].swap.answer_tokens, replies[2].swap.answer_tokens) == (2 * NEW, 2)
+        assert replies[0].swap.source_tier == "ddr"
+        assert set(heard) == {0, 2, 5}
+        assert session.ask_many([]) == []
+
+    def test_an_answer_ends_behind_an_end_token(self, stage, cp):
+        session = stage.session(cp)
+        self.stored(stage, session, "report", 60)
+        question = self.tokens(5)
+        whole = session.ask("report", question, NEW).answer.tokens
+        heard = []
+        short = session.ask("report", question, NEW, eos=[whole[2]], on_token=heard.append).answer
+        assert short.tokens == heard == whole[: whole.index(whole[2]) + 1]
+
+    def test_whoever_stops_listening_ends_its_question_only(self, stage, cp):
+        """An error in a caller's callback reaches the caller; lease and group are fine."""
+
+        class TestError(Exception):
+            pass
+
+        def fails(_):
+            raise TestError
+
+        session, engine = stage.session(cp), stage.engine(cp)
+        document, question = self.stored(stage, session, "report"), self.tokens(5)
+        with pytest.raises(TestError):
+            session.ask("report", question, NEW, on_token=fails)
+        assert stage.daemon.leases() == []
+        self.check(session.ask("report", question, NEW), engine, document, question)
 
     # Refusals -----------------------------------------------------------------------------------
 
@@ -296,7 +351,7 @@ class EngineContract:
     def refuses(self, engine, shard, question):
         """Rows whose daemon has just died are still good until their ranks notice; those of another opening never."""
         try:
-            engine.answer(shard, question, NEW)
+            engine.answer_many([Question(shard, question, NEW)])
         except Unavailable:
             return True
         return False

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 from driver_process import CONFIG, drives, group
 from engine_contract import CHUNK, NEW, EngineContract
+from holdfast.engine_adapter.engine import Question
 from holdfast.kvstore.errors import GroupFailed, SpecMismatch
 from holdfast.ring_attention.identity import spec_of
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
@@ -60,10 +61,10 @@ class TestRankGroup(EngineContract):
             os.kill(engine.pids[1], signal.SIGKILL)
             began = time.monotonic()
             with pytest.raises(GroupFailed, match="signal 9"):
-                engine.answer(attached.shard, question, NEW)
+                engine.answer_many([Question(attached.shard, question, NEW)])
             assert time.monotonic() - began < 10
         with pytest.raises(GroupFailed):
-            engine.answer(attached.shard, question, NEW)
+            engine.answer_many([Question(attached.shard, question, NEW)])
         until(lambda: not any(runs(pid) for pid in engine.pids), "no rank is left waiting")
         until(lambda: not stage.is_complete("ranks-2"), "the daemon has given the group up")
         assert stage.daemon.used("hbm") == 0
