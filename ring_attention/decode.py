@@ -11,24 +11,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attend import attend_segment
+from .band import causal
 from .communicator import Communicator
-from .kernels import Mask, attend
-from .merge import Partial, merge
-from .segment import KVSegment
+from .kernels.kernel import Kernel
+from .merge import Accumulator, Partial, merge
+from .positions import Positions
+from .share import SequenceShare
 
 
 def decode(
     communicator: Communicator,
+    kernel: Kernel,
     query: Tensor,
-    segments: Sequence[KVSegment],
-    kernel: str | None = None,
+    batch: Sequence[SequenceShare],
+    window: int | None = None,
 ) -> Tensor:
-    """Attention of query [H, T, D], equal on all ranks, over all ranks' KV: float32 [H, T, Dv].
+    """Attention of query [H, B, D], one token of each of B sequences, over all ranks' KV: float32 [H, B, Dv].
 
-    No query may come before a key. Partials merge in rank order, so all ranks compute identical
-    bits. Raises GroupFailed.
+    The query is equal on all ranks, and `queries` of each share name its one position on each.
+    Partials merge in rank order, so all ranks compute identical bits. Raises ConfigError, GroupFailed.
     """
-    local = merge([attend(query, part.key, part.value, Mask.FULL, kernel) for part in segments])
+    heads, sequences, _ = query.shape
+    assert sequences == len(batch), "one query for each sequence"
+    total = Accumulator(heads, sequences, batch[0].segments[0].value.shape[2], query.device)
+    for index, share in enumerate(batch):
+        position = Positions(share.queries[communicator.rank])
+        for segment in share.segments:
+            attend_segment(total, index, kernel, query[:, index : index + 1], position, segment, causal(window))
+    local = total.result()
     if communicator.size == 1:
         return local.out
     packed = torch.cat([local.out, local.lse.unsqueeze(-1)], dim=-1)

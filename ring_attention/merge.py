@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Final
 
 import torch
 from torch import Tensor
+
+# Stands for the lse of a row that has seen nothing: differences with it are finite, and exp of them 0.
+_LOWEST: Final = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +31,38 @@ class Partial:
 
 def identity(heads: int, tokens: int, dim: int, device: torch.device) -> Partial:
     """The partial over no keys: merging it changes nothing."""
-    out = torch.zeros(heads, tokens, dim, dtype=torch.float32, device=device)
-    lse = torch.full((heads, tokens), -inf, dtype=torch.float32, device=device)
+    out = torch.zeros(tokens, heads, dim, dtype=torch.float32, device=device).transpose(0, 1)
+    lse = torch.full((tokens, heads), -inf, dtype=torch.float32, device=device).transpose(0, 1)
     return Partial(out, lse)
+
+
+class Accumulator:
+    """The merge of what has been added: `out` is always normalised, the sum of weights is kept beside its peak.
+
+    Tokens come before heads in memory, as kernels give them and projections read them.
+    """
+
+    def __init__(self, heads: int, tokens: int, dim: int, device: torch.device) -> None:
+        nothing = identity(heads, tokens, dim, device)
+        self._out = nothing.out
+        self._peak = nothing.lse.fill_(_LOWEST)
+        self._sum = torch.zeros_like(self._peak)  # of exp(lse - peak)
+
+    def add(self, part: Partial, start: int) -> None:
+        """Merge `part`, over keys not seen yet, into the queries [start, start + part's T)."""
+        rows = slice(start, start + part.lse.shape[1])
+        peak, total = self._peak[:, rows], self._sum[:, rows]
+        higher = torch.maximum(peak, part.lse)
+        total.mul_(torch.exp(peak.sub_(higher)))
+        weight = torch.exp(part.lse - higher)
+        total.add_(weight)
+        peak.copy_(higher)
+        # A sum is at least 1 once anything was seen.
+        self._out[:, rows].lerp_(part.out, weight.div_(total.clamp_min(1.0)).unsqueeze(-1))
+
+    def result(self) -> Partial:
+        """The merge. Rows that saw nothing have out 0 and lse -inf."""
+        return Partial(self._out, self._peak + torch.log(self._sum))
 
 
 def merge(partials: Sequence[Partial]) -> Partial:
@@ -38,22 +71,8 @@ def merge(partials: Sequence[Partial]) -> Partial:
     Associative and commutative up to rounding.
     """
     assert partials, "use identity() for no partials"
-    peak = torch.stack([part.lse for part in partials]).amax(0)
-    # A row that no part sees keeps peak -inf; subtracting it from itself would give NaN.
-    base = torch.where(peak == -inf, torch.zeros_like(peak), peak)
-    total = torch.zeros_like(base)
-    out = torch.zeros_like(partials[0].out)
+    heads, tokens, dim = partials[0].out.shape
+    total = Accumulator(heads, tokens, dim, partials[0].out.device)
     for part in partials:
-        weight = torch.exp(part.lse - base)
-        total += weight
-        out += part.out * weight.unsqueeze(-1)
-    out /= torch.where(total == 0, torch.ones_like(total), total).unsqueeze(-1)
-    return Partial(out, base + torch.log(total))
-
-
-def merge_into(total: Partial, part: Partial, start: int) -> None:
-    """Merge `part` in place into the queries [start, start + part's T) of `total`."""
-    stop = start + part.lse.shape[1]
-    merged = merge([Partial(total.out[:, start:stop], total.lse[:, start:stop]), part])
-    total.out[:, start:stop] = merged.out
-    total.lse[:, start:stop] = merged.lse
+        total.add(part, 0)
+    return total.result()

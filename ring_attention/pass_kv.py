@@ -10,70 +10,71 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kvstore.layout import Span
+from .attend import attend_segment
+from .band import causal
 from .communicator import Communicator, Work
-from .kernels import Mask, attend
-from .merge import Partial, identity, merge_into
+from .kernels.kernel import Kernel
+from .merge import Accumulator
+from .positions import Positions
 from .segment import KVSegment, span_tokens
-
-Held = Sequence[tuple[Span, ...]]  # the spans of each segment of one rank
+from .share import SequenceShare, starts_of
 
 
 def pass_kv(
     communicator: Communicator,
+    kernel: Kernel,
     query: Tensor,
-    query_spans: Sequence[Span],
-    segments: Sequence[KVSegment],
-    held: Sequence[Held],
-    kernel: str | None = None,
+    batch: Sequence[SequenceShare],
+    window: int | None = None,
 ) -> Tensor:
-    """Causal attention of query [H, T, D] over the KV of all ranks; float32 [H, T, Dv].
+    """Causal attention of query [H, T, D], packed in batch order, over the KV of all ranks; float32 [H, T, Dv].
 
-    `query_spans` are the ascending global positions of the queries, `segments` this rank's KV, and
-    `held[r]` the spans of rank r's segments (at least one, which may be empty); every token of the
-    group is in exactly one segment. A query sees keys at positions up to its own. Raises
-    GroupFailed.
+    A query sees keys of its sequence at positions up to its own, the last `window` of them if there
+    is one. Raises ConfigError, GroupFailed.
     """
-    heads, tokens, _ = query.shape
-    assert tokens == span_tokens(query_spans), "spans name every query"
-    assert [segment.spans for segment in segments] == list(held[communicator.rank]), "held names our segments"
-    total = identity(heads, tokens, segments[0].value.shape[2], query.device)
-    ring = _Ring(communicator, segments, held)
+    rank = communicator.rank
+    assert all(len(share.held) == communicator.size for share in batch), "shares name what every rank holds"
+    batch = [share.within_reach(window) for share in batch]
+    starts = starts_of(batch, rank)
+    assert query.shape[1] == starts[-1], "the batch names every query"
+    positions = [Positions(share.queries[rank]) for share in batch]
+    value_dim = batch[0].segments[0].value.shape[2]
+    total = Accumulator(query.shape[0], query.shape[1], value_dim, query.device)
+    ring = _Ring(communicator, batch)
     for hop in range(communicator.size):
         # The next transfer starts before this hop's compute, which hides it where hardware allows.
         work = ring.advance(hop)
-        for segment in ring.current(hop):
-            attend_causal(total, query, query_spans, segment, kernel)
+        for index, segments in enumerate(ring.current(hop)):
+            mine = query[:, starts[index] : starts[index + 1]]
+            for segment in segments:
+                attend_segment(total, starts[index], kernel, mine, positions[index], segment, causal(window))
         if work is not None:
             work.wait()
-    return total.out
+    return total.result().out
 
 
 class _Ring:
     """The KV messages of one ring pass: at hop j a rank holds what began on rank (rank - j) mod size."""
 
-    def __init__(self, communicator: Communicator, segments: Sequence[KVSegment], held: Sequence[Held]) -> None:
+    def __init__(self, communicator: Communicator, batch: Sequence[SequenceShare]) -> None:
         self._communicator = communicator
-        self._own = segments
-        self._held = held
-        self._shape = (
-            segments[0].key.shape[0],
-            segments[0].key.shape[2],
-            segments[0].value.shape[2],
-        )
+        self._batch = batch
+        first = batch[0].segments[0]
+        self._shape = (first.key.shape[0], first.key.shape[2], first.value.shape[2])
         self._buffers: list[Tensor] = []
         if communicator.size > 1:
-            self._buffers = [_pack(segments)]
+            own = _pack([segment for share in batch for segment in share.segments])
             room = max(self._elements(rank) for rank in range(communicator.size))
             # Two receive buffers: one is computed on and sent while the other fills.
-            self._buffers += [self._buffers[0].new_empty(room) for _ in range(min(2, communicator.size - 1))]
+            self._buffers = [own, *(own.new_empty(room) for _ in range(min(2, communicator.size - 1)))]
 
     def _source(self, hop: int) -> int:
         return (self._communicator.rank - hop) % self._communicator.size
 
     def _elements(self, rank: int) -> int:
         kv_heads, dim, value_dim = self._shape
-        return sum(span_tokens(spans) for spans in self._held[rank]) * kv_heads * (dim + value_dim)
+        tokens = sum(span_tokens(spans) for share in self._batch for spans in share.held[rank])
+        return tokens * kv_heads * (dim + value_dim)
 
     def _message(self, hop: int) -> Tensor:
         index = 0 if hop == 0 else 1 + (hop - 1) % 2
@@ -85,84 +86,31 @@ class _Ring:
             return None
         return self._communicator.shift(self._message(hop), self._message(hop + 1))
 
-    def current(self, hop: int) -> Sequence[KVSegment]:
-        """The segments that this rank holds at `hop`."""
+    def current(self, hop: int) -> list[Sequence[KVSegment]]:
+        """The segments that this rank holds of each sequence at `hop`."""
         if hop == 0:
-            return self._own
-        return _unpack(self._message(hop), self._shape, self._held[self._source(hop)])
+            return [share.segments for share in self._batch]
+        return self._unpack(self._message(hop), self._source(hop))
+
+    def _unpack(self, message: Tensor, source: int) -> list[Sequence[KVSegment]]:
+        """Views of the segments in a message that began on rank `source`."""
+        kv_heads, dim, value_dim = self._shape
+        sequences: list[Sequence[KVSegment]] = []
+        offset = 0
+        for share in self._batch:
+            segments = []
+            for spans in share.held[source]:
+                tokens = span_tokens(spans)
+                parts = []
+                for width in (dim, value_dim):
+                    size = kv_heads * tokens * width
+                    parts.append(message[offset : offset + size].view(kv_heads, tokens, width))
+                    offset += size
+                segments.append(KVSegment(parts[0], parts[1], spans))
+            sequences.append(segments)
+        return sequences
 
 
 def _pack(segments: Sequence[KVSegment]) -> Tensor:
     """One flat message: key then value of each segment."""
     return torch.cat([part.reshape(-1) for segment in segments for part in (segment.key, segment.value)])
-
-
-def _unpack(message: Tensor, shape: tuple[int, int, int], held: Held) -> list[KVSegment]:
-    """Views of a message's segments; `shape` is (Hkv, D, Dv)."""
-    kv_heads, dim, value_dim = shape
-    segments = []
-    offset = 0
-    for spans in held:
-        parts = []
-        for width in (dim, value_dim):
-            size = kv_heads * span_tokens(spans) * width
-            parts.append(message[offset : offset + size].view(kv_heads, -1, width) if size else None)
-            offset += size
-        if parts[0] is not None and parts[1] is not None:
-            segments.append(KVSegment(parts[0], parts[1], spans))
-    return segments
-
-
-def attend_causal(
-    total: Partial,
-    query: Tensor,
-    query_spans: Sequence[Span],
-    segment: KVSegment,
-    kernel: str | None,
-) -> None:
-    """Merge into `total` what the queries see of one segment, without any mask but the square diagonal.
-
-    Keys before a run of queries are a prefix of the segment (it is sorted), so one FULL call serves
-    them. A key span that overlaps the run is a DIAGONAL square, and FULL for the queries behind it.
-    """
-    if not query_spans or not segment.token_count:
-        return
-    shared = segment.rows_before(query_spans[0].start)
-    _add(total, query, (0, query.shape[1]), segment, (0, shared), Mask.FULL, kernel)
-    first = 0
-    for run in query_spans:
-        last = first + run.stop - run.start
-        prefix = segment.rows_before(run.start)
-        _add(total, query, (first, last), segment, (shared, prefix), Mask.FULL, kernel)
-        row = 0
-        for span in segment.spans:
-            start, stop = max(span.start, run.start), min(span.stop, run.stop)
-            if start < stop:
-                rows = (row + start - span.start, row + stop - span.start)
-                square = (first + start - run.start, first + stop - run.start)
-                _add(total, query, square, segment, rows, Mask.DIAGONAL, kernel)
-                _add(total, query, (square[1], last), segment, rows, Mask.FULL, kernel)
-            row += span.stop - span.start
-        first = last
-
-
-def _add(
-    total: Partial,
-    query: Tensor,
-    queries: tuple[int, int],
-    segment: KVSegment,
-    rows: tuple[int, int],
-    mask: Mask,
-    kernel: str | None,
-) -> None:
-    """Merge one kernel call: queries [a, b) over the segment's rows [c, d)."""
-    if queries[0] >= queries[1] or rows[0] >= rows[1]:
-        return
-    part = attend(
-        query[:, slice(*queries)],
-        segment.key[:, slice(*rows)],
-        segment.value[:, slice(*rows)],
-        mask,
-        kernel,
-    )
-    merge_into(total, part, queries[0])

@@ -20,10 +20,13 @@ from ..kvstore.layout import Layout, Span, chunked, zigzag
 from .arena import HBMArena
 from .communicator import Communicator
 from .decode import decode
+from .kernels.kernel import Kernel
+from .kernels.registry import choose_kernel
 from .model import Decoder, alone
 from .pass_kv import pass_kv
-from .segment import KVSegment
+from .segment import shifted
 from .shard import KVShard
+from .share import SequenceShare
 
 CHUNK_TOKENS: Final = 2048  # bounds a chunk's activations; larger chunks gain nothing on CPU
 
@@ -56,7 +59,7 @@ class ContextParallelRunner:
         """`kernel` names an attention kernel; by default the device chooses."""
         self.model = model
         self.communicator = communicator
-        self._kernel = kernel
+        self._kernel = choose_kernel(model.device, getattr(torch, model.spec.dtype), kernel)
         self._clock = clock or SystemClock()
 
     def no_document(self) -> KVShard:
@@ -183,8 +186,8 @@ class ContextParallelRunner:
             into = into.grown(fresh)
             local = [token for span in mine for token in chunk[span.start : span.stop]]
             positions = [base + index for span in mine for index in range(span.start, span.stop)]
-            query_spans = tuple(Span(base + span.start, base + span.stop) for span in mine)
-            attention = _RingAttention(communicator, [*before, into], row, query_spans, waits, self._kernel)
+            queries = [shifted(fresh.spans(rank), base) for rank in range(communicator.size)]
+            attention = _RingAttention(communicator, [*before, into], row, queries, waits, self._kernel)
             yield into, self.model.hidden(_ids(self.model, local), _ids(self.model, positions), attention, alone)
 
     def _last_logits(self, tail: KVShard, hidden: Tensor) -> Tensor:
@@ -229,14 +232,14 @@ class _RingAttention:
         communicator: Communicator,
         shards: Sequence[KVShard],
         row: int,
-        query_spans: tuple[Span, ...],
+        queries: Sequence[tuple[Span, ...]],
         waits: _LayerWaits,
-        kernel: str | None,
+        kernel: Kernel,
     ) -> None:
         self._communicator = communicator
         self._shards = shards
         self._row = row
-        self._query_spans = query_spans
+        self._queries = queries
         self._waits = waits
         self._kernel = kernel
         self._held = [[shard.spans(rank) for shard in shards] for rank in range(communicator.size)]
@@ -246,7 +249,8 @@ class _RingAttention:
         self._waits(layer)
         own = self._held[self._communicator.rank]
         segments = [shard.segment(layer, spans) for shard, spans in zip(self._shards, own, strict=True)]
-        return pass_kv(self._communicator, query, self._query_spans, segments, self._held, self._kernel)
+        share = SequenceShare(self._queries, segments, self._held)
+        return pass_kv(self._communicator, self._kernel, query, [share])
 
 
 class _Answering:
@@ -258,7 +262,7 @@ class _Answering:
         communicator: Communicator,
         shard: KVShard,
         tail: KVShard,
-        kernel: str | None,
+        kernel: Kernel,
     ) -> None:
         self._model = model
         self._communicator = communicator
@@ -299,11 +303,13 @@ class _Answering:
         return self._read(layer, query, key, value)
 
     def _read(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        segments: list[KVSegment] = [
+        segments = [
             self._shard.segment(layer, self._shard_spans),
             self._tail.segment(layer, self._tail_spans),
         ]
-        return decode(self._communicator, query, segments, self._kernel)
+        queries = [(Span(self._position, self._position + 1),)] * self._communicator.size
+        share = SequenceShare(queries, segments, held=[])
+        return decode(self._communicator, self._kernel, query, [share])
 
 
 def _extended(spans: tuple[Span, ...], position: int) -> tuple[Span, ...]:

@@ -43,12 +43,3 @@ class KVSegment:
     def token_count(self) -> int:
         """Rows, which are tokens."""
         return self.key.shape[1]
-
-    def rows_before(self, position: int) -> int:
-        """How many rows, a prefix, hold tokens before `position`."""
-        rows = 0
-        for span in self.spans:
-            if span.start >= position:
-                break
-            rows += min(span.stop, position) - span.start
-        return rows

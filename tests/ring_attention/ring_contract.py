@@ -6,7 +6,8 @@ from holdfast.ring_attention.arena import HBMArena
 from holdfast.ring_attention.pass_kv import pass_kv
 from holdfast.ring_attention.runner import ContextParallelRunner
 from holdfast.ring_attention.shard import KVShard
-from ring_helpers import dense, segments_of, take, tiny_model, tokens_of
+from holdfast.ring_attention.share import SequenceShare
+from ring_helpers import CPU_FLASH, dense, segments_of, take, tiny_model, tokens_of
 
 
 def shift_moves_messages_one_rank_on(communicator):
@@ -132,10 +133,11 @@ def ring_attention_is_exact(communicator):
     key, value = torch.randn(2, 2, total, 32, generator=generator)
     keys, queries = contiguous(total, size), zigzag(total, size)
     held = [[keys.spans(peer)] for peer in range(size)]
-    spans = queries.spans(rank)
-    mine = query[:, take(spans)]
-    out = pass_kv(communicator, mine, spans, segments_of(key, value, held[rank]), held)
-    assert (out - dense(mine, take(spans), key, value)).abs().max() < 5e-6
+    asked = [queries.spans(peer) for peer in range(size)]
+    positions = take(asked[rank])
+    share = SequenceShare(asked, segments_of(key, value, held[rank]), held)
+    out = pass_kv(communicator, CPU_FLASH, query[:, positions], [share])
+    assert (out - dense(query[:, positions], positions, key, value)).abs().max() < 5e-6
 
 
 def an_answer_equals_the_dense_model(communicator):

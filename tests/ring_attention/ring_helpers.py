@@ -10,6 +10,7 @@ from holdfast.kvstore.spec import sized
 from holdfast.ring_attention.arena import HBMArena
 from holdfast.ring_attention.config import ModelConfig
 from holdfast.ring_attention.identity import spec_of
+from holdfast.ring_attention.kernels.registry import KERNELS
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.model import Decoder
 from holdfast.ring_attention.runner import ContextParallelRunner
@@ -17,6 +18,7 @@ from holdfast.ring_attention.segment import KVSegment
 from holdfast.ring_attention.shard import KVShard
 from holdfast.ring_attention.synthetic import Scales, random_tensors
 
+CPU_FLASH = KERNELS["cpu_flash"]
 TINY = ModelConfig(vocabulary_size=64, hidden_size=64, intermediate_size=96, layers=2, heads=4, kv_heads=2, head_dim=16)
 
 

@@ -1,11 +1,12 @@
 import torch
-from holdfast.kvstore.layout import Layout, Run, contiguous, striped, zigzag
+from holdfast.kvstore.layout import Layout, Run, Span, contiguous, striped, zigzag
 from holdfast.ring_attention.decode import decode
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.pass_kv import pass_kv
+from holdfast.ring_attention.share import SequenceShare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_helpers import dense, segments_of, spans_in, take
+from ring_helpers import CPU_FLASH, dense, segments_of, spans_in, take
 
 
 @st.composite
@@ -54,12 +55,12 @@ def ring(cp, total, cached, keys, queries, boundary, kv_heads, heads, scale=1.0)
     """Worst difference between the ring's output and float64 dense attention."""
     query, key, value = tensors(heads, kv_heads, total, scale=scale)
     held = [[spans_in(keys, r, 0, boundary), spans_in(keys, r, boundary, total)] for r in range(cp)]
+    asked = [spans_in(queries, r, cached, total) for r in range(cp)]
 
     def rank(communicator):
-        spans = spans_in(queries, communicator.rank, cached, total)
-        positions = take(spans)
-        segments = segments_of(key, value, held[communicator.rank])
-        out = pass_kv(Hasty(communicator), query[:, positions], spans, segments, held)
+        positions = take(asked[communicator.rank])
+        share = SequenceShare(asked, segments_of(key, value, held[communicator.rank]), held)
+        out = pass_kv(Hasty(communicator), CPU_FLASH, query[:, positions], [share])
         expected = dense(query[:, positions], positions, key, value)
         assert out.dtype == torch.float32
         return (out - expected).abs().max().item() if positions.numel() else 0.0
@@ -102,7 +103,8 @@ def test_decode_is_exact_and_the_same_bits_on_all_ranks(case):
             spans_in(keys, communicator.rank, 0, boundary),
             spans_in(keys, communicator.rank, boundary, total),
         ]
-        return decode(communicator, last, segments_of(key, value, held))
+        asked = [(Span(total - 1, total),)] * cp
+        return decode(communicator, CPU_FLASH, last, [SequenceShare(asked, segments_of(key, value, held), [])])
 
     outs = run_ranks(cp, rank, deadline_s=20)
     expected = dense(last, torch.tensor([total - 1]), key, value)

@@ -1,0 +1,74 @@
+"""SequenceShare: one sequence of a batch as one rank sees it.
+
+Shapes: Hkv kv heads, S rows, D key dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..kvstore.layout import Span
+from .positions import Positions
+from .segment import KVSegment, span_tokens
+
+Held = Sequence[tuple[Span, ...]]  # the spans of each segment of one rank
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceShare:
+    """One sequence: who asks, and who holds what.
+
+    `queries[r]` are the ascending positions of rank r's queries in the sequence, `segments` this
+    rank's KV (at least one, which may be empty), and `held[r]` the spans of rank r's segments, which
+    decode does not read. Every token of the sequence is in exactly one segment.
+    """
+
+    queries: Sequence[tuple[Span, ...]]
+    segments: Sequence[KVSegment]
+    held: Sequence[Held]
+
+    def __post_init__(self) -> None:
+        assert self.segments, "a sequence has a segment, which may be empty"
+
+    def tokens(self, rank: int) -> int:
+        """Queries of a rank."""
+        return span_tokens(self.queries[rank])
+
+    def within_reach(self, window: int | None) -> SequenceShare:
+        """The sequence without the KV that no query of any rank sees: it is neither sent nor read."""
+        positions = [position for spans in self.queries for span in spans for position in (span.start, span.stop)]
+        stop = max(positions, default=0)
+        start = 0 if window is None else max(0, min(positions, default=0) - window + 1)
+        if all(_inside(spans, start, stop) for held in self.held for spans in held):
+            return self
+        segments = [_cut_segment(segment, start, stop) for segment in self.segments]
+        held = [[_cut(spans, start, stop) for spans in spans_by_segment] for spans_by_segment in self.held]
+        return SequenceShare(self.queries, segments, held)
+
+
+def starts_of(batch: Sequence[SequenceShare], rank: int) -> list[int]:
+    """Where each sequence's queries begin in the packed queries of a rank, and where the last ones end."""
+    starts = [0]
+    for share in batch:
+        starts.append(starts[-1] + share.tokens(rank))
+    return starts
+
+
+def _inside(spans: Sequence[Span], start: int, stop: int) -> bool:
+    return not spans or (start <= spans[0].start and spans[-1].stop <= stop)
+
+
+def _cut(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
+    kept = [
+        Span(max(span.start, start), min(span.stop, stop), span.row + max(0, start - span.start))
+        for span in spans
+        if span.start < stop and span.stop > start
+    ]
+    return tuple(kept)
+
+
+def _cut_segment(segment: KVSegment, start: int, stop: int) -> KVSegment:
+    positions = Positions(segment.spans)
+    rows = slice(positions.before(start), max(positions.before(start), positions.before(stop)))
+    return KVSegment(segment.key[:, rows], segment.value[:, rows], _cut(segment.spans, start, stop))
