@@ -15,6 +15,8 @@ ARCHITECTURES: Final = (
     "Qwen3ForCausalLM",
 )
 DTYPES: Final = ("float32", "bfloat16", "float16")
+SLIDING: Final = "sliding_attention"
+FULL: Final = "full_attention"
 ROPE_KINDS: Final = ("default", "linear", "llama3")
 
 
@@ -32,7 +34,11 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """What the forward pass needs of config.json. Biases are found in the weights themselves."""
+    """What the forward pass needs of config.json. Biases are found in the weights themselves.
+
+    `window`: in layers other than `full_layers` the query at position p sees keys at p - window < k <= p.
+    `eos`: tokens that end an answer.
+    """
 
     architecture: str = "LlamaForCausalLM"
     vocabulary_size: int
@@ -46,6 +52,19 @@ class ModelConfig:
     rope: RopeConfig = RopeConfig()
     tied_embeddings: bool = False
     dtype: str = "float32"
+    window: int | None = None
+    full_layers: tuple[int, ...] = ()
+    eos: tuple[int, ...] = ()
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The attention window in tokens by layer; None sees everything before."""
+        return tuple(None if layer in self.full_layers else self.window for layer in range(self.layers))
+
+    @property
+    def has_layer_types(self) -> bool:
+        """Whether each layer may have a window or not, where others have it in all layers or none."""
+        return self.architecture.startswith("Qwen")
 
     @property
     def normalises_heads(self) -> bool:
@@ -58,17 +77,19 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     architecture = (raw.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise InvalidSpec(f"unsupported architecture {architecture!r}; use one of {', '.join(ARCHITECTURES)}")
-    _refuse_unsupported(raw, architecture)
+    _refuse_unsupported(raw)
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     if dtype not in DTYPES:
         raise InvalidSpec(f"unsupported dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     heads, hidden_size = _integer(raw, "num_attention_heads"), _integer(raw, "hidden_size")
+    layers = _integer(raw, "num_hidden_layers")
+    window, full_layers = _parse_windows(raw, architecture, layers)
     config = ModelConfig(
         architecture=architecture,
         vocabulary_size=_integer(raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_integer(raw, "intermediate_size"),
-        layers=_integer(raw, "num_hidden_layers"),
+        layers=layers,
         heads=heads,
         kv_heads=int(raw.get("num_key_value_heads") or heads),
         head_dim=int(raw.get("head_dim") or hidden_size // heads),
@@ -76,6 +97,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         rope=_parse_rope(raw),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         dtype=dtype,
+        window=window,
+        full_layers=full_layers,
+        eos=parse_eos(raw),
     )
     if config.heads % config.kv_heads or config.head_dim % 2:
         raise InvalidSpec(f"{heads} heads do not group over {config.kv_heads} kv heads of an even head_dim")
@@ -89,21 +113,45 @@ def _integer(raw: Mapping[str, Any], name: str) -> int:
     return value
 
 
-def _refuse_unsupported(raw: Mapping[str, Any], architecture: str) -> None:
+def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise InvalidSpec(f"unsupported hidden_act {activation!r}; only silu is supported")
-    # Qwen configs carry a window that is off unless use_sliding_window says so; Mistral's is on
-    # when set.
-    windowed = raw.get("use_sliding_window", architecture == "MistralForCausalLM")
-    if windowed and raw.get("sliding_window") is not None:
-        raise InvalidSpec(f"unsupported sliding_window {raw['sliding_window']}; only full attention is supported")
-    other = sorted(set(raw.get("layer_types") or ()) - {"full_attention"})
-    if other:
-        raise InvalidSpec(f"unsupported layer_types {', '.join(other)}; only full attention is supported")
     quantisation = raw.get("quantization_config")
     if quantisation:
         raise InvalidSpec(f"unsupported quantization_config {quantisation.get('quant_method', '?')!r}")
+
+
+def _parse_windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """The window and the layers without it, as the library of the checkpoint format reads them, defaults included.
+
+    Mistral: every layer, unless the window is null. Qwen: off unless `use_sliding_window`; then `layer_types`, or
+    every layer from `max_window_layers`. Llama has none.
+    """
+    mistral, llama = architecture == "MistralForCausalLM", architecture == "LlamaForCausalLM"
+    windowed = bool(raw.get("use_sliding_window", mistral))
+    size = raw.get("sliding_window", None if llama else 4096) if windowed else None
+    if size is not None and (not isinstance(size, int) or size < 1 or llama):
+        raise InvalidSpec(f"unsupported sliding_window {size!r} in {architecture}")
+    first = 0 if mistral else int(raw.get("max_window_layers", 28))
+    usual = [SLIDING if size is not None and layer >= first else FULL for layer in range(layers)]
+    types = raw.get("layer_types") or usual
+    unknown = sorted(set(types) - ({SLIDING, FULL} if size is not None else {FULL}))
+    if unknown or len(types) != layers or (mistral and types != usual):
+        raise InvalidSpec(
+            f"unsupported layer_types {', '.join(unknown or types)} with {layers} layers and sliding_window {size}"
+        )
+    full = tuple(layer for layer, kind in enumerate(types) if kind == FULL)
+    return (size, full) if SLIDING in types else (None, ())
+
+
+def parse_eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """The `eos_token_id` of a config.json or generation_config.json: one, several or none. Raises InvalidSpec."""
+    found = raw.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(token, int) for token in ids):
+        raise InvalidSpec(f"eos_token_id is a token id or a list of them, not {found!r}")
+    return tuple(ids)
 
 
 def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:

@@ -5,24 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
 from ..kvstore.errors import InvalidSpec
 from ..kvstore.spec import KVSpec, LayerGroup, sized
-from .config import ModelConfig, parse_config
+from .config import ModelConfig, parse_config, parse_eos
 
 CONFIG_FILE: Final = "config.json"
 WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
+GENERATION_FILE: Final = "generation_config.json"
 FETCH_AGAIN: Final = "fetch or copy the checkpoint again"
 HASHED_AT_ONCE_BYTES: Final = 4 << 20
 
 
 def read_config(directory: Path) -> ModelConfig:
-    """The config in `directory`. Raises InvalidSpec."""
-    return parse_config(read_json(directory / CONFIG_FILE))
+    """The config in `directory`, with the end tokens of its generation_config.json, if any. Raises InvalidSpec."""
+    config = parse_config(read_json(directory / CONFIG_FILE))
+    generation = directory / GENERATION_FILE
+    ends = parse_eos(read_json(generation)) if generation.exists() else ()
+    return replace(config, eos=ends or config.eos)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -68,7 +72,11 @@ def digest_of(directory: Path, progress: Callable[[int, int], None] | None = Non
 
 
 def spec_of(config: ModelConfig, digest: str, adapter: str = "") -> KVSpec:
-    """The KV that a model makes: one GQA group of all layers, extents of the standard size."""
+    """The KV that a model makes: one GQA group of all layers, extents of the standard size.
+
+    Layers with a window keep all their KV, as the others do: a document is stored once for whatever is asked of it
+    later, and the shapes are the same. The window is part of the identity by way of `digest`, which covers config.json.
+    """
     group = LayerGroup(
         layers=tuple(range(config.layers)),
         kv_heads=config.kv_heads,

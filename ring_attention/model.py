@@ -158,7 +158,23 @@ class Decoder:
         self.check_tokens(tokens)
         ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
         positions = torch.arange(len(tokens), device=self.device)
-        return self.logits(self.hidden(ids, positions, _dense_attention, alone)[-last:])
+        return self.logits(self.hidden(ids, positions, self._dense_attention, alone)[-last:])
+
+    def _dense_attention(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Of queries and keys at positions 0, 1, ...: a plain mask, made apart from the ring's."""
+        window, mask = self.config.windows[layer], None
+        if window is not None:
+            at = torch.arange(query.shape[1], device=self.device)
+            behind = at[:, None] - at  # how far the key lies behind the query
+            mask = (behind >= 0) & (behind < window)
+        return functional.scaled_dot_product_attention(
+            query[None],
+            key[None],
+            value[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=query.shape[0] != key.shape[0],
+        )[0]
 
 
 def alone(_partial: Tensor) -> None:
@@ -171,13 +187,3 @@ def _summed(states: Tensor, projection: Linear, reduce: Reduce) -> Tensor:
     partial = functional.linear(states, weight)
     reduce(partial)
     return partial if bias is None else partial + bias
-
-
-def _dense_attention(_layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return functional.scaled_dot_product_attention(
-        query[None],
-        key[None],
-        value[None],
-        is_causal=True,
-        enable_gqa=query.shape[0] != key.shape[0],
-    )[0]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kvstore.clock import Clock, SystemClock
-from ..kvstore.errors import InvalidRequest, LayoutError, SpecMismatch
+from ..kvstore.errors import InvalidRequest, InvalidSpec, LayoutError, SpecMismatch
 from ..kvstore.layout import Layout, Span, chunked, zigzag
 from .arena import HBMArena
 from .communicator import Communicator
@@ -56,7 +56,9 @@ class ContextParallelRunner:
         kernel: str | None = None,
         clock: Clock | None = None,
     ) -> None:
-        """`kernel` names an attention kernel; by default the device chooses."""
+        """`kernel` names an attention kernel; by default the device chooses. Raises InvalidSpec for sliding windows."""
+        if any(window is not None for window in model.config.windows):
+            raise InvalidSpec("the model has sliding windows, and this runner attends to everything")
         self.model = model
         self.communicator = communicator
         self._kernel = choose_kernel(model.device, getattr(torch, model.spec.dtype), kernel)

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: a random Llama whose answers depend on every part of its cache.
+"""Synthetic checkpoints: random models whose answers depend on every part of their cache.
 
 At the usual init (std 0.02) noise in an eighth of the cache changed no token, so equality of tokens
 proved nothing. Here the attention path is as strong as the residual, and scores are spread without
@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from .checkpoint import save_model
-from .config import ModelConfig, RopeConfig
+from .config import FULL, SLIDING, ModelConfig, RopeConfig
+
+TIED_EMBEDDING: Final = 0.1
+BIAS: Final = 0.2  # shows when one is forgotten, and leaves the scores to the text
 
 # Byte vocabulary; 8 KiB of KV per token, so 1,024 tokens are one 8 MiB extent.
 DEMO: Final = ModelConfig(
@@ -43,17 +46,19 @@ class Scales:
 
 
 def write_checkpoint(directory: Path, config: ModelConfig = DEMO, seed: int = 0, scales: Scales | None = None) -> None:
-    """Write a random Llama of this shape to a directory; equal seeds give equal bytes."""
-    save_model(directory, llama_config(config), random_tensors(config, seed, scales or Scales()))
+    """Write a random model of this shape, architecture, windows and dtype; equal seeds give equal bytes.
+
+    What lies outside every layer's window changes no answer, as in any such model.
+    """
+    save_model(directory, raw_config(config), random_tensors(config, seed, scales or Scales()))
 
 
-def llama_config(config: ModelConfig) -> dict[str, Any]:
-    """The Hugging Face config.json of a Llama of this shape (default rotary embedding only)."""
-    assert config.rope.kind == "default"
-    assert not config.tied_embeddings
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+def raw_config(config: ModelConfig) -> dict[str, Any]:
+    """The Hugging Face config.json of a model of this shape; `config.parse_config` reads it back."""
+    assert config.has_layer_types or len(set(config.windows)) == 1, "this architecture has one window for all layers"
+    raw: dict[str, Any] = {
+        "architectures": [config.architecture],
+        "model_type": config.architecture.removesuffix("ForCausalLM").lower(),
         "vocab_size": config.vocabulary_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -65,9 +70,25 @@ def llama_config(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": 131_072,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": config.dtype,
     }
+    if config.rope.kind != "default":
+        raw["rope_scaling"] = {
+            "rope_type": config.rope.kind,
+            "factor": config.rope.factor,
+            "low_freq_factor": config.rope.low_freq_factor,
+            "high_freq_factor": config.rope.high_freq_factor,
+            "original_max_position_embeddings": config.rope.original_positions,
+        }
+    if config.architecture != "LlamaForCausalLM":
+        raw["sliding_window"] = config.window
+    if config.has_layer_types:
+        raw["use_sliding_window"] = config.window is not None
+        raw["layer_types"] = [FULL if window is None else SLIDING for window in config.windows]
+    if config.eos:
+        raw["eos_token_id"] = list(config.eos)
+    return raw
 
 
 def random_tensors(config: ModelConfig, seed: int, scales: Scales) -> dict[str, Tensor]:
@@ -75,21 +96,24 @@ def random_tensors(config: ModelConfig, seed: int, scales: Scales) -> dict[str, 
     generator = torch.Generator().manual_seed(seed)
     hidden, dtype = config.hidden_size, getattr(torch, config.dtype)
 
+    def normal(*shape: int, scale: float) -> Tensor:
+        return torch.randn(*shape, generator=generator).mul_(scale).to(dtype)
+
     def matrix(rows: int, columns: int, scale: float) -> Tensor:
-        normal = torch.randn(rows, columns, generator=generator)
-        return (normal * (scale / sqrt(columns))).to(dtype)
+        return normal(rows, columns, scale=scale / sqrt(columns))
 
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     # A score is a sum over head_dim products, divided by sqrt(head_dim): its std is that of q times
     # that of k.
     spread = sqrt(scales.scores)
+    # A tied head would prefer the token it has just read, were the embedding still strong at the end.
+    embedding = scales.embedding * (TIED_EMBEDDING if config.tied_embeddings else 1.0)
     tensors = {
-        "model.embed_tokens.weight": torch.randn(config.vocabulary_size, hidden, generator=generator)
-        .mul(scales.embedding)
-        .to(dtype),
+        "model.embed_tokens.weight": normal(config.vocabulary_size, hidden, scale=embedding),
         "model.norm.weight": torch.ones(hidden, dtype=dtype),
-        "lm_head.weight": matrix(config.vocabulary_size, hidden, scales.logits),
     }
+    if not config.tied_embeddings:
+        tensors["lm_head.weight"] = matrix(config.vocabulary_size, hidden, scales.logits)
     for index in range(config.layers):
         prefix = f"model.layers.{index}"
         tensors |= {
@@ -103,4 +127,12 @@ def random_tensors(config: ModelConfig, seed: int, scales: Scales) -> dict[str, 
             f"{prefix}.mlp.up_proj.weight": matrix(config.intermediate_size, hidden, 1.0),
             f"{prefix}.mlp.down_proj.weight": matrix(hidden, config.intermediate_size, scales.mlp),
         }
+        if config.architecture == "Qwen2ForCausalLM":
+            tensors |= {
+                f"{prefix}.self_attn.{part}_proj.bias": normal(rows, scale=BIAS)
+                for part, rows in (("q", queries), ("k", keys), ("v", keys))
+            }
+        if config.normalises_heads:  # which makes the scores' std 1 before these
+            weight = torch.full((config.head_dim,), spread, dtype=dtype)
+            tensors |= {f"{prefix}.self_attn.{part}_norm.weight": weight.clone() for part in "qk"}
     return tensors
