@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from holdfast.ring_attention.config import parse_config
 from holdfast.ring_attention.identity import digest_of, read_config, spec_of
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.rope import frequencies
-from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
 from ring_helpers import answers, prefilled, tokens_of
 from transformers import (
     AutoModelForCausalLM,
@@ -126,15 +124,6 @@ def test_head_counts_and_dims(heads, kv_heads, head_dim, tmp_path):
     assert (answer.logits - expected).abs().max() < 1e-4
 
 
-def summing(communicator):
-    """The `reduce` of a group of threads."""
-
-    def reduce(tensor):
-        tensor.copy_(torch.stack(communicator.all_gather(tensor)).float().sum(0))
-
-    return reduce
-
-
 def group_logits(directory, tp):
     """Logits [T, V] of TOKENS by every rank of a tensor-parallel group of threads."""
     ids, positions = torch.tensor(TOKENS), torch.arange(len(TOKENS))
@@ -143,7 +132,7 @@ def group_logits(directory, tp):
         model = load_model(directory, tp=tp, tp_rank=communicator.rank)
         assert model.spec == load_model(directory).spec
         with torch.inference_mode():
-            return model.logits(model.hidden(ids, positions, model._dense_attention, summing(communicator)))
+            return model.logits(model.hidden(ids, positions, model._dense_attention, communicator.all_reduce))
 
     return run_ranks(tp, rank)
 
@@ -156,7 +145,9 @@ def test_tensor_parallel_ranks_compute_the_same_model(kind, tp, tmp_path):
     theirs.save_pretrained(tmp_path)
     logits = group_logits(tmp_path, tp)
     assert all(torch.equal(logits[0], other) for other in logits)
-    assert (logits[0] - logits_of(theirs)).abs().max() < 1e-4
+    expected = logits_of(theirs)
+    assert (logits[0] - expected).abs().max() < 1e-4
+    assert torch.equal(logits[0].argmax(-1), expected.argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -277,14 +268,99 @@ def test_missing_files_and_unknown_tensors_are_named(tmp_path):
         load_model(tmp_path)
 
 
-def test_a_synthetic_checkpoint_is_a_hugging_face_checkpoint(tmp_path):
-    """What we write, transformers reads to the same logits; equal seeds give equal bytes."""
-    small = replace(DEMO, hidden_size=64, intermediate_size=96, layers=2)
-    write_checkpoint(tmp_path / "a", small, seed=3)
-    write_checkpoint(tmp_path / "b", small, seed=3)
-    write_checkpoint(tmp_path / "c", small, seed=4)
-    assert digest_of(tmp_path / "a") == digest_of(tmp_path / "b") != digest_of(tmp_path / "c")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "a").eval()
-    with torch.inference_mode():
-        expected = theirs(torch.tensor([TOKENS])).logits[0]
-    assert (load_model(tmp_path / "a").dense_logits(TOKENS, 150) - expected).abs().max() < 1e-4
+def test_damaged_files_are_named(tmp_path):
+    """A truncated weight file, an index that names nothing, a tensor of another shape than config.json says."""
+    randomised("llama").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    content = weights.read_bytes()
+    for damaged in (content[:-8], content[:100], b"", b"\xff" * 100):
+        weights.write_bytes(damaged)
+        with pytest.raises(InvalidSpec, match=r"model\.safetensors cannot be read.*fetch or copy"):
+            load_model(tmp_path)
+    weights.write_bytes(content)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"intermediate_size": 100}))
+    with pytest.raises(InvalidSpec, match=r"gate_proj.weight' has shape \[112, 64\].*says \[100, 64\]"):
+        load_model(tmp_path)
+    weights.unlink()
+    for index in ({}, {"weight_map": []}, {"weight_map": {"a": 1}}):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(InvalidSpec, match="weight_map"):
+            load_model(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "b.safetensors"}}))
+    with pytest.raises(InvalidSpec, match=r"lacks weight files: b\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_loading_tells_how_far_it_is(tmp_path):
+    """Bytes hashed, then elements loaded: both end at their whole, for a rank that reads a part as well."""
+    randomised("qwen2").save_pretrained(tmp_path, max_shard_size="60KB")
+    for tp in (1, 2):
+        seen = []
+        load_model(tmp_path, tp=tp, progress=lambda *told, seen=seen: seen.append(told))
+        hashed, loaded = ([told[1:] for told in seen if told[0] == stage] for stage in ("hashed", "loaded"))
+        assert len(hashed) + len(loaded) == len(seen)
+        for steps in (hashed, loaded):
+            assert len(steps) > 5
+            assert steps == sorted(steps)
+            assert steps[-1][0] == steps[-1][1]
+
+
+def test_a_rank_keeps_its_share_of_the_weights(tmp_path):
+    """Heads and columns are dealt out; embedding, head and norms are everybody's."""
+    randomised("llama").save_pretrained(tmp_path)
+
+    def kept(model):
+        storages = {}
+        for layer in model._layers:
+            for tensor in (*layer.query_key_value, *layer.output, *layer.gate_up, *layer.down):
+                if tensor is not None:
+                    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return sum(storages.values())
+
+    elements = 2 * ((4 + 2 + 2) * 16 * 64 + 4 * 16 * 64 + 3 * 112 * 64)
+    assert kept(load_model(tmp_path, tp=2, tp_rank=1)) == 4 * elements // 2
+
+
+def test_the_ends_of_an_answer_are_read(tmp_path):
+    """From generation_config.json, else from config.json; one, several or none. No part of the model's identity."""
+    for raw, generation, expected in [
+        ({}, None, ()),
+        ({"eos_token_id": 2}, None, (2,)),
+        ({"eos_token_id": [2, 3]}, {}, (2, 3)),
+        ({"eos_token_id": 2}, {"eos_token_id": [5, 7]}, (5, 7)),
+        ({"eos_token_id": None}, {"eos_token_id": 5}, (5,)),
+    ]:
+        config = MODELS["qwen2"][1].to_dict() | {"architectures": ["Qwen2ForCausalLM"], "dtype": "float32"}
+        del config["eos_token_id"]
+        (tmp_path / "config.json").write_text(json.dumps(config | raw))
+        (tmp_path / "generation_config.json").unlink(missing_ok=True)
+        if generation is not None:
+            (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+        assert read_config(tmp_path).eos == expected
+
+
+def test_windows_are_read_as_transformers_reads_them(tmp_path):
+    """Layer by layer; a model with another window is another model."""
+    windows = {
+        "mistral": (None, None),
+        "mistral-window": (24, 24),
+        "qwen2": (None, None),
+        "qwen2-mixed": (40, None),
+        "qwen2-late": (None, 40),
+        "qwen3-mixed": (40, None),
+        "llama": (None, None),
+    }
+    for kind, expected in windows.items():
+        raw = MODELS[kind][1].to_dict() | {"architectures": [MODELS[kind][0].__name__], "dtype": "float32"}
+        assert parse_config(raw).windows == expected
+    qwen = json.loads(MODELS["qwen2-late"][1].to_json_string(use_diff=False)) | {"architectures": ["Qwen2ForCausalLM"]}
+    del qwen["layer_types"]
+    assert parse_config(qwen).windows == (None, 40)
+    mistral = {**SHAPE, "architectures": ["MistralForCausalLM"]}
+    assert parse_config(mistral).windows == (4096, 4096)
+    randomised("mistral-window").save_pretrained(tmp_path)
+    first = load_model(tmp_path).spec.fingerprint()
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"sliding_window": 25}))
+    assert load_model(tmp_path).spec.fingerprint() != first
