@@ -158,8 +158,13 @@ class Attaches:
             client=lease.owner,
             started_wall_ns=self.store.clock.wall_ns(),
             token_count=stop - start,
-            recompute_ns=self.store.planner.curve(owner.fingerprint).marginal_prefill_ns(start, stop),
+            recompute_ns=self._recompute_ns(owner, group, start, stop),
         )
+
+    def _recompute_ns(self, owner: Document, group: str | None, start: int, stop: int) -> int:
+        """By the group itself, where there is one."""
+        ranks = self.state.groups[group].ranks if group is not None else None
+        return self.store.planner.prefills.curve(owner.fingerprint, ranks).marginal_prefill_ns(start, stop)
 
     def _is_here(self, loading: Loading) -> bool:
         """Whether all of it can be read in DDR: then it is held, and ready, and waits for nobody.

@@ -7,8 +7,21 @@ reason: unknown is not zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
 
 from .costs import LinkSpeed
+
+# What a group may tell: everything else is malformed.
+PerSecond = Annotated[float, msgspec.Meta(gt=0, le=1e21)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Nanoseconds = Annotated[float, msgspec.Meta(ge=0, le=1e15)]
+Spread = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 31)]
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
+Word = Annotated[str, msgspec.Meta(max_length=255)]
+Threshold = tuple[Tokens, Tokens | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +57,15 @@ class RingSpeed:
     hardware moves the bytes. `spread` is the widest (slowest - fastest) / median of these over the rounds.
     """
 
-    flops_per_second: float
-    key_bytes_per_second: float
-    bytes_per_second: float
-    latency_ns: float
-    exchange_bytes_per_second: float
-    exchange_latency_ns: float
-    copy_bytes_per_second: float
-    overlap: float
-    spread: float = 0.0
+    flops_per_second: PerSecond
+    key_bytes_per_second: PerSecond
+    bytes_per_second: PerSecond
+    latency_ns: Nanoseconds
+    exchange_bytes_per_second: PerSecond
+    exchange_latency_ns: Nanoseconds
+    copy_bytes_per_second: PerSecond
+    overlap: Share
+    spread: Spread = 0.0
 
     def shift_seconds(self, size_bytes: float) -> float:
         """One hop; 0 for no bytes, because an empty message is not sent."""
@@ -62,6 +75,40 @@ class RingSpeed:
         """What is left of a hop beside that much computing."""
         shift_seconds = self.shift_seconds(size_bytes)
         return shift_seconds - self.overlap * min(shift_seconds, compute_seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingSetting:
+    """What a group's speed depends on: measured in another setting it says nothing of this one.
+
+    `machine` and `device` describe the hardware of rank 0; heads are one rank's own, dims those of one head.
+    """
+
+    machine: Word
+    device: Word
+    communicator: Word
+    kernel: Word
+    cp: Count
+    tp: Count
+    dtype: Word
+    heads: Count
+    kv_heads: Count
+    head_dim: Count
+    value_dim: Count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RingRate:
+    """One measurement in a group.
+
+    `pass_kv_from`: (cached tokens, from how many new ones on `auto` takes pass-KV there); None where it does not up to
+    as many new tokens as cached ones.
+    """
+
+    setting: RingSetting
+    speed: RingSpeed
+    measured_wall_ns: Annotated[int, msgspec.Meta(ge=0, le=1 << 62)]
+    pass_kv_from: Annotated[tuple[Threshold, ...], msgspec.Meta(max_length=16)] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

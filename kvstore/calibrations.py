@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 from aiohttp import web
 
-from .calibration import Calibration
+from .calibration import Calibration, RingRate
 from .errors import HoldfastError
 from .problems import body, reply
 from .service import Service
@@ -34,9 +34,10 @@ class PredictionView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CalibrationView(msgspec.Struct, frozen=True, kw_only=True):
-    """The newest calibration, null before the first, and what is made of it."""
+    """The newest calibration, null before the first, and what is made of it; what groups were measured to do."""
 
     calibration: Calibration | None
+    rings: list[RingRate]
     links: list[LinkView]
     prediction: PredictionView
 
@@ -63,7 +64,7 @@ class Calibrations:
             if not kept.done():  # the handler may have been cancelled
                 kept.set_result(error)
 
-        self.service.calibrate(await body(request, Calibration), done)
+        self.service.measurements.calibrate(await body(request, Calibration), done)
         error = await asyncio.wait_for(kept, COMMIT_SECONDS)
         if error is not None:
             raise error
@@ -75,6 +76,7 @@ class Calibrations:
         errors = ledger.prediction_quantiles()
         return CalibrationView(
             calibration=planner.calibration,
+            rings=self.service.measurements.rings(),
             links=[
                 LinkView(
                     hop=str(hop),

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from .audit import StoredExtent, Unreadable
-from .calibration import Calibration
+from .calibration import Calibration, RingRate
 from .catalog_rows import (
     EXTENT_COLUMNS,
     READERS,
@@ -51,6 +51,7 @@ from .orders import (
     PutFence,
     PutPin,
     PutPrefills,
+    PutRings,
     PutSpec,
     PutWear,
     Record,
@@ -60,8 +61,11 @@ from .slots import Slot
 from .spec import KVSpec
 
 SCHEMA_VERSION: Final = 2
-WEAR: Final = "wear"  # names in meta
+CALIBRATION: Final = "calibration"  # names in meta
+RINGS: Final = "rings"
+WEAR: Final = "wear"
 IDENTITY: Final = "identity"
+META: Final = {PutCalibration: CALIBRATION, PutRings: RINGS, PutWear: WEAR}
 SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE specs (fingerprint BLOB PRIMARY KEY, spec BLOB NOT NULL) WITHOUT ROWID;
@@ -117,6 +121,7 @@ CREATE TABLE fences (
 """
 
 Statement = tuple[str, Row]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +139,7 @@ class Contents:
     tenants: dict[str, bytes]
     prefills: tuple[PutPrefills, ...]
     calibration: Calibration | None
+    rings: tuple[RingRate, ...]
     orphans: tuple[ExtentId, ...]
     wear: Wear
 
@@ -305,23 +311,20 @@ class Catalog:
             pins=tuple(pin_of(row) for row in self._rows("*", "pins", "tenant, name")),
             tenants={str(name): bytes(secret) for name, secret in self._rows("*", "tenants", "name")},
             prefills=tuple(prefills_of(row) for row in self._rows("*", "prefills", "fingerprint")),
-            calibration=self._calibration(),
-            wear=self._wear(),
+            calibration=self._meta(CALIBRATION, Calibration),
+            rings=self._meta(RINGS, tuple[RingRate, ...]) or (),
+            wear=self._meta(WEAR, Wear) or Wear(),
             orphans=(),
         )
 
-    def _calibration(self) -> Calibration | None:
-        found = self._database.execute("SELECT value FROM meta WHERE name = 'calibration'").fetchone()
-        return msgspec.json.decode(found[0], type=Calibration) if found is not None else None
-
-    def _wear(self) -> Wear:
-        found = self._database.execute("SELECT value FROM meta WHERE name = ?", (WEAR,)).fetchone()
-        return msgspec.json.decode(found[0], type=Wear) if found is not None else Wear()
+    def _meta(self, name: str, kind: type[T]) -> T | None:
+        found = self._database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return msgspec.json.decode(found[0], type=kind) if found is not None else None
 
     def calibration(self) -> Calibration | None:
         """The newest calibration. Raises StorageFailed."""
         with self._lock, self._failures("cannot be read"):
-            return self._calibration()
+            return self._meta(CALIBRATION, Calibration)
 
     def check(self) -> list[str]:
         """What SQLite finds wrong with the file; empty when it is sound. Reads all of it. Raises StorageFailed."""
@@ -395,10 +398,9 @@ def _statement(record: Record) -> Statement:
             return _replace("documents", *document_row(document))
         case PutPrefills(fingerprint=fingerprint, points=points):
             return _replace("prefills", fingerprint, msgspec.msgpack.encode(points))
-        case PutCalibration(calibration=calibration):
-            return _replace("meta", "calibration", msgspec.json.encode(calibration).decode())
-        case PutWear(wear=wear):
-            return _replace("meta", WEAR, msgspec.json.encode(wear).decode())
+        case PutCalibration() | PutRings() | PutWear():
+            name, value = META[type(record)], record[0]
+            return _replace("meta", name, msgspec.json.encode(value).decode())
         case PutPin(pin=pin):
             return _replace("pins", *pin_row(pin))
         case DropExtent(extent=extent_id):

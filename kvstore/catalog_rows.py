@@ -16,6 +16,7 @@ from .document import Document, DocumentId, WritePolicy
 from .extent import Extent
 from .keys import KEY_BYTES
 from .orders import DropExtent, DropPin, PutPrefills, Record
+from .prefills import Prefill
 from .residency import Tier
 from .seal import CHECKSUM_BYTES
 from .slots import Slot
@@ -39,7 +40,7 @@ def spec_of(row: Row) -> KVSpec:
 def prefills_of(row: Row) -> PutPrefills:
     """What its prefills took."""
     fingerprint, points = row
-    return PutPrefills(bytes(fingerprint), msgspec.msgpack.decode(points, type=tuple[tuple[int, int, float], ...]))
+    return PutPrefills(bytes(fingerprint), msgspec.msgpack.decode(points, type=tuple[Prefill, ...]))
 
 
 def extent_row(extent: Extent, checksums: bytes, slot: Slot) -> Row:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .calibration import RingRate, RingSetting
 from .commands import Command
 from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
@@ -33,8 +34,10 @@ from .wire import (
     Documents,
     EvictDocument,
     EvictionPlan,
+    FindRing,
     Found,
     IngestOpened,
+    KeepRing,
     Keys,
     KeysOf,
     LayersReady,
@@ -55,6 +58,7 @@ from .wire import (
     Reply,
     Report,
     Request,
+    RingFound,
     ShowDocument,
     SlabsMapped,
     SlotsGiven,
@@ -122,9 +126,17 @@ class Client:
         """Make a model known; returns its fingerprint."""
         return self._ask(SpecRegistered, RegisterSpec(spec)).fingerprint
 
-    def observe_prefill(self, fingerprint: bytes, points: Sequence[tuple[int, int, float]]) -> None:
-        """Tell what prefills took: (cached tokens, new tokens, seconds)."""
-        self._do(ObservePrefill(fingerprint, list(points)))
+    def observe_prefill(self, fingerprint: bytes, points: Sequence[tuple[int, int, float]], ranks: int = 1) -> None:
+        """Tell what prefills on a group of that many ranks took: (cached tokens, new tokens, seconds)."""
+        self._do(ObservePrefill(fingerprint, list(points), ranks))
+
+    def ring(self, setting: RingSetting) -> RingRate | None:
+        """What a group in exactly that setting was measured to do, if the daemon remembers one."""
+        return self._ask(RingFound, FindRing(setting)).rate
+
+    def keep_ring(self, rate: RingRate) -> None:
+        """Give a measurement to all groups in the same setting; returns when it will survive a restart."""
+        self._do(KeepRing(rate))
 
     def documents(self) -> list[DocumentView]:
         """The tenant's documents, by name."""

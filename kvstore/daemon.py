@@ -33,6 +33,7 @@ from .document import Document, WritePolicy
 from .errors import ConfigError, DataDirectoryBusy, HoldfastError, StorageFailed
 from .inheritance import Inheritance, inherit
 from .machine import Machine
+from .measurements import Measured
 from .mover import Mover
 from .orders import CloseShard, LoadShard, Note, OpenShard, Order, RankOrder, SaveShard
 from .ownership import claim
@@ -171,8 +172,7 @@ class Daemon:
             contents.extents,
             contents.documents,
             contents.pins,
-            contents.prefills,
-            contents.calibration,
+            Measured(prefills=contents.prefills, calibration=contents.calibration, rings=contents.rings),
             inherited.left,
         )
         # Not what the catalog names but what was taken over: a smaller budget is kept from the start.

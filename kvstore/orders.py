@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol
 
-from .calibration import Calibration
+from .calibration import Calibration, RingRate
 from .claims import Pin
 from .document import Document
 from .errors import HoldfastError
@@ -18,6 +18,7 @@ from .extent import Extent, ExtentId
 from .geometry import Geometry
 from .layout import Layout
 from .ledger import Wear
+from .prefills import Prefill
 from .slots import Slot
 from .spec import KVSpec
 
@@ -207,10 +208,10 @@ class DropPin(NamedTuple):
 
 
 class PutPrefills(NamedTuple):
-    """Catalog: what a model's prefills took, as remembered: (cached tokens, new tokens, seconds)."""
+    """Catalog: what a model's prefills took, as remembered."""
 
     fingerprint: bytes
-    points: tuple[tuple[int, int, float], ...]
+    points: tuple[Prefill, ...]
     kind: Literal["put-prefills"] = "put-prefills"
 
 
@@ -219,6 +220,13 @@ class PutCalibration(NamedTuple):
 
     calibration: Calibration
     kind: Literal["put-calibration"] = "put-calibration"
+
+
+class PutRings(NamedTuple):
+    """Catalog: what groups were measured to do, in every setting that is remembered, measured last standing last."""
+
+    rates: tuple[RingRate, ...]
+    kind: Literal["put-rings"] = "put-rings"
 
 
 class PutWear(NamedTuple):
@@ -248,6 +256,7 @@ class DropFence(NamedTuple):
 Record = (
     PutWear
     | PutCalibration
+    | PutRings
     | PutPrefills
     | PutSpec
     | PutExtent

@@ -6,7 +6,6 @@ prices returns with the cost model.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,16 +18,16 @@ from ..eviction.victims import choose_leaf_first, choose_victims
 from .calibration import Calibration
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
-from .costs import DEFAULT_LINKS, PrefillCurve, PrefillPoint
+from .costs import DEFAULT_LINKS
 from .demand import Demand
 from .document import Document
 from .ledger import Hop
+from .prefills import Prefills
 from .residency import Placement, State, Tier
 from .slots import RowPool, Slot, SlotClass
 from .state import ExtentRecord, Group, Shard
 from .state import State as Store
 
-PREFILLS_KEPT: Final = 256  # per model: enough for one long document's chunks, and bounded
 HOPS: Final = (
     Hop(Tier.NVME, Tier.DDR),
     Hop(Tier.DDR, Tier.NVME),
@@ -62,28 +61,16 @@ class Planner:
         self.history = history
         self.clock = clock
         self._since_ns = clock.monotonic_ns()  # of earlier uses nothing is known
-        self._curves: dict[bytes, PrefillCurve] = {}
-        self._prefills: dict[bytes, deque[PrefillPoint]] = {}
+        self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
         self.calibration: Calibration | None = None
 
     # Prices ------------------------------------------------------------------------------------
 
-    def curve(self, fingerprint: bytes) -> PrefillCurve:
-        """The model's prefill curve: measured, or the default until then."""
-        return self._curves.get(fingerprint, PrefillCurve())
-
-    def observe_prefills(self, fingerprint: bytes, points: Iterable[PrefillPoint]) -> tuple[PrefillPoint, ...]:
-        """Measured prefills correct the model's curve; returns all that are remembered, the newest last."""
-        known = self._prefills.setdefault(fingerprint, deque(maxlen=PREFILLS_KEPT))
-        known.extend(points)
-        self._curves[fingerprint] = PrefillCurve().fitted(known)
-        return tuple(known)
-
     def recompute_ns(self, record: ExtentRecord) -> int:
         """Marginal prefill time of the extent's tokens behind what precedes them."""
         extent = record.extent
-        return self.curve(extent.fingerprint).marginal_prefill_ns(extent.start, extent.stop)
+        return self.prefills.curve(extent.fingerprint).marginal_prefill_ns(extent.start, extent.stop)
 
     def reload_ns(self, record: ExtentRecord, source: Tier, target: Tier) -> int:
         """Predicted time to bring one extent from a tier to a nearer one, hop after hop."""

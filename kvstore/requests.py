@@ -14,7 +14,6 @@ from typing import TypeVar
 import numpy as np
 
 from .attach import Attach
-from .costs import PrefillPoint
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
@@ -24,6 +23,7 @@ from .layouts import LayoutMessage, ShardMessage
 from .ledger import Seen
 from .loading import Loading
 from .planner import Victim
+from .prefills import Prefill
 from .residency import Placement, Tier
 from .runs import RunMessage, in_runs
 from .service import NS, Service
@@ -41,8 +41,10 @@ from .wire import (
     Done,
     EvictDocument,
     EvictionPlan,
+    FindRing,
     Found,
     IngestOpened,
+    KeepRing,
     Keys,
     KeysOf,
     LayersReady,
@@ -60,6 +62,7 @@ from .wire import (
     Reply,
     Report,
     Request,
+    RingFound,
     ShowDocument,
     SlotsGiven,
     SpecRegistered,
@@ -123,7 +126,9 @@ class Requests:
             case EvictDocument():
                 return await self._evict(tenant, body)
             case DeleteDocument(name=name):
-                return await self._delete(DocumentId(tenant, name))
+                return await self._done(lambda done: self._service.delete(DocumentId(tenant, name), done))
+            case KeepRing(rate=rate):
+                return await self._done(lambda done: self._service.measurements.keep_ring(rate, done))
             case KeysOf(fingerprint, tokens):
                 return Keys(b"".join(await self._keys(tenant, fingerprint, tokens)))
             case LookupTokens(fingerprint, tokens):
@@ -153,13 +158,12 @@ class Requests:
                     body.strategy_reason,
                 )
                 return Receipt(swap_view(service.report(client, lease, seen)))
-            case ObservePrefill(fingerprint, points):
-                measured = [
-                    PrefillPoint(cached_tokens=cached, new_tokens=new, seconds=seconds)
-                    for cached, new, seconds in points
-                    if seconds >= 1 / NS  # a clock that saw no time pass has measured nothing
-                ]
-                service.observe_prefill(fingerprint, measured)
+            case ObservePrefill(fingerprint, points, ranks):
+                # A clock that saw no time pass has measured nothing.
+                measured = [Prefill(*point, ranks) for point in points if point[2] >= 1 / NS]
+                service.measurements.observe_prefill(fingerprint, measured)
+            case FindRing(setting=setting):
+                return RingFound(service.measurements.ring(setting))
             case PinDocument():
                 floor = tier_named(body.tier)
                 pin = service.pin(DocumentId(tenant, body.name), floor, body.ttl_seconds, body.owner, body.reason)
@@ -286,10 +290,8 @@ class Requests:
         await self._call(start)
         return EvictionPlan(victim_views(plan))
 
-    async def _delete(self, document: DocumentId) -> Reply:
-        def start(done: Answered[None]) -> None:
-            self._service.delete(document, done)
-
+    async def _done(self, start: Callable[[Answered[None]], None]) -> Reply:
+        """Done, when a command that answers nothing else says so."""
         await self._call(start)
         return Done()
 

@@ -18,11 +18,9 @@ from ..eviction.history import History
 from ..eviction.policy import POLICIES
 from .adoption import Adoption
 from .attach import Attach, Attaches, checked_layout
-from .calibration import Calibration
 from .claims import Pin, Pins
 from .clock import Clock
 from .config import Config
-from .costs import PrefillPoint
 from .document import Document, DocumentId, WritePolicy, checked_name
 from .errors import (
     ConfigError,
@@ -42,7 +40,8 @@ from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
 from .layout import Layout, chunked, heads_of, zigzag
 from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
-from .orders import Effects, Outcome, PutCalibration, PutPrefills, PutSpec, Write
+from .measurements import NOTHING, Measured, Measurements
+from .orders import Effects, Outcome, PutSpec, Write
 from .planner import Planner, Victim
 from .prefix import Prefix, longest
 from .residency import Tier
@@ -57,7 +56,6 @@ from .writes import Writes
 
 NS = 1_000_000_000
 MODELS_LIMIT = 4096  # of any tenant and adapter; far more than a machine serves
-MAX_SECONDS = 1e7
 PATIENCE_HALF_LIVES = 10  # of the eviction policy's memory; who has not come back by then is not expected any more
 
 
@@ -84,6 +82,7 @@ class Service:
         self.ingests = Ingests(self.store, self.room, self.loader)
         self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
         self.upkeep = Upkeep(self.loader, self.ingests)
+        self.measurements = Measurements(self.store)
         self.adoption = Adoption(self.upkeep)
 
     # Reports and time --------------------------------------------------------------------------
@@ -120,12 +119,12 @@ class Service:
         extents: Iterable[tuple[Extent, Slot]],
         documents: Iterable[Document],
         pins: Iterable[Pin],
-        prefills: Iterable[PutPrefills] = (),
-        calibration: Calibration | None = None,
+        measured: Measured = NOTHING,
         left: Left | None = None,
     ) -> None:
         """Take over what the catalog holds, and what `left` says is still in DDR. Before anything else."""
-        self.upkeep.restore(specs, extents, documents, prefills, calibration)
+        self.measurements.restore(measured)
+        self.upkeep.restore(specs, extents, documents)
         if left is not None:
             self.adoption.adopt(left)
         self.upkeep.restore_pins(pins)
@@ -196,25 +195,6 @@ class Service:
         if spec is None:
             raise SpecMismatch("this model is not registered; send its KVSpec first")
         return spec
-
-    def observe_prefill(self, fingerprint: bytes, points: Sequence[PrefillPoint]) -> None:
-        """Measured prefills of a model: from here on recompute is priced by them."""
-        self._spec(fingerprint)
-        if any(not 0 < p.seconds < MAX_SECONDS or p.new_tokens < 1 or p.cached_tokens < 0 for p in points):
-            raise InvalidRequest("a measured prefill has new tokens and took a positive, finite time")
-        known = self.planner.observe_prefills(fingerprint, points)
-        self.upkeep.remember_prefills(fingerprint, known)
-
-    def calibrate(self, calibration: Calibration, done: Callable[[HoldfastError | None], None]) -> None:
-        """Predict by these measurements from now on; `done` hears that they will survive a restart.
-
-        Raises InvalidRequest and changes nothing.
-        """
-        if any(rate.bytes_per_second <= 0 or rate.latency_ns < 0 for rate in calibration.rates):
-            raise InvalidRequest("a rate is a positive number of bytes per second, a latency not negative")
-        self.planner.calibrate(calibration)
-        write = Write(id=self.store.new_id(), records=(PutCalibration(calibration),))
-        self.store.submit(write, lambda outcome: done(outcome.error))
 
     def holds(self, client: int) -> bool:
         """Whether a client has a seat, a lease or an ingest: bytes of ours that it may be reading or writing."""

@@ -146,9 +146,14 @@ class Group:
     shards: dict[DocumentId, Shard] = field(default_factory=dict)
 
     @property
+    def ranks(self) -> int:
+        """How many there are when it is complete."""
+        return self.cp * self.tp
+
+    @property
     def complete(self) -> bool:
         """All ranks are registered."""
-        return len(self.seats) == self.cp * self.tp
+        return len(self.seats) == self.ranks
 
     @property
     def capacity_bytes(self) -> int:

@@ -6,13 +6,11 @@ Evictions and prefetches carry on after the command returns; `settle` looks whic
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from .calibration import Calibration
 from .claims import Pin
-from .costs import PrefillPoint
 from .document import NAME_LIMIT, Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCapacity
 from .extent import Extent, named
@@ -20,7 +18,7 @@ from .ingest import Ingests
 from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading
-from .orders import DropDocument, DropExtent, DropPin, Outcome, PutPin, PutPrefills, Record, Urgency, Write
+from .orders import DropDocument, DropExtent, DropPin, Outcome, PutPin, Record, Urgency, Write
 from .planner import Victim
 from .residency import Placement, State, Tier
 from .slots import Slot, SlotClass
@@ -287,11 +285,6 @@ class Upkeep:
     def _write(self, *records: Record) -> None:
         self.store.submit(Write(id=self.store.new_id(), records=records))
 
-    def remember_prefills(self, fingerprint: bytes, points: Sequence[PrefillPoint]) -> None:
-        """Keep measured prefills over a restart."""
-        rows = tuple((p.cached_tokens, p.new_tokens, p.seconds) for p in points)
-        self._write(PutPrefills(fingerprint, rows))
-
     # Restart -----------------------------------------------------------------------------------
 
     def restore(
@@ -299,17 +292,10 @@ class Upkeep:
         specs: Iterable[KVSpec],
         extents: Iterable[tuple[Extent, Slot]],
         documents: Iterable[Document],
-        prefills: Iterable[PutPrefills],
-        calibration: Calibration | None,
     ) -> None:
         """Take over what the catalog holds: NVMe copies where they lie, and documents. Before anything else."""
         for spec in specs:
             self.state.specs[spec.fingerprint()] = spec
-        if calibration is not None:
-            self.store.planner.calibrate(calibration)
-        for measured in prefills:
-            points = [PrefillPoint(cached_tokens=p, new_tokens=t, seconds=s) for p, t, s in measured.points]
-            self.store.planner.observe_prefills(measured.fingerprint, points)
         for extent, slot in extents:
             record = self.state.extents.setdefault(extent.id, ExtentRecord(extent=extent))
             self.state.fronts.add(extent)

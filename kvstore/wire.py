@@ -10,6 +10,7 @@ from typing import Annotated, Final
 
 import msgspec
 
+from .calibration import RingRate, RingSetting
 from .document import WritePolicy
 from .layouts import LayoutMessage, ShardMessage
 from .runs import Parts, RunMessage
@@ -154,6 +155,18 @@ class ObservePrefill(Message, frozen=True):
     ranks: Count = 1
 
 
+class FindRing(Message, frozen=True):
+    """Ask what a group in exactly this setting was measured to do."""
+
+    setting: RingSetting
+
+
+class KeepRing(Message, frozen=True):
+    """What a group was measured to do, for groups in the same setting to find; replaces what was found before."""
+
+    rate: RingRate
+
+
 class MapSlabs(Message, frozen=True):
     """Send me those slabs' descriptors."""
 
@@ -252,6 +265,8 @@ Request = (
     | Report
     | Detach
     | ObservePrefill
+    | FindRing
+    | KeepRing
     | MapSlabs
     | KeysOf
     | Lookup
@@ -354,6 +369,12 @@ class Receipt(Message, frozen=True):
     swap: SwapView
 
 
+class RingFound(Message, frozen=True):
+    """The newest measurement, if there is one."""
+
+    rate: RingRate | None
+
+
 class SlabsMapped(Message, frozen=True):
     """The descriptors beside this frame are these slabs', in order, each of `size_bytes`; serials of their memory."""
 
@@ -407,6 +428,7 @@ Reply = (
     | Attached
     | LayersReady
     | Receipt
+    | RingFound
     | SlabsMapped
     | Keys
     | Found

@@ -1,20 +1,25 @@
 """Calibration: what is measured, what is told, what predictions make of it."""
 
+import math
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from holdfast.kvstore.arena import Arena
-from holdfast.kvstore.calibration import Calibration, Gpu, Rate
+from holdfast.kvstore.calibration import Calibration, Gpu, Rate, RingRate, RingSetting, RingSpeed
 from holdfast.kvstore.catalog import Catalog
 from holdfast.kvstore.clock import SystemClock
-from holdfast.kvstore.errors import InvalidRequest, StorageFailed, Unavailable
+from holdfast.kvstore.errors import InvalidRequest, MalformedFrame, StorageFailed, Unavailable
+from holdfast.kvstore.frames import LENGTH, Envelope, decode_request, encode
 from holdfast.kvstore.gpus import gpus
 from holdfast.kvstore.ledger import Hop, Ledger, SwapRecord
 from holdfast.kvstore.measure import SLAB_BYTES, measure
-from holdfast.kvstore.orders import PutCalibration, Write
+from holdfast.kvstore.measurements import RINGS_KEPT, Measured
+from holdfast.kvstore.orders import PutCalibration, PutRings, Write
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.segments import SystemIo
+from holdfast.kvstore.wire import KeepRing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +56,7 @@ def calibration(*rates):
 def test_predictions_follow_a_calibration_and_hops_it_does_not_name_stay():
     service, effects, _ = tiny_service()
     before = dict(service.planner.links)
-    service.calibrate(calibration(), print)
+    service.measurements.calibrate(calibration(), print)
     assert service.planner.links[READ].bytes_per_second == 2e9
     assert service.planner.links[LOAD].latency_ns == 1000
     untouched = [hop for hop in before if hop not in (READ, LOAD)]
@@ -63,8 +68,8 @@ def test_predictions_follow_a_calibration_and_hops_it_does_not_name_stay():
 def test_whoever_calibrates_hears_when_it_is_kept_or_not():
     service, effects, _ = tiny_service()
     heard = []
-    service.calibrate(calibration(), heard.append)
-    service.calibrate(calibration(), heard.append)
+    service.measurements.calibrate(calibration(), heard.append)
+    service.measurements.calibrate(calibration(), heard.append)
     assert heard == []
     refused = StorageFailed("full")
     effects.complete(service, effects.orders[0])
@@ -78,7 +83,7 @@ def test_a_calibration_survives_a_restart(tmp_path):
     contents = catalog.load()
     assert contents.calibration == catalog.calibration() == calibration()
     service, _, _ = tiny_service()
-    service.restore((), (), (), (), (), contents.calibration)
+    service.restore((), (), (), (), Measured(calibration=contents.calibration))
     assert service.planner.calibration == calibration()
     assert service.planner.links[READ].bytes_per_second == 2e9
     catalog.close()
@@ -89,9 +94,112 @@ def test_a_rate_that_cannot_be_is_refused_and_changes_nothing(bad):
     service, effects, _ = tiny_service()
     before = dict(service.planner.links)
     with pytest.raises(InvalidRequest):
-        service.calibrate(calibration(bad), print)
+        service.measurements.calibrate(calibration(bad), print)
     assert service.planner.links == before
     assert not effects.orders
+
+
+# Groups -------------------------------------------------------------------------------------------
+
+
+SETTING = RingSetting(
+    machine="a box",
+    device="cpu",
+    communicator="gloo",
+    kernel="cpu_flash",
+    cp=2,
+    tp=1,
+    dtype="float32",
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    value_dim=64,
+)
+SPEED = RingSpeed(
+    flops_per_second=80e9,
+    key_bytes_per_second=8e9,
+    bytes_per_second=1.3e9,
+    latency_ns=90_000,
+    exchange_bytes_per_second=1.3e9,
+    exchange_latency_ns=150_000,
+    copy_bytes_per_second=10e9,
+    overlap=0.1,
+    spread=0.05,
+)
+
+
+def ring(wall_ns=1, **differs):
+    return RingRate(
+        setting=replace(SETTING, **differs),
+        speed=SPEED,
+        measured_wall_ns=wall_ns,
+        pass_kv_from=((32_768, 4000), (131_072, None)),
+    )
+
+
+def test_a_group_finds_what_was_measured_in_its_own_setting_only():
+    service, effects, _ = tiny_service()
+    heard = []
+    service.measurements.keep_ring(ring(1), heard.append)
+    service.measurements.keep_ring(ring(2), heard.append)
+    assert service.measurements.ring(SETTING) == ring(2)
+    for differs in ({"cp": 4}, {"kernel": "flex"}, {"machine": "another"}, {"dtype": "float16"}, {"tp": 2}):
+        assert service.measurements.ring(replace(SETTING, **differs)) is None
+    assert heard == []
+    effects.complete_all(service)
+    assert heard == [None, None]
+
+
+def test_of_groups_so_many_settings_are_kept_the_newest():
+    service, effects, _ = tiny_service()
+    for cp in range(1, RINGS_KEPT + 2):
+        service.measurements.keep_ring(ring(cp=cp), lambda _: None)
+    kept = service.measurements.rings()
+    assert [rate.setting.cp for rate in kept] == list(range(RINGS_KEPT + 1, 1, -1))
+    assert effects.orders[-1].records == (PutRings(tuple(reversed(kept))),)
+
+
+def test_what_groups_were_measured_to_do_survives_a_restart(tmp_path):
+    catalog = Catalog(tmp_path / "catalog")
+    assert catalog.load().rings == ()
+    catalog.commit([PutRings((ring(cp=4),)), PutRings((ring(), ring(cp=4)))])
+    contents = catalog.load()
+    catalog.close()
+    service, _, _ = tiny_service()
+    service.restore((), (), (), (), Measured(rings=contents.rings))
+    assert service.measurements.rings() == [ring(cp=4), ring()]
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("flops_per_second", 0.0),
+        ("bytes_per_second", -1.0),
+        ("copy_bytes_per_second", math.nan),
+        ("key_bytes_per_second", math.inf),
+        ("overlap", 1.5),
+        ("overlap", math.nan),
+        ("latency_ns", -1.0),
+        ("spread", math.inf),
+    ],
+)
+def test_a_ring_that_cannot_be_is_malformed(field, bad):
+    frame = encode(Envelope(1, KeepRing(replace(ring(), speed=replace(SPEED, **{field: bad})))))
+    with pytest.raises(MalformedFrame):
+        decode_request(frame[LENGTH.size :])
+    good = Envelope(1, KeepRing(ring()))
+    assert decode_request(encode(good)[LENGTH.size :]) == good
+
+
+def test_a_hop_exposes_what_computing_does_not_hide():
+    hop = 1e-3
+    size = (hop - SPEED.latency_ns / 1e9) * SPEED.bytes_per_second
+    hidden = replace(SPEED, overlap=1.0)
+    assert SPEED.shift_seconds(size) == pytest.approx(hop)
+    assert SPEED.shift_seconds(0) == 0
+    assert replace(SPEED, overlap=0.0).exposed_seconds(size, 5.0) == pytest.approx(hop)
+    assert hidden.exposed_seconds(size, 0.0004) == pytest.approx(0.0006)
+    assert hidden.exposed_seconds(size, 5.0) == pytest.approx(0, abs=1e-12)
 
 
 # Predictions ---------------------------------------------------------------------------------------
@@ -99,7 +207,7 @@ def test_a_rate_that_cannot_be_is_refused_and_changes_nothing(bad):
 
 def test_of_overlapping_hops_the_slowest_counts_whole_and_of_others_one_move():
     service, _, _ = tiny_service()
-    service.calibrate(calibration(rate("nvme->ddr", 1e9, 10), rate("ddr->hbm", 4e9, 20)), print)
+    service.measurements.calibrate(calibration(rate("nvme->ddr", 1e9, 10), rate("ddr->hbm", 4e9, 20)), print)
     assert service.planner.predicted_ns({}, 100) == 0
     assert service.planner.predicted_ns({READ: 0}, 100) == 0
     assert service.planner.predicted_ns({READ: 1000}, 100) == 1010

@@ -49,7 +49,16 @@ SPEC = KVSpec(
     extent_blocks=4,
 )
 EMPTY = Contents(
-    specs=(), extents=(), documents=(), pins=(), tenants={}, prefills=(), calibration=None, orphans=(), wear=Wear()
+    specs=(),
+    extents=(),
+    documents=(),
+    pins=(),
+    tenants={},
+    prefills=(),
+    calibration=None,
+    rings=(),
+    orphans=(),
+    wear=Wear(),
 )
 
 

@@ -461,7 +461,7 @@ def test_the_budget_is_exact_over_a_restart(segments):
     )
     extents = [(record.extent, record.nvme.slot) for record in old.extents.values() if record.nvme is not None]
     documents = [record.document for record in old.documents.values()]
-    service.upkeep.restore(specs, extents, documents, [], None)
+    service.upkeep.restore(specs, extents, documents)
     service.state.check()
     kept = [slot for slot in slots if slot.slab < segments]
     assert service.state.nvme.used_bytes == sum(slot.size_bytes for slot in kept) <= segments << 18
