@@ -97,7 +97,8 @@ class Session:
             view = publish()
         if points:
             measured = [(p.cached_tokens, p.new_tokens, p.elapsed_ns / 1e9) for p in points]
-            self._client.observe_prefill(self._fingerprint, measured)
+            layout = opened.shard.layout
+            self._client.observe_prefill(self._fingerprint, measured, layout.cp * layout.tp)
         return view
 
     @contextmanager
