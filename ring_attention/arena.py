@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kvstore.errors import InvalidSpec
 from ..kvstore.geometry import Geometry, arena_geometry, extent_geometry
-from ..kvstore.layout import Copy, Span
+from ..kvstore.layout import Copy, Span, heads_of
 from ..kvstore.spec import GroupKind, KVSpec
 from .moves import Buffers, Bytes, Ends, Move, moves_of
 from .segment import KVSegment, span_tokens
@@ -25,16 +25,35 @@ TORCH_DTYPES: Final = ("float32", "bfloat16", "float16", "float64")
 
 
 class HBMArena:
-    """`key` [L, Hkv, R, D] and `value` [L, Hkv, R, Dv] on one device; the owner assigns rows."""
+    """`key` [L, Hkv, R, D] and `value` [L, Hkv, R, Dv] on one device; the owner assigns rows.
 
-    def __init__(self, spec: KVSpec, rows: int, tp: int = 1, device: str | torch.device = "cpu") -> None:
-        """Allocate. Raises InvalidSpec for KV other than exactly one GQA group of a plain dtype."""
-        if len(spec.groups) != 1 or spec.groups[0].kind is not GroupKind.GQA:
+    Hkv are the heads that `layout.heads_of` deals to one of `tp` ranks. A latent cache (MLA) has one plane: `value` is
+    then a view of the first `value_dim` dims of `key`.
+    """
+
+    def __init__(
+        self,
+        spec: KVSpec,
+        rows: int,
+        tp: int = 1,
+        device: str | torch.device = "cpu",
+        value_dim: int | None = None,
+    ) -> None:
+        """Allocate. `value_dim`, the width of the latent in a row, is for MLA only: the store need not know it.
+
+        Raises InvalidSpec for KV other than exactly one GQA or MLA group of a plain dtype, and LayoutError for a `tp`
+        over which the heads cannot be dealt.
+        """
+        if len(spec.groups) != 1 or spec.groups[0].kind is GroupKind.SLIDING:
             kinds = ", ".join(group.kind for group in spec.groups)
-            raise InvalidSpec(f"an arena holds exactly one gqa layer group, not: {kinds}")
+            raise InvalidSpec(f"an arena holds exactly one gqa or mla layer group, not: {kinds}")
         if spec.dtype not in TORCH_DTYPES:
             raise InvalidSpec(f"unsupported KV dtype {spec.dtype!r}; use one of {', '.join(TORCH_DTYPES)}")
         group = spec.groups[0]
+        latent = group.kind is GroupKind.MLA
+        if latent != (value_dim is not None) or (value_dim is not None and not 0 < value_dim <= group.key_dim):
+            raise InvalidSpec(f"value_dim {value_dim} does not suit a {group.kind} group with rows of {group.key_dim}")
+        heads_of(0, tp, group.kv_heads)
         self.spec = spec
         self.rows = rows
         self.device = torch.device(device)
@@ -45,9 +64,10 @@ class HBMArena:
         plane = (shape.layers, shape.heads, rows)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         self.key = _zeros((*plane, group.key_dim), dtype, self.device)
-        self.value = _zeros((*plane, group.value_dim), dtype, self.device)
+        stored = [self.key] if latent else [self.key, _zeros((*plane, group.value_dim), dtype, self.device)]
+        self.value = stored[-1][..., :value_dim]
         # The same memory as bytes: extents carry no dtype.
-        self._parts = (self.key.view(torch.uint8), self.value.view(torch.uint8))
+        self._parts = [part.view(torch.uint8) for part in stored]
 
     def segment(self, layer: int, row_start: int, spans: tuple[Span, ...]) -> KVSegment:
         """A view of the rows from `row_start`, which hold the tokens of `spans` in order."""
@@ -55,11 +75,12 @@ class HBMArena:
         return KVSegment(self.key[layer, :, rows], self.value[layer, :, rows], spans)
 
     def write(self, layer: int, row_start: int, key: Tensor, value: Tensor) -> None:
-        """Store key [Hkv, T, D] and value [Hkv, T, Dv] at rows from `row_start`."""
+        """Store key [Hkv, T, D] and value [Hkv, T, Dv] at rows from `row_start`; a latent key holds its value."""
         stop = row_start + key.shape[1]
         assert stop <= self.rows, (stop, self.rows)
         self.key[layer, :, row_start:stop] = key
-        self.value[layer, :, row_start:stop] = value
+        if len(self._parts) > 1:
+            self.value[layer, :, row_start:stop] = value
 
     def load(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
         """Fill arena rows (the copies' target) from extents (their source), for layers [start, stop)."""

@@ -107,6 +107,13 @@ def saved(model, arenas, layout):
     return buffers, holdings
 
 
+def empty_arena(spec, layout, rank):
+    """An arena with room for a rank's rows; of a latent row, half is the value."""
+    group = spec.groups[0]
+    latent = None if group.value_dim else group.key_dim // 2
+    return HBMArena(spec, layout.length(rank // layout.tp), layout.tp, value_dim=latent)
+
+
 def loaded(model, buffers, holdings, layout):
     """Fresh arenas of another layout, filled from read-only extents."""
     spec = model.spec
@@ -114,7 +121,7 @@ def loaded(model, buffers, holdings, layout):
     moves = list(copies(holdings, shards))
     arenas = []
     for rank in range(layout.ranks):
-        arena = HBMArena(spec, layout.length(rank))
+        arena = empty_arena(spec, layout, rank)
         mine = [copy for copy in moves if copy.target == rank]
         views = {i: memoryview(b).toreadonly() for i, b in buffers.items()}
         arena.load(mine, views, 0, len(spec.groups[0].layers))
