@@ -1,0 +1,217 @@
+"""Ring measure: what a group's ranks do to each other's attention, measured by all of them together.
+
+Over their real communicator, kernel, device and dtype. Every rank must call it; all get the same result, made of each
+round's slowest rank, so that all decide alike. Shapes: H query heads, Hkv kv heads, D key dim, Dv value dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from statistics import median
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from ..kvstore.calibration import RingSpeed
+from ..kvstore.clock import Clock
+from .attend import attend
+from .band import FULL
+from .choice import AttentionShape
+from .communicator import Communicator
+from .kernels.kernel import Kernel
+
+ROUNDS: Final = 7
+BUDGET_NS: Final = 3_000_000_000  # no round begins after that
+PROBE_NS: Final = 12_000_000  # long enough to be told from latency and from a clock's steps
+MANY_QUERIES: Final = 512
+FEW_QUERIES: Final = 4
+KEYS: Final = (512, 1 << 17)  # the fewest and the most tokens to try
+MESSAGE_BYTES: Final = (1 << 16, 1 << 26)
+SMALL_BYTES: Final = 1 << 12
+STEP_BYTES: Final = 256  # messages are multiples of it, whatever the number of ranks
+LEAST_SHARE: Final = 0.05  # of a measured time, where a difference of two would be nothing
+
+NUMBERS: Final = tuple(field.name for field in fields(RingSpeed))
+
+Round = Mapping[str, int]  # nanoseconds of each probe, the slowest rank's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What was timed: key tokens of an attention call, bytes that a rank sends, bytes packed."""
+
+    keys: int
+    shift_bytes: int
+    exchange_bytes: int
+
+
+def measure_ring(
+    communicator: Communicator,
+    kernel: Kernel,
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: Clock,
+) -> RingSpeed:
+    """Measure, in a second or two. Raises GroupFailed."""
+    assert communicator.size == shape.cp > 1, "one rank has nothing to choose"
+    like = torch.zeros(1, dtype=dtype, device=device)
+    return _Measurement(communicator, kernel, shape, like, clock).speed()
+
+
+def shared(communicator: Communicator, speed: RingSpeed | None, device: torch.device) -> RingSpeed | None:
+    """What rank 0 has, on all ranks: what it measured or was told. Raises GroupFailed."""
+    numbers = torch.zeros(1 + len(NUMBERS), dtype=torch.float64, device=device)
+    if speed is not None:
+        numbers = torch.tensor([1.0, *(getattr(speed, name) for name in NUMBERS)], dtype=torch.float64, device=device)
+    communicator.broadcast(numbers, 0)
+    known, *found = numbers.tolist()
+    return RingSpeed(**dict(zip(NUMBERS, found, strict=True))) if known else None
+
+
+def speed_of(shape: AttentionShape, sizes: Sizes, rounds: Sequence[Round]) -> RingSpeed:
+    """What the rounds say. An attention call takes queries * keys * FLOPs / C plus the reading of its keys."""
+    seconds = {probe: median(one[probe] for one in rounds) / 1e9 for probe in rounds[0]}
+    pair_seconds = _left(seconds["many"], seconds["few"]) / (sizes.keys * (MANY_QUERIES - FEW_QUERIES))
+    reading_seconds = _left(seconds["few"], sizes.keys * FEW_QUERIES * pair_seconds)
+    spreads = [
+        (max(values) - min(values)) / median(values)
+        for values in ([one[probe] for one in rounds] for probe in ("many", "shift", "exchange"))
+    ]
+    return RingSpeed(
+        flops_per_second=shape.pair_flops / pair_seconds,
+        key_bytes_per_second=sizes.keys * shape.kv_token_bytes / reading_seconds,
+        bytes_per_second=sizes.shift_bytes / _left(seconds["shift"], seconds["small shift"]),
+        latency_ns=seconds["small shift"] * 1e9,
+        exchange_bytes_per_second=sizes.exchange_bytes / _left(seconds["exchange"], seconds["small exchange"]),
+        exchange_latency_ns=seconds["small exchange"] * 1e9,
+        copy_bytes_per_second=sizes.shift_bytes / seconds["copy"],
+        overlap=median(_overlap(one) for one in rounds),
+        spread=max(spreads),
+    )
+
+
+def _left(whole: float, part: float) -> float:
+    """The difference of two measured times, and never nothing."""
+    return max(whole - part, LEAST_SHARE * whole)
+
+
+def _overlap(one: Round) -> float:
+    """The part of the shorter that went on beside the longer: 1 if both took as long as the longer alone."""
+    compute, shift, both = one["many"], one["shift"], one["both"]
+    return min(1.0, max(0.0, (compute + shift - both) / min(compute, shift)))
+
+
+class _Measurement:
+    """One measurement: tensors of the sizes that take long enough here, and what to do with them."""
+
+    def __init__(
+        self, communicator: Communicator, kernel: Kernel, shape: AttentionShape, like: Tensor, clock: Clock
+    ) -> None:
+        """Messages and operands are of the dtype and on the device of `like`."""
+        self._communicator = communicator
+        self._kernel = kernel
+        self._shape = shape
+        self._clock = clock
+        self._like = like
+        self._queries = self._random(shape.heads, MANY_QUERIES, shape.head_dim)
+
+    def speed(self) -> RingSpeed:
+        """Grow each probe until it takes long enough, then go round them."""
+        began_ns = self._clock.monotonic_ns()
+        keys = self._grown(KEYS, self._attention)
+        shift_bytes = self._grown(MESSAGE_BYTES, self._shift)
+        exchange_bytes = self._grown(MESSAGE_BYTES, self._exchange)
+        many, few = self._attention(keys), self._attention(keys, FEW_QUERIES)
+        probes: dict[str, Callable[[], None]] = {
+            "many": many,
+            "few": few,
+            "small shift": self._shift(SMALL_BYTES),
+            "shift": self._shift(shift_bytes),
+            "both": self._shift(shift_bytes, many),
+            "small exchange": self._exchange(SMALL_BYTES),
+            "exchange": self._exchange(exchange_bytes),
+            "copy": self._copy(shift_bytes),
+        }
+        rounds: list[Round] = []
+        taken_ns = 0
+        while len(rounds) < ROUNDS and (not rounds or taken_ns < BUDGET_NS):
+            taken = [self._timed(probe) for probe in probes.values()]
+            *agreed, taken_ns = self._slowest([*taken, self._clock.monotonic_ns() - began_ns])
+            rounds.append(dict(zip(probes, agreed, strict=True)))
+        sizes = Sizes(keys=keys, shift_bytes=shift_bytes, exchange_bytes=exchange_bytes)
+        return speed_of(self._shape, sizes, rounds)
+
+    def _grown(self, limits: tuple[int, int], probe_of: Callable[[int], Callable[[], None]]) -> int:
+        """The smallest size, doubled from the least, whose probe takes long enough; all ranks agree."""
+        size, most = limits
+        while True:
+            probe = probe_of(size)
+            self._timed(probe)  # warms up what is made at first use
+            if size >= most or self._slowest([self._timed(probe)])[0] >= PROBE_NS:
+                return size
+            size *= 2
+
+    def _timed(self, probe: Callable[[], None]) -> int:
+        """Nanoseconds on this rank, all starting together."""
+        self._communicator.barrier()
+        self._finish()
+        started_ns = self._clock.monotonic_ns()
+        probe()
+        self._finish()
+        return max(1, self._clock.monotonic_ns() - started_ns)
+
+    def _finish(self) -> None:
+        if self._like.is_cuda:
+            torch.cuda.synchronize(self._like.device)
+
+    def _slowest(self, times_ns: Sequence[int]) -> list[int]:
+        """For each, that of the rank that took longest: the same on all ranks."""
+        own = torch.tensor(times_ns, dtype=torch.int64, device=self._like.device)
+        return [int(one) for one in torch.stack(self._communicator.all_gather(own)).amax(0)]
+
+    # Probes ------------------------------------------------------------------------------------
+
+    def _attention(self, keys: int, queries: int = MANY_QUERIES) -> Callable[[], None]:
+        shape = self._shape
+        query = self._queries[:, :queries]
+        key = self._random(shape.kv_heads, keys, shape.head_dim)
+        value = self._random(shape.kv_heads, keys, shape.value_dim)
+        return lambda: _ignore(attend(self._kernel, query, key, value, FULL))
+
+    def _shift(self, size_bytes: int, beside: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        send, receive = self._bytes(size_bytes), self._bytes(size_bytes)
+
+        def probe() -> None:
+            work = self._communicator.shift(send, receive)
+            beside()
+            work.wait()
+
+        return probe
+
+    def _exchange(self, size_bytes: int) -> Callable[[], None]:
+        """A rank sends `size_bytes` in all, evenly to the others, and nothing to itself."""
+        ranks, own = self._communicator.size, self._communicator.rank
+        each = [0 if rank == own else self._share(size_bytes, ranks - 1) for rank in range(ranks)]
+        send, receive = [self._bytes(size) for size in each], [self._bytes(size) for size in each]
+        return lambda: self._communicator.all_to_all(send, receive).wait()
+
+    def _copy(self, size_bytes: int) -> Callable[[], None]:
+        parts = [self._bytes(size_bytes // 2), self._bytes(size_bytes // 2)]
+        return lambda: _ignore(torch.cat(parts))
+
+    def _share(self, size_bytes: int, among: int) -> int:
+        return max(STEP_BYTES, size_bytes // among // STEP_BYTES * STEP_BYTES)
+
+    def _bytes(self, size_bytes: int) -> Tensor:
+        """A message of that length, touched, so that no page of it comes into being while it is timed."""
+        return torch.ones(size_bytes // self._like.element_size(), dtype=self._like.dtype, device=self._like.device)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self._like.device).to(self._like.dtype)
+
+
+def _ignore(_: object) -> None:
+    """What a probe made is of no use."""
