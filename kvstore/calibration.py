@@ -54,7 +54,8 @@ class RingSpeed:
     `key_bytes_per_second` is how fast a call reads KV where they are few. A shift is one hop of the ring, an exchange
     one all-to-all (its bytes are those that a rank sends), a copy packs a message. `overlap` is the part of the shorter
     of a shift and the computing beside it that really goes on at once: 0 where transfers cost the same cores, 1 where
-    hardware moves the bytes. `spread` is the widest (slowest - fastest) / median of these over the rounds.
+    hardware moves the bytes. `spread`: by what share the median round was slower than these at worst; much of it, and
+    the machine had something else to do.
     """
 
     flops_per_second: PerSecond

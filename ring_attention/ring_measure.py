@@ -1,7 +1,9 @@
 """Ring measure: what a group's ranks do to each other's attention, measured by all of them together.
 
 Over their real communicator, kernel, device and dtype. Every rank must call it; all get the same result, made of each
-round's slowest rank, so that all decide alike. Shapes: H query heads, Hkv kv heads, D key dim, Dv value dim.
+round's slowest rank, so that all decide alike. Of the rounds the lower quartile counts, because what else the machine
+does only ever adds: where a rank waits for a core, every message looks slow. Shapes: H query heads, Hkv kv heads, D key
+dim, Dv value dim.
 """
 
 from __future__ import annotations
@@ -22,9 +24,10 @@ from .choice import AttentionShape
 from .communicator import Communicator
 from .kernels.kernel import Kernel
 
-ROUNDS: Final = 7
-BUDGET_NS: Final = 3_000_000_000  # no round begins after that
-PROBE_NS: Final = 12_000_000  # long enough to be told from latency and from a clock's steps
+ROUNDS: Final = 25
+BUDGET_NS: Final = 2_500_000_000  # no round begins after that
+TRIES: Final = 4
+PROBE_NS: Final = 6_000_000  # long against latency, short against what a scheduler gives to another program
 MANY_QUERIES: Final = 512
 FEW_QUERIES: Final = 4
 KEYS: Final = (512, 1 << 17)  # the fewest and the most tokens to try
@@ -73,13 +76,11 @@ def shared(communicator: Communicator, speed: RingSpeed | None, device: torch.de
 
 def speed_of(shape: AttentionShape, sizes: Sizes, rounds: Sequence[Round]) -> RingSpeed:
     """What the rounds say. An attention call takes queries * keys * FLOPs / C plus the reading of its keys."""
-    seconds = {probe: median(one[probe] for one in rounds) / 1e9 for probe in rounds[0]}
+    samples = {probe: sorted(one[probe] for one in rounds) for probe in rounds[0]}
+    seconds = {probe: values[len(values) // 4] / 1e9 for probe, values in samples.items()}
+    spreads = [median(samples[probe]) / 1e9 / seconds[probe] - 1 for probe in ("many", "shift", "exchange", "both")]
     pair_seconds = _left(seconds["many"], seconds["few"]) / (sizes.keys * (MANY_QUERIES - FEW_QUERIES))
     reading_seconds = _left(seconds["few"], sizes.keys * FEW_QUERIES * pair_seconds)
-    spreads = [
-        (max(values) - min(values)) / median(values)
-        for values in ([one[probe] for one in rounds] for probe in ("many", "shift", "exchange"))
-    ]
     return RingSpeed(
         flops_per_second=shape.pair_flops / pair_seconds,
         key_bytes_per_second=sizes.keys * shape.kv_token_bytes / reading_seconds,
@@ -88,7 +89,7 @@ def speed_of(shape: AttentionShape, sizes: Sizes, rounds: Sequence[Round]) -> Ri
         exchange_bytes_per_second=sizes.exchange_bytes / _left(seconds["exchange"], seconds["small exchange"]),
         exchange_latency_ns=seconds["small exchange"] * 1e9,
         copy_bytes_per_second=sizes.shift_bytes / seconds["copy"],
-        overlap=median(_overlap(one) for one in rounds),
+        overlap=_overlap(seconds["many"], seconds["shift"], seconds["both"]),
         spread=max(spreads),
     )
 
@@ -98,9 +99,8 @@ def _left(whole: float, part: float) -> float:
     return max(whole - part, LEAST_SHARE * whole)
 
 
-def _overlap(one: Round) -> float:
+def _overlap(compute: float, shift: float, both: float) -> float:
     """The part of the shorter that went on beside the longer: 1 if both took as long as the longer alone."""
-    compute, shift, both = one["many"], one["shift"], one["both"]
     return min(1.0, max(0.0, (compute + shift - both) / min(compute, shift)))
 
 
@@ -145,14 +145,17 @@ class _Measurement:
         return speed_of(self._shape, sizes, rounds)
 
     def _grown(self, limits: tuple[int, int], probe_of: Callable[[int], Callable[[], None]]) -> int:
-        """The smallest size, doubled from the least, whose probe takes long enough; all ranks agree."""
+        """The smallest size, doubled from the least, whose probe takes long enough; all ranks agree.
+
+        Always takes: a hiccup of the machine would end the doubling at a size that says nothing.
+        """
         size, most = limits
-        while True:
+        while size < most:
             probe = probe_of(size)
-            self._timed(probe)  # warms up what is made at first use
-            if size >= most or self._slowest([self._timed(probe)])[0] >= PROBE_NS:
-                return size
+            if min(self._slowest([self._timed(probe) for _ in range(TRIES)])) >= PROBE_NS:
+                break
             size *= 2
+        return size
 
     def _timed(self, probe: Callable[[], None]) -> int:
         """Nanoseconds on this rank, all starting together."""
