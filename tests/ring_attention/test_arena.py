@@ -9,10 +9,13 @@ from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.layout import Span, copies, heads_of, scheme, shard_holding
 from holdfast.kvstore.spec import GroupKind
 from holdfast.ring_attention.arena import TORCH_DTYPES, HBMArena
+from holdfast.ring_attention.local import run_ranks
+from holdfast.ring_attention.pass_kv import pass_kv
+from holdfast.ring_attention.share import SequenceShare
 from holdfast.ring_attention.staging import Staging
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_helpers import empty_arena, extents_for, loaded, saved, tiny_model
+from ring_helpers import CPU_FLASH, dense, empty_arena, extents_for, loaded, saved, take, tiny_model
 
 MODEL = tiny_model()
 LATENT = replace(MODEL.spec.groups[0], kind=GroupKind.MLA, kv_heads=1, key_dim=48, value_dim=0)
@@ -132,6 +135,16 @@ def test_ranks_that_share_a_head_save_it_once():
     assert {copy.target for copy in copies(holdings, shards)} == set(range(8))
 
 
+@pytest.mark.parametrize(("kv_heads", "tp", "share"), [(4, 1, 4), (4, 2, 2), (4, 4, 1), (2, 8, 1), (None, 4, 1)])
+def test_an_arena_has_room_for_the_heads_of_one_rank(kv_heads, tp, share):
+    """No more: that is what tensor parallelism is for."""
+    spec = spec_with(kv_heads)
+    arena = empty_arena(spec, scheme("contiguous", 10, 1, tp), 0)
+    assert arena.key.shape == (2, share, 10, spec.groups[0].key_dim)
+    assert arena.value.shape[:3] == arena.key.shape[:3]
+    assert arena.key.untyped_storage().nbytes() == arena.key.numel() * 4
+
+
 def test_the_value_of_a_latent_row_is_its_front():
     """Nothing is stored twice: the segment's value is a view of its key."""
     arena = HBMArena(spec_with(None), 10, tp=4, value_dim=32)
@@ -150,6 +163,33 @@ def test_a_segment_is_a_view():
     arena.key[1, 0, 5] = 7.0
     assert (segment.key[0, 1] == 7.0).all()
     assert segment.key.shape == (2, 3, 16)
+
+
+@given(st.integers(1, 60), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1, 2]))
+@settings(deadline=None, max_examples=20)
+def test_latent_kv_is_attended_over_any_layout(count, cp, other_cp, tp):
+    """Saved by one group and loaded by another, its ring gives what dense attention of the latents gives."""
+    spec = spec_with(None)
+    model = SimpleNamespace(spec=spec)
+    generator = torch.Generator().manual_seed(count)
+    query, latent = (torch.randn(heads, count, 48, generator=generator) for heads in (6, 1))
+    source, target = scheme("zigzag", count, cp, tp), scheme("striped", count, other_cp)
+    arenas = [empty_arena(spec, source, rank) for rank in range(source.ranks)]
+    for rank, arena in enumerate(arenas):
+        rows = latent[:, take(source.spans(rank // tp))]
+        arena.write(1, 0, rows, rows[..., :24])
+    reloaded = loaded(model, *saved(model, arenas, source), target)
+    held = [[target.spans(rank)] for rank in range(other_cp)]
+    asked = [target.spans(rank) for rank in range(other_cp)]
+
+    def rank(communicator):
+        mine = asked[communicator.rank]
+        share = SequenceShare(asked, [reloaded[communicator.rank].segment(1, 0, mine)], held)
+        return pass_kv(communicator, CPU_FLASH, query[:, take(mine)], [share])
+
+    expected = dense(query, torch.arange(count), latent, latent[..., :24])
+    for number, out in enumerate(run_ranks(other_cp, rank)):
+        assert torch.allclose(out, expected[:, take(asked[number])].float(), atol=1e-5)
 
 
 def test_kv_that_an_arena_does_not_hold_is_refused():

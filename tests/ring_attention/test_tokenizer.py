@@ -92,6 +92,7 @@ def byte_fallback():
     made.normalizer = tokenizers.normalizers.Sequence(
         [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     )
+    made.add_special_tokens(["<s>"])
     decoders = tokenizers.decoders
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -167,6 +168,14 @@ def test_endless_garbage_is_told_as_it_comes():
     assert pieces[:3] == ["", "", ""]
     assert set(pieces[3:-1]) == {"\ufffd"}
     assert "".join(pieces) == "\ufffd" * 40
+
+
+def test_a_space_behind_a_special_token_is_told(tmp_path):
+    """What has no text leaves the context as it was: else the decoder would drop the space, as at a beginning."""
+    tokenizer = of_kind("byte_fallback", tmp_path)
+    tokens = tokenizer.encode("ray<s>light")  # the normaliser sets a space before each part
+    assert tokenizer.decode(tokens) == "ray light"
+    assert "".join(streamed(tokenizer, tokens)) == "ray light"
 
 
 def test_a_stream_can_be_used_again():
