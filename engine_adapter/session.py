@@ -121,10 +121,19 @@ class Session:
     # Ask ---------------------------------------------------------------------------------------
 
     @contextmanager
-    def attached(self, name: str, *, deadline_seconds: float = ATTACH_SECONDS) -> Iterator[Attached]:
-        """A document attached to the engine's group; detached at the end, whatever happens."""
+    def attached(
+        self, name: str, *, wait_seconds: float = 0.0, deadline_seconds: float = ATTACH_SECONDS
+    ) -> Iterator[Attached]:
+        """A document attached to the engine's group; detached at the end, whatever happens.
+
+        One that another group still ingests, or is about to, is waited for that long.
+        """
         attached = self._client.attach(
-            name, fingerprint=self._fingerprint, group=self._engine.group, deadline_seconds=deadline_seconds
+            name,
+            fingerprint=self._fingerprint,
+            group=self._engine.group,
+            deadline_seconds=deadline_seconds,
+            wait_seconds=wait_seconds,
         )
         try:
             yield attached
@@ -140,12 +149,14 @@ class Session:
         *,
         eos: Sequence[int] = (),
         on_token: Callable[[int], None] = ignore_progress,
+        wait_seconds: float = 0.0,
     ) -> Reply:
         """Answer a question over a stored document: at most `new_tokens` tokens, ending behind one of `eos`.
 
-        `on_token` hears each token as it is decoded. Raises what attach and the engine raise.
+        `on_token` hears each token as it is decoded. A document that another group still ingests, or is about to, is
+        waited for that long. Raises what attach and the engine raise.
         """
-        with self.attached(name) as attached:
+        with self.attached(name, wait_seconds=wait_seconds) as attached:
             assert attached.shard is not None, "a group was named"
             asked = Question(attached.shard, question, new_tokens, eos)
             (answer,) = self._engine.answer_many([asked], lambda _, token: on_token(token))

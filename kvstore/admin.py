@@ -410,7 +410,7 @@ class Admin:
             complete=group.complete,
             capacity_bytes=group.capacity_bytes,
             used_bytes=self.service.state.ledger.occupancy(hbm_device(group.name)),
-            documents=sorted(str(document) for document in group.shards),
+            documents=sorted({str(shard.document) for shard in group.shards.values()}),
             kernel=backend.kernel,
             communicator=backend.communicator,
             device=backend.device,

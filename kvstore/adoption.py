@@ -7,13 +7,15 @@ loading that needs a copy has it verified at once, and waits for that as for a r
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final
 
-from .document import Document, WritePolicy
+from .document import Document, DocumentId, WritePolicy
 from .errors import CorruptExtent, HoldfastError
 from .extent import Extent, ExtentId, extent_count, named
 from .geometry import extent_geometry
+from .growth import may_continue, superseded
 from .orders import DropDocument, DropExtent, Outcome, Urgency, Verify
 from .residency import Placement, Tier
 from .reuse import Decision
@@ -44,6 +46,7 @@ class Adoption:
         self.verified = self.room.writes.catch_up  # what follows when all is verified
         self._queue: dict[ExtentId, _Found] = {}
         self._verifying = 0
+        self._before: dict[DocumentId, tuple[ExtentId, ...]] = {}  # of documents that were continued
 
     # Taking over -------------------------------------------------------------------------------
 
@@ -51,7 +54,8 @@ class Adoption:
         """Take over what still has a use, and tell the index what has none. After the catalog's, before pins."""
         for spec in left.specs:
             self.state.specs.setdefault(spec.fingerprint(), spec)
-        fresh = [document for document in left.documents if self._is_fresh(document)]
+        sound = {extent.id for extent, slot in left.extents if self._is_sound(extent, slot)}
+        fresh = [document for document in left.documents if self._is_fresh(document, sound)]
         replaced = [extent for document in fresh for extent in self._replace(document)]
         needed = {extent for record in self.state.documents.values() for extent in record.document.extents}
         needed.update(extent for document in fresh for extent in document.extents)
@@ -74,20 +78,34 @@ class Adoption:
         self.state.ledger.counts["adopted"] += len(self._queue)
         self._verify_next()
 
-    def _is_fresh(self, document: Document) -> bool:
-        """Whether the index knows better than the catalog, which has a document only when it is durable."""
+    def _is_fresh(self, document: Document, sound: Container[ExtentId]) -> bool:
+        """Whether the index knows better than the catalog, which has a document only when it is durable.
+
+        A version that only continues a durable one must be whole, else the durable one is worth more.
+        """
         spec = self.state.specs.get(document.fingerprint)
         if spec is None or len(document.extents) != extent_count(document.token_count, spec):
             return False
         known = self.state.documents.get(document.id)
-        return known is None or (
-            known.document.extents != document.extents and known.document.created_wall_ns < document.created_wall_ns
-        )
+        if known is None:
+            return True
+        if known.document.extents == document.extents or known.document.created_wall_ns >= document.created_wall_ns:
+            return False
+        if not may_continue(known.document, document, spec):
+            return True
+        records = {extent: self.state.extents.get(extent) for extent in document.extents}
+        return all(e in sound or (r is not None and r.source() is not None) for e, r in records.items())
 
     def _replace(self, document: Document) -> list[ExtentRecord]:
-        """Forget the document that had this name before: its deletion was acknowledged, but not yet in the catalog."""
+        """Forget the document that had this name before: its deletion was acknowledged, but not yet in the catalog.
+
+        Or it was continued: then what the catalog names of it stays until that has heard of the longer one.
+        """
         known = self.state.documents.pop(document.id, None)
         if known is None:
+            return []
+        if may_continue(known.document, document, self.state.specs[document.fingerprint]):
+            self._before[document.id] = superseded(known, document)
             return []
         self.upkeep.tell(document.id, DropDocument(*document.id))
         records = [self.state.extents[extent] for extent in known.document.extents]
@@ -130,7 +148,10 @@ class Adoption:
         if policy is WritePolicy.AUTO:
             policy = WritePolicy.THROUGH  # what was decided is forgotten; nothing is to be lost
         decision = Decision(policy, "found in memory after a restart")
-        self.state.documents[document.id] = DocumentRecord(document=document, volatile=volatile, decision=decision)
+        before = self._before.pop(document.id, ())
+        self.state.documents[document.id] = DocumentRecord(
+            document=document, volatile=volatile, before=before, decision=decision
+        )
         self.room.writes.make_durable(document.id)
 
     # Verifying ---------------------------------------------------------------------------------

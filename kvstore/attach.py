@@ -20,15 +20,19 @@ from .loading import Loading, Phase
 from .orders import Urgency
 from .residency import Placement, Tier
 from .residency import State as Residency
-from .state import State
+from .state import ShardKey, State
 
 Waiting = Callable[[int | HoldfastError], None]
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Attach:
-    """A lease, its loading, and who waits for its layers. `answered`: its holder knows the lease, or its refusal."""
+    """A lease, its loading, and who waits for its layers. `answered`: its holder knows the lease, or its refusal.
 
+    `owner` is the version of the document that is leased: it may have grown since.
+    """
+
+    owner: Document
     lease: Lease
     loading: Loading
     waiting: list[tuple[int, Waiting]] = field(default_factory=list)
@@ -89,7 +93,7 @@ class Attaches:
             )
         placed = None
         if group is not None:
-            shard = self.state.group(group).shards.get(owner.id)
+            shard = self.state.group(group).shards.get(ShardKey(owner.id, owner.token_count))
             wanted = layout if shard is None else shard.layout
             placed = checked_layout(self.state, group, owner.fingerprint, owner.token_count, wanted)
         now_ns = self.store.clock.monotonic_ns()
@@ -146,7 +150,7 @@ class Attaches:
             layer_ready=lambda _: self._wake(attach),
             ended=ended,
         )
-        attach = Attach(lease=lease, loading=loading)
+        attach = Attach(owner=owner, lease=lease, loading=loading)
         return attach
 
     def _swap(self, lease: Lease, owner: Document, group: str | None, tokens: tuple[int, int]) -> SwapRecord:
@@ -194,7 +198,7 @@ class Attaches:
     def _predicted_ns(self, loading: Loading, owner: Document) -> int:
         """Time to move what is not at the target yet."""
         group = loading.group
-        shard = self.state.groups[group].shards.get(owner.id) if group is not None else None
+        shard = self.state.groups[group].shards.get(loading.key) if group is not None else None
         sizes: Counter[Hop] = Counter()
         move_bytes = 0
         for record in loading.records:

@@ -6,7 +6,7 @@ until the holder lets go. Pins have a byte budget, and an end unless told otherw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .document import DocumentId
 from .errors import ClaimNotFound, PinsOvercommitted
@@ -63,16 +63,31 @@ class Pins:
 
     def add(self, pin: Pin) -> None:
         """Pin, or replace the document's pin. Raises PinsOvercommitted and changes nothing when over budget."""
-        old = self._pins.get(pin.document)
+        self._refuse_overcommitted(pin.document, pin.size_bytes)
+        self._pins[pin.document] = pin
+
+    def check(self, document: DocumentId, size_bytes: int) -> None:
+        """Raises PinsOvercommitted if the document is pinned and, that large, would be over budget."""
+        if document in self._pins:
+            self._refuse_overcommitted(document, size_bytes)
+
+    def resize(self, document: DocumentId, size_bytes: int) -> Pin | None:
+        """The pin of a document that has grown; None when it has none."""
+        pin = self._pins.get(document)
+        if pin is not None:
+            pin = self._pins[document] = replace(pin, size_bytes=size_bytes)
+        return pin
+
+    def _refuse_overcommitted(self, document: DocumentId, size_bytes: int) -> None:
+        old = self._pins.get(document)
         others = self.pinned_bytes - (old.size_bytes if old else 0)
-        if others + pin.size_bytes > self.budget_bytes:
+        if others + size_bytes > self.budget_bytes:
             biggest = sorted(self._pins.values(), key=lambda p: (-p.size_bytes, p.document))[:3]
             held = ", ".join(f"{p.document} {p.size_bytes} B" for p in biggest) or "nothing"
             raise PinsOvercommitted(
-                f"pinning {pin.document} ({pin.size_bytes} B) exceeds the pin budget: "
+                f"pinning {document} ({size_bytes} B) exceeds the pin budget: "
                 f"{others} of {self.budget_bytes} B are taken ({held}); unpin something or raise limits.pin_bytes"
             )
-        self._pins[pin.document] = pin
 
     def remove(self, document: DocumentId) -> Pin:
         """Unpin. Raises ClaimNotFound."""

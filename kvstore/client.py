@@ -185,10 +185,15 @@ class Client:
         group: str | None = None,
         chunk_tokens: int = 2048,
         deadline_seconds: float = 60.0,
+        layout: Layout | None = None,
     ) -> IngestOpened:
-        """Open an ingest: slots to fill, or a shard to prefill into when a group is named."""
+        """Open an ingest: slots to fill, or a shard to prefill into when a group is named.
+
+        A document of that name may be there if these tokens continue it. `layout` says who is to have which tokens.
+        """
         data = token_bytes(tokens)
-        body = BeginIngest(name, fingerprint, data, write_policy, group, chunk_tokens, deadline_seconds)
+        wanted = LayoutMessage.of(layout) if layout is not None else None
+        body = BeginIngest(name, fingerprint, data, write_policy, group, chunk_tokens, deadline_seconds, wanted)
         return self._ask(IngestOpened, body, deadline_seconds + MARGIN_SECONDS)
 
     def commit_ingest(self, ingest: int, seals: Sequence[bytes] = (), deadline_seconds: float = 600.0) -> DocumentView:
@@ -223,11 +228,15 @@ class Client:
         layout: Layout | None = None,
         tokens: tuple[int, int] | None = None,
         deadline_seconds: float = 60.0,
+        wait_seconds: float = 0.0,
     ) -> Attached:
-        """Lease a document, or tokens [start, stop) of it, and start bringing it to DDR; or into a group."""
+        """Lease a document, or tokens [start, stop) of it, and start bringing it to DDR; or into a group.
+
+        One that does not exist yet may be waited for: until it is published, or its ingest ends without it.
+        """
         wanted = LayoutMessage.of(layout) if layout is not None else None
-        body = AttachDocument(name, fingerprint, group, wanted, deadline_seconds, tokens)
-        attached = self._ask(Attached, body, deadline_seconds + MARGIN_SECONDS)
+        body = AttachDocument(name, fingerprint, group, wanted, deadline_seconds, tokens, wait_seconds)
+        attached = self._ask(Attached, body, wait_seconds + deadline_seconds + MARGIN_SECONDS)
         self._ready[attached.lease] = attached.layers_ready
         return attached
 

@@ -7,10 +7,10 @@ each other: the second to commit gives its duplicate copies back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from .demand import Demand
-from .document import WritePolicy
+from .document import Document, WritePolicy
 from .enrol import Enrolled, Enrolment, Enrolments
 from .errors import (
     ClaimNotFound,
@@ -23,6 +23,7 @@ from .errors import (
     NoCapacity,
 )
 from .extent import Extent
+from .growth import replaced
 from .ingesting import Done, Ingest, Stage
 from .ledger import SwapRecord
 from .loader import Loader
@@ -54,6 +55,7 @@ class Ingests:
         self.spill = Spill(store, room)
         self.enrolments = Enrolments(store)
         self.open: dict[int, Ingest] = {}
+        self.grew: Callable[[Document], None] = lambda _: None  # a longer version is there
 
     # Begin -------------------------------------------------------------------------------------
 
@@ -117,8 +119,9 @@ class Ingests:
         records = self.store.records
         document = ingest.document
         known = records.documents.get(document.id)
-        if known is not None and known.document.extents != document.extents:
+        if known is not None and known.document.extents != document.extents and not ingest.grows:
             raise DocumentExists(f"{document.id} exists with other tokens or another model; delete it or rename")
+        self.store.records.pins.check(document.id, sum(extent.slot_bytes for extent in ingest.extents))
         for other in self.open.values():
             if other.document.id == document.id:
                 raise InUse(f"{document.id} is being ingested already")
@@ -132,7 +135,7 @@ class Ingests:
         if ingest.group is None:
             return
         group = records.group(ingest.group)
-        shard = group.shards.get(document.id)
+        shard = group.shards.get(ingest.key)
         if shard is not None and any(copy.holds for copy in shard.copies.values()):
             raise InUse(f"{document.id} is in use in group {ingest.group!r}")
         assert ingest.layout is not None
@@ -152,7 +155,7 @@ class Ingests:
                 passage.early = lambda extent: self.room.writes.begin_early(ingest.id, extent, ingest.filled[extent.id])
             self._ready(ingest, None)
             return
-        shard = self.store.records.groups[ingest.group].shards.get(ingest.document.id)
+        shard = self.store.records.groups[ingest.group].shards.get(ingest.key)
         if shard is not None:
             if any(copy.holds for copy in shard.copies.values()):
                 self._end(ingest, InUse(f"{ingest.document.id} is in use in group {ingest.group!r}"))
@@ -330,7 +333,7 @@ class Ingests:
         """Adopt the copies and make the document visible: the point of acknowledgement."""
         records = self.store.records
         for extent in ingest.extents:
-            if extent.id not in ingest.filled and not self._present(extent):
+            if extent.id not in ingest.filled and not self.present(extent):
                 gone = f"tokens [{extent.start}, {extent.stop}) were lost meanwhile"
                 self._end(ingest, DocumentIncomplete(f"{ingest.document.id}: {gone}; ingest it again"))
                 return
@@ -346,11 +349,14 @@ class Ingests:
             if placement is not None and self.store.offer(record, placement):
                 records.private[ingest.id].remove(placement)  # `_release` gives back what was a duplicate
         self.room.writes.publish_early(ingest.id)
-        known = records.documents.get(document.id)
-        published = known or DocumentRecord(document=document)
+        published = records.documents.get(document.id)
+        if published is None:
+            published = records.documents[document.id] = DocumentRecord(document=document)
+        elif ingest.grows:
+            published = replaced(self.store, published, document)
+            self.grew(document)
         published.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
         published.durable = published.durable and not published.volatile
-        records.documents[document.id] = published
         self.store.notes.add(PutSpec(records.specs[document.fingerprint]))
         self.store.notes.add(PutDocument(published.document))
         self._release(ingest)
@@ -359,7 +365,8 @@ class Ingests:
         if committed is not None:
             committed(None)
 
-    def _present(self, extent: Extent) -> bool:
+    def present(self, extent: Extent) -> bool:
+        """Whether a copy of it is there, or on its way."""
         record = self.store.records.extents.get(extent.id)
         return record is not None and record.source() is not None
 

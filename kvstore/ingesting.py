@@ -14,7 +14,7 @@ from .loading import Loading
 from .passage import Passage
 from .residency import Placement
 from .room import Reservation
-from .state import Shard
+from .state import Shard, ShardKey
 from .writing import Turn
 
 Done = Callable[[HoldfastError | None], None]
@@ -36,7 +36,10 @@ class Stage(StrEnum):
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Ingest:
-    """An open ingest. `missing` are the extents that its writer fills; `cached_tokens` lead and are there already."""
+    """An open ingest. `missing` are the extents that its writer fills; `cached_tokens` lead and are there already.
+
+    `grows`: a shorter version of the document, which its tokens begin with, is there.
+    """
 
     id: int
     client: int
@@ -46,6 +49,7 @@ class Ingest:
     cached_tokens: int
     group: str | None
     layout: Layout | None
+    grows: bool = False
     stage: Stage = Stage.WAITING
     passage: Passage | None = None
     held: list[Placement] = field(default_factory=list)
@@ -56,6 +60,11 @@ class Ingest:
     error: HoldfastError | None = None
     granted: Done | None = None
     committed: Done | None = None
+
+    @property
+    def key(self) -> ShardKey:
+        """The version of the document that is made."""
+        return ShardKey(self.document.id, self.document.token_count)
 
     @property
     def filled(self) -> dict[str, Placement]:

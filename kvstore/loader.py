@@ -62,7 +62,7 @@ class Loader:
     def _shard(self, loading: Loading) -> Shard | None:
         if loading.group is None:
             return None
-        return self.store.records.group(loading.group).shards.get(loading.document)
+        return self.store.records.group(loading.group).shards.get(loading.key)
 
     def _demand(self, loading: Loading) -> Demand | None:
         """What the loading needs now; None while others fill what it waits for, or fill, save or trim its shard."""

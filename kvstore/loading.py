@@ -17,7 +17,7 @@ from .ledger import SwapRecord
 from .orders import Urgency
 from .residency import Placement, Tier
 from .room import Reservation
-from .state import ExtentRecord, Shard
+from .state import ExtentRecord, Shard, ShardKey
 
 RECOMPUTE: Final = "ingest the document again to recompute them; what lies behind is kept"
 
@@ -71,6 +71,12 @@ class Loading:
     released: bool = False
     kept: bool = False  # failed, but its holder may still be using what is in DDR, or the shard's rows
     error: HoldfastError | None = None
+
+    @property
+    def key(self) -> ShardKey:
+        """The version of the document that goes to a group."""
+        assert self.layout is not None, "a group has a layout"
+        return ShardKey(self.document, self.layout.token_count)
 
     def came_from(self, tier: Tier, record: ExtentRecord) -> None:
         """Write the extent's bytes on the receipt, by the tier that gives them."""

@@ -14,7 +14,7 @@ from .store import Store
 def open_shard(store: Store, loading: Loading, demand: Demand) -> None:
     """Open, grow or replace the shard as was granted, and hold all of its copies for the loading."""
     assert loading.group is not None
-    shard = store.records.group(loading.group).shards.get(loading.document)
+    shard = store.records.group(loading.group).shards.get(loading.key)
     if shard is not None and demand.replaces == shard.id:
         store.close_shard(shard)
         shard = None

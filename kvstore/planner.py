@@ -189,7 +189,7 @@ class Planner:
         """
         found = []
         for shard in self.state.shards():
-            if shard.document == document.id and self.state.may_leave_hbm(shard):
+            if shard.key == (document.id, document.token_count) and self.state.may_leave_hbm(shard):
                 for extent, copy in reversed(shard.copies.items()):
                     found.append((self.state.extents[extent], copy))
         for extent in reversed(document.extents):

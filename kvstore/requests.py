@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from .attach import Attach
+from .awaiting import Waiter
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
@@ -215,6 +216,7 @@ class Requests:
                 self._deadline_ns(body.deadline_seconds),
                 done,
                 keys,
+                body.layout.layout() if body.layout is not None else None,
             ),
             late=lambda ingest: self._service.abort_ingest(client, ingest.id),
         )
@@ -238,21 +240,25 @@ class Requests:
         return SlotsGiven(self._runs(ingest.document.fingerprint, copies))
 
     async def _attach(self, client: int, tenant: str, body: AttachDocument) -> Reply:
+        document = DocumentId(tenant, body.name)
         wanted = body.layout.layout() if body.layout is not None else None
-        attach: Attach = await self._call(
-            lambda done: self._service.attach(
-                client,
-                DocumentId(tenant, body.name),
-                body.fingerprint,
-                body.group,
-                wanted,
-                self._deadline_ns(body.deadline_seconds),
-                done,
-                body.tokens,
-            ),
-            late=lambda attach: self._service.detach(client, attach.lease.id),
-        )
-        owner = self._service.state.documents[attach.lease.document].document
+
+        def attaching(done: Answered[Attach]) -> None:
+            deadline_ns = self._deadline_ns(body.deadline_seconds)
+            self._service.attach(client, document, body.fingerprint, body.group, wanted, deadline_ns, done, body.tokens)
+
+        def start(done: Answered[Attach]) -> None:
+            if not body.wait_seconds:
+                attaching(done)
+                return
+            until_ns = self._deadline_ns(body.wait_seconds)
+            waiter = Waiter(
+                client=client, document=document, deadline_ns=until_ns, attach=lambda: attaching(done), refused=done
+            )
+            self._service.when_published(waiter)
+
+        attach: Attach = await self._call(start, late=lambda attach: self._service.detach(client, attach.lease.id))
+        owner = attach.owner
         with self._taken_back(lambda: self._service.detach(client, attach.lease.id)):
             if attach.loading.error is not None:  # since the grant
                 raise attach.loading.error

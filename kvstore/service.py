@@ -18,6 +18,7 @@ from ..eviction.history import History
 from ..eviction.policy import POLICIES
 from .adoption import Adoption
 from .attach import Attach, Attaches, checked_layout
+from .awaiting import Awaiting, Waiter
 from .claims import Pin, Pins
 from .clock import Clock
 from .config import Config
@@ -34,6 +35,7 @@ from .errors import (
 )
 from .extent import Extent, cut
 from .geometry import arena_geometry, extent_geometry
+from .growth import close_retired, continues
 from .ingest import Ingests
 from .ingesting import Ingest
 from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
@@ -80,6 +82,7 @@ class Service:
         self.room = Room(self.store, self.writes, config.limits.pending_reservations)
         self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)
+        self.awaiting = Awaiting(self.state, self.ingests.open, config.limits.pending_reservations)
         self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
         self.upkeep = Upkeep(self.loader, self.ingests)
         self.measurements = Measurements(self.store)
@@ -107,6 +110,8 @@ class Service:
         self._pump()
 
     def _pump(self) -> None:
+        self.awaiting.pump(self.clock.monotonic_ns())
+        close_retired(self.store)
         self.upkeep.settle()
         self.ingests.spill.pump()
         self.room.pump()
@@ -216,6 +221,7 @@ class Service:
             self.ingests.abort(ingest)
         for attach in [a for a in self.attaches.open.values() if a.lease.owner == client]:
             self.attaches.end(attach)
+        self.awaiting.forget(client)
         self.state.ddr.lift(client)
         self._pump()
 
@@ -233,10 +239,11 @@ class Service:
         deadline_ns: int,
         granted: Callable[[Ingest | HoldfastError], None],
         keys: Sequence[bytes] = (),
+        layout: Layout | None = None,
     ) -> Ingest:
-        """Open an ingest. A group prefills in zigzag chunks of `chunk_tokens` behind what is cached.
+        """Open an ingest. A group prefills in zigzag chunks of `chunk_tokens` behind what is cached, or as `layout`.
 
-        `keys` are those of the tokens, where the caller has made them (`keying`) in turns with other work.
+        It may continue a document of that name. `keys` are the tokens', where the caller has made them (`keying`).
         `granted` hears, once, when its room is taken, or why it cannot be. Raises at once for bad input.
         """
         checked_name(document.name)
@@ -246,13 +253,17 @@ class Service:
             raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
         keys = keys or block_keys(tokens, spec, self._secret(document.tenant))
         extents = cut(keys, len(tokens), spec, document.tenant)
-        missing = tuple(extent for extent in extents if not self._present(extent))
-        cached = self._cached_tokens(extents, missing, len(tokens))
+        missing = tuple(extent for extent in extents if not self.ingests.present(extent))
+        cached = min((extent.start for extent in missing), default=len(tokens))  # in front of any layer group's first
         placed = None
         if group is not None:
             seats = self.state.group(group)
-            made = chunked(zigzag(cached, seats.cp, seats.tp), len(tokens), chunk_tokens)
+            made = layout or chunked(zigzag(cached, seats.cp, seats.tp), len(tokens), chunk_tokens)
             placed = checked_layout(self.state, group, fingerprint, len(tokens), made)
+        known = self.state.documents.get(document)
+        grows = known is not None and continues(known.document, tokens, keys, spec, self._secret(document.tenant))
+        if known is not None and write_policy is WritePolicy.AUTO:
+            write_policy = known.document.write_policy  # its owner named it before
         ingest = Ingest(
             id=self.store.new_id(),
             client=client,
@@ -262,25 +273,18 @@ class Service:
                 token_count=len(tokens),
                 extents=tuple(extent.id for extent in extents),
                 write_policy=write_policy,
-                created_wall_ns=self.clock.wall_ns(),
+                created_wall_ns=max(self.clock.wall_ns(), known.document.created_wall_ns + 1 if known else 0),
             ),
             extents=extents,
             missing=missing,
             cached_tokens=cached,
             group=group,
             layout=placed,
+            grows=grows,
         )
         self.ingests.begin(ingest, deadline_ns, lambda error: granted(error if error is not None else ingest))
         self._pump()
         return ingest
-
-    def _present(self, extent: Extent) -> bool:
-        record = self.state.extents.get(extent.id)
-        return record is not None and record.source() is not None
-
-    def _cached_tokens(self, extents: Sequence[Extent], missing: Sequence[Extent], token_count: int) -> int:
-        """Tokens in front of the first missing extent of any layer group."""
-        return min((extent.start for extent in missing), default=token_count)
 
     def commit_ingest(
         self,
@@ -350,6 +354,14 @@ class Service:
         self.writes.came_back(self.state.documents[document], "attached again")
         self._pump()
         return attach
+
+    def when_published(self, waiter: Waiter) -> None:
+        """See Awaiting. Raises NoCapacity, and what the attach raises when the document is there already."""
+        if waiter.document in self.state.documents:
+            waiter.attach()
+        else:
+            self.awaiting.park(waiter)
+            self._pump()
 
     def wait_layers(self, client: int, lease_id: int, layers: int, done: Callable[[int | HoldfastError], None]) -> None:
         """See Attaches.wait_layers."""

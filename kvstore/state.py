@@ -78,11 +78,13 @@ class DocumentRecord:
 
     `volatile` are the extents that were not yet in the catalog when the document was committed. `decision` says what
     was decided for it at its commit; None after a restart. `behind`: it should be on NVMe, and the disk cannot follow.
+    `before`: extents of a shorter version that the catalog still names.
     """
 
     document: Document
     durable: bool = False
     volatile: set[ExtentId] = field(default_factory=set)
+    before: tuple[ExtentId, ...] = ()
     decision: Decision | None = None
     behind: bool = False
 
@@ -90,6 +92,13 @@ class DocumentRecord:
     def writes_through(self) -> bool:
         """Whether it should be on NVMe without waiting for an eviction."""
         return self.decision is not None and self.decision.policy is WritePolicy.THROUGH
+
+
+class ShardKey(NamedTuple):
+    """A version of a document: versions differ in length."""
+
+    document: DocumentId
+    token_count: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,6 +117,11 @@ class Shard:
     rows: list[tuple[int, int]]
     copies: dict[ExtentId, Placement] = field(default_factory=dict)
     generation: int = 0  # the opening that the ranks know; 0 when they have to be told anew
+
+    @property
+    def key(self) -> ShardKey:
+        """Whose rows they are."""
+        return ShardKey(self.document, self.layout.token_count)
 
     def lengths(self, stop: int) -> list[int]:
         """Rows per rank that the first `stop` tokens take."""
@@ -143,7 +157,7 @@ class Group:
     pools: dict[int, RowPool] = field(default_factory=dict)
     seats: dict[int, int] = field(default_factory=dict)
     backends: dict[int, Backend] = field(default_factory=dict)
-    shards: dict[DocumentId, Shard] = field(default_factory=dict)
+    shards: dict[ShardKey, Shard] = field(default_factory=dict)
 
     @property
     def ranks(self) -> int:
@@ -178,6 +192,7 @@ class State:
         self.private: dict[int, list[Placement]] = {}  # ingest id -> copies nobody else sees yet
         self.spares: dict[ExtentId, Placement] = {}  # good DDR copies, should the one that is being filled fail
         self.draining: dict[ExtentId, Placement] = {}  # DDR copies told to leave; a hit may have called one back
+        self.retired: list[Shard] = []  # of versions before the present one, which somebody still reads
         self.leaving: list[Placement] = []  # copies that no record names any more, whose slots are not free yet
 
     def document(self, document: DocumentId) -> DocumentRecord:
@@ -287,7 +302,12 @@ class State:
             self._check_group(group)
         for record in self.extents.values():
             for document in record.documents:
-                assert record.extent.id in self.documents[document].document.extents
+                owner = self.documents[document]
+                assert record.extent.id in (*owner.document.extents, *owner.before)
+        for shard in self.shards():
+            known = self.documents.get(shard.document)
+            is_old = known is not None and shard.layout.token_count < known.document.token_count
+            assert is_old == (shard in self.retired), f"an earlier version's shard {shard.id} is forgotten"
 
     def _check_group(self, group: Group) -> None:
         for rank, pool in group.pools.items():

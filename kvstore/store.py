@@ -350,7 +350,7 @@ class Store:
                 taken = pool.claim(start, count)
             assert taken, "rows were planned on this very state"
         shard.rows = rows
-        group.shards[shard.document] = shard
+        group.shards[shard.key] = shard
         for extent, (start, stop) in shard.spans.items():
             if extent in shard.copies:
                 continue
@@ -377,7 +377,7 @@ class Store:
             group.pools[rank].free(start + length, count - length)
             shard.rows[rank] = (start, length)
         if not shard.copies:
-            del group.shards[shard.document]
+            del group.shards[shard.key]
             self.submit(CloseShard(group=group.name, shard=shard.id))
 
     def close_shard(self, shard: Shard, reason: str = "") -> None:
@@ -389,7 +389,7 @@ class Store:
         for rank, (start, count) in enumerate(shard.rows):
             group.pools[rank].free(start, count)
             shard.rows[rank] = (0, 0)
-        group.shards.pop(shard.document, None)
+        group.shards.pop(shard.key, None)
         self.submit(CloseShard(group=group.name, shard=shard.id, reason=reason))
 
     def _left_shard(self, shard: Shard, placement: Placement) -> None:

@@ -52,6 +52,7 @@ class Upkeep:
         self.store = loader.store
         self.room = loader.room
         self.state = loader.store.records
+        ingests.grew = self._grew
         self._evictions: list[Eviction] = []
         self._unsaid: set[DocumentId] = set()  # of which the catalog may still tell something old
         self._telling: Counter[DocumentId] = Counter()  # and of which it is being told something new
@@ -133,6 +134,13 @@ class Upkeep:
             if any(self._pinned(victim, copy) for victim, copy in (*eviction.pending, *eviction.leaving)):
                 self._give_up(eviction)
         return pin
+
+    def _grew(self, document: Document) -> None:
+        """A pin holds the longer version too."""
+        size_bytes = sum(self.state.extents[extent].extent.slot_bytes for extent in document.extents)
+        pin = self.state.pins.resize(document.id, size_bytes)
+        if pin is not None:
+            self.tell(document.id, PutPin(pin))
 
     def unpin(self, document: DocumentId) -> Pin:
         """Let it sink again. Raises ClaimNotFound."""
@@ -232,7 +240,7 @@ class Upkeep:
 
         It is invisible at once; `done` hears when the catalog has forgotten it too, so that no restart brings it back.
         """
-        owner = self.state.document(document).document
+        owner = self.state.document(document)
         leases = self.state.leased(document)
         if leases:
             raise InUse(f"{document} is leased by {len(leases)} holder(s); detach first")
@@ -250,7 +258,7 @@ class Upkeep:
         del self.state.documents[document]
         self.tell(document, DropDocument(document.tenant, document.name), done=done)
         self.store.notes.add(DropDocument(document.tenant, document.name))
-        for extent in owner.extents:
+        for extent in (*owner.document.extents, *owner.before):
             record = self.state.extents[extent]
             record.documents -= {document}
             self.store.reap(record)

@@ -197,7 +197,7 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
             if placement.readable:
                 resident[placement.tier.label] = resident.get(placement.tier.label, 0) + placement.size_bytes
     for shard in state.shards():
-        if shard.document == document.id:
+        if shard.key == (document.id, document.token_count):
             size = sum(copy.size_bytes for copy in shard.copies.values() if copy.readable)
             resident[Tier.HBM.label] = resident.get(Tier.HBM.label, 0) + size
     missing = [(r.extent.start, r.extent.stop) for r in records if r.source() is None]

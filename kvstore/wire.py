@@ -68,7 +68,10 @@ class RegisterRank(Message, frozen=True):
 
 
 class BeginIngest(Message, frozen=True):
-    """Open an ingest. `tokens` are little-endian uint32."""
+    """Open an ingest. `tokens` are little-endian uint32.
+
+    `layout`: who is to have which tokens in the group; by default zigzag chunks behind what is cached.
+    """
 
     name: str
     fingerprint: bytes
@@ -77,6 +80,7 @@ class BeginIngest(Message, frozen=True):
     group: str | None
     chunk_tokens: Count
     deadline_seconds: float
+    layout: LayoutMessage | None = None
 
 
 class CommitIngest(Message, frozen=True):
@@ -106,7 +110,10 @@ class AbortIngest(Message, frozen=True):
 
 
 class AttachDocument(Message, frozen=True):
-    """Lease a document, to DDR or to a group; without a group perhaps only tokens [start, stop) of it."""
+    """Lease a document, to DDR or to a group; without a group perhaps only tokens [start, stop) of it.
+
+    One that does not exist yet is waited for `wait_seconds`, as long as its ingest goes on.
+    """
 
     name: str
     fingerprint: bytes | None
@@ -114,6 +121,7 @@ class AttachDocument(Message, frozen=True):
     layout: LayoutMessage | None
     deadline_seconds: float
     tokens: tuple[Count, Count] | None = None
+    wait_seconds: Seconds = 0.0
 
 
 class WaitLayers(Message, frozen=True):

@@ -17,6 +17,7 @@ from .document import Document, DocumentId, WritePolicy
 from .early import EarlyWrites
 from .errors import DeadlineExceeded, HoldfastError, StorageFull
 from .extent import Extent, ExtentId
+from .growth import cataloged
 from .ledger import Hop
 from .orders import Outcome, PutDocument, PutExtent, PutSpec, PutWear, Record, Urgency, Write, WriteOut
 from .residency import Event, Placement, State, Tier
@@ -61,10 +62,7 @@ class Writes:
     # Documents ---------------------------------------------------------------------------------
 
     def decide(self, document: Document, extents: Iterable[Extent]) -> Decision:
-        """The policy that its owner named, now or before; for AUTO what pays, by what the daemon has learned."""
-        known = self.state.documents.get(document.id)
-        if document.write_policy is WritePolicy.AUTO and known is not None:
-            document = known.document
+        """The policy that its owner named; for AUTO what pays, by what the daemon has learned."""
         if document.write_policy is not WritePolicy.AUTO:
             return Decision(document.write_policy, NAMED)
         rate = self.comebacks.rate(document.id.tenant, self.store.clock.monotonic_ns())
@@ -127,7 +125,9 @@ class Writes:
 
         def committed(outcome: Outcome) -> None:
             owner.durable = outcome.error is None
-            if outcome.error is not None:
+            if owner.durable:
+                cataloged(self.store, owner)
+            else:
                 self.state.ledger.counts["catalog_failures"] += 1
                 self._unsaid.add(document)
 

@@ -57,6 +57,7 @@ def test_an_agent_that_hits_a_bug_leaves_nobody_waiting(monkeypatch):
         reply = session.ask_or_recompute("report", [1, 2, 3] * 30, [4], 3)
         assert reply.swap is None
         assert reply.answer.tokens == engine.recompute([1, 2, 3] * 30, [4], 3, 64).tokens
+        until(lambda: seen, "the thread has ended")
         assert [error.exc_type for error in seen] == [ZeroDivisionError]
         until(lambda: daemon.used("hbm") == 0, "the group is gone")
         assert daemon.leases() == []

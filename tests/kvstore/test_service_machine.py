@@ -379,6 +379,23 @@ class Machine(RuleBasedStateMachine):
             if commits:
                 self.commit_one(ingest)
 
+    @rule(
+        name=st.sampled_from(NAMES),
+        number=st.integers(1, 3),
+        lengths=st.lists(st.sampled_from(LENGTHS), min_size=2, max_size=3, unique=True).map(sorted),
+        policies=st.tuples(st.sampled_from(WritePolicy), st.sampled_from(WritePolicy)),
+        grouped=st.booleans(),
+        asks=st.booleans(),
+    )
+    def converse(self, name, number, lengths, policies, grouped, asks):
+        """A document grows while somebody reads it."""
+        if grouped:
+            self.group_comes()
+        for length in lengths:
+            self.store(name, stream(number, length), policies[length > 64], grouped)
+            if asks:
+                self.attach_one(2, name, grouped)
+
     @precondition(lambda self: self.ingests)
     @rule(data=st.data())
     def abort(self, data):
@@ -424,7 +441,8 @@ class Machine(RuleBasedStateMachine):
     def all_there(self, name, group):
         """Whether every extent has a copy outside HBM, or in the document's own shard."""
         state = self.service.state
-        own = state.groups[group].shards.get(DocumentId("t", name)) if group in state.groups else None
+        shards = state.groups[group].shards.values() if group in state.groups else ()
+        own = next((s for s in shards if s.key == (DocumentId("t", name), len(self.documents[name]))), None)
         shard = own.id if own is not None else None
         have = {
             self.labels[copy.extent]
@@ -612,7 +630,7 @@ class Machine(RuleBasedStateMachine):
         if not hasattr(self, "service"):
             return
         live = {c.slot: c for c in self.service.state.all_placements() if c.tier is Tier.DDR}
-        for attach, name, group, slots in self.leases.values():
+        for attach, _, group, slots in self.leases.values():
             ready = attach.loading.phase == "ready"
             for slot, extent in slots.items():
                 assert slot in live, "a leased slot was freed"
@@ -620,7 +638,7 @@ class Machine(RuleBasedStateMachine):
                 assert not ready or self.ddr[slot] == self.labels[extent]
             if group and ready and self.has_group and attach.loading.shard.copies:
                 shard = attach.loading.shard.id
-                for start, label in prefixes(self.documents[name]).items():
+                for start, label in prefixes(self.labels[attach.owner.extents[-1]]).items():  # it may have grown
                     assert self.hbm[shard, start] == label
 
     @invariant()
