@@ -7,7 +7,6 @@ or not. What it cannot measure it names.
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from .kvstore.clock import Clock
 from .kvstore.config import Config
 from .kvstore.errors import StorageFailed, Unavailable
 from .kvstore.gpus import gpus
+from .kvstore.machine import Machine
 from .kvstore.measure import EXTENT, SLAB_BYTES, Progress, measure, rate, scratch_slots
 from .kvstore.spec import KVSpec, LayerGroup
 
@@ -57,14 +57,9 @@ def calibrate(config: Config, arena_directory: Path, clock: Clock, rounds: int, 
 
 
 def machine(directory: Path) -> str:
-    """The hardware in one line: another line needs another calibration."""
-    model = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / (1 << 30)
+    """The hardware in one line, with the disk: another line needs another calibration."""
     device = directory.stat().st_dev
-    return f"{model}, {os.cpu_count()} cores, {memory_gib:.0f} GiB, disk {os.major(device)}:{os.minor(device)}"
+    return f"{Machine().hardware()}, disk {os.major(device)}:{os.minor(device)}"
 
 
 def _gpus(unknown: list[str]) -> tuple[Gpu, ...]:

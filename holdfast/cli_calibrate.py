@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -15,6 +16,8 @@ from .kvstore.errors import DaemonUnavailable, InvalidRequest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .kvstore.catalog import Catalog
 
 
 def measure_and_show(session: Session, config: Config, rounds: int) -> None:
@@ -44,58 +47,46 @@ def show_stored(session: Session, config: Config) -> None:
     except DaemonUnavailable:
         if session.url is not None:
             raise
-        found = {"calibration": _from_catalog(config)}
+        found = _from_catalog(config)
     show(session, found)
 
 
 def stored(config: Config, measured: Calibration) -> dict[str, Any]:
     """Give it to the daemon of that data directory, or to its catalog where none runs."""
+    from .kvstore.orders import PutCalibration
     from .rest import Rest, left_address
 
     try:
         address = left_address(config.daemon.data_dir)
-        return Rest(address).post("/v1/calibration", _json(measured))
+        return Rest(address).post("/v1/calibration", msgspec.to_builtins(measured))
     except DaemonUnavailable:
-        _to_catalog(config, measured)
-        return {"calibration": _json(measured)}
-
-
-def _to_catalog(config: Config, measured: Calibration) -> None:
-    from .kvstore.catalog import Catalog
-    from .kvstore.daemon import DataDirectory
-    from .kvstore.orders import PutCalibration
-
-    directory = DataDirectory(config.daemon.data_dir)
-    try:
-        catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
-        try:
+        with _catalog(config) as catalog:
             catalog.commit([PutCalibration(measured)])
-        finally:
-            catalog.close()
-    finally:
-        directory.close()
+            return _said(catalog)
 
 
-def _from_catalog(config: Config) -> dict[str, Any] | None:
+def _from_catalog(config: Config) -> dict[str, Any]:
+    if not (config.daemon.data_dir / "catalog.sqlite").exists():
+        return {"calibration": None, "rings": []}
+    with _catalog(config) as catalog:
+        return _said(catalog)
+
+
+@contextmanager
+def _catalog(config: Config) -> Iterator[Catalog]:
+    """The catalog of a data directory that no daemon has."""
     from .kvstore.catalog import Catalog
     from .kvstore.daemon import DataDirectory
 
-    if not (config.daemon.data_dir / "catalog.sqlite").exists():
-        return None
-    directory = DataDirectory(config.daemon.data_dir)
-    try:
-        catalog = Catalog(config.daemon.data_dir / "catalog.sqlite")
-        try:
-            found = catalog.calibration()
-        finally:
-            catalog.close()
-    finally:
-        directory.close()
-    return _json(found) if found is not None else None
+    path = config.daemon.data_dir
+    with closing(DataDirectory(path)), closing(Catalog(path / "catalog.sqlite")) as catalog:
+        yield catalog
 
 
-def _json(calibration: Calibration) -> dict[str, Any]:
-    found = msgspec.to_builtins(calibration)
+def _said(catalog: Catalog) -> dict[str, Any]:
+    """What the catalog keeps, as /v1/calibration says it."""
+    calibration, rings = catalog.measured()
+    found = msgspec.to_builtins({"calibration": calibration, "rings": rings[::-1]})
     assert isinstance(found, dict)
     return found
 
@@ -106,8 +97,11 @@ def show(session: Session, found: dict[str, Any]) -> None:
     def human() -> Sequence[RenderableType]:
         from . import cli_tables
 
-        if found["calibration"] is None:
-            return ["not calibrated yet: run `holdfast calibrate`; until then predictions use typical figures"]
-        return cli_tables.calibration(found)
+        said: list[RenderableType] = [
+            "not calibrated yet: run `holdfast calibrate`; until then predictions use typical figures"
+        ]
+        if found["calibration"] is not None:
+            said = cli_tables.calibration(found)
+        return [*said, "", cli_tables.rings(found["rings"])] if found["rings"] else said
 
     session.show(found, human)

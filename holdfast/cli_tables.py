@@ -50,7 +50,7 @@ def duration(seconds: float | None) -> str:
     return f"{seconds / 3600:.3g} h"
 
 
-def nanoseconds(value: int | None) -> str:
+def nanoseconds(value: float | None) -> str:
     """A duration given in nanoseconds."""
     return duration(None if value is None else value / NS)
 
@@ -89,6 +89,33 @@ def calibration(found: Json) -> list[Any]:
         )
         said.append(f"predictions of the last {prediction['swaps']} swaps were off by: {off}")
     return said
+
+
+def rings(found: Sequence[Json]) -> Table:
+    """What groups of ranks were measured to do, and from how many new tokens on they pass KV and not queries."""
+    cached = [tokens for tokens, _ in found[0]["pass_kv_from"]]
+    columns = ("GROUP", "HEADS", "COMPUTE", "LINK", "LATENCY", "EXCHANGE", "OVERLAP", "NOISE")
+    thresholds = tuple(f"PASS-KV FROM (P={tokens >> 10}K)" for tokens in cached)
+    rows = []
+    for rate in found:
+        setting, speeds, turns = rate["setting"], rate["speed"], dict(rate["pass_kv_from"])
+        means = ", ".join(setting[what] for what in ("communicator", "kernel", "device"))
+        rows.append(
+            (
+                f"cp={setting['cp']} tp={setting['tp']} {means}",
+                f"{setting['heads']}/{setting['kv_heads']} x {setting['head_dim']} {setting['dtype']}",
+                f"{speeds['flops_per_second'] / 1e9:.4g} GFLOP/s",
+                speed(speeds["bytes_per_second"]),
+                nanoseconds(speeds["latency_ns"]),
+                speed(speeds["exchange_bytes_per_second"]),
+                f"{speeds['overlap']:.0%}",
+                f"{speeds['spread']:.0%}",
+                *("never" if turns.get(tokens) is None else f"T={turns[tokens]}" for tokens in cached),
+                moment(rate["measured_wall_ns"]),
+                setting["machine"],
+            )
+        )
+    return table((*columns, *thresholds, "MEASURED", "ON"), rows, numbers=(*columns[2:], *thresholds))
 
 
 def _gpu(gpu: Json) -> str:

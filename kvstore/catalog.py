@@ -312,7 +312,7 @@ class Catalog:
             tenants={str(name): bytes(secret) for name, secret in self._rows("*", "tenants", "name")},
             prefills=tuple(prefills_of(row) for row in self._rows("*", "prefills", "fingerprint")),
             calibration=self._meta(CALIBRATION, Calibration),
-            rings=self._meta(RINGS, tuple[RingRate, ...]) or (),
+            rings=self._rings(),
             wear=self._meta(WEAR, Wear) or Wear(),
             orphans=(),
         )
@@ -321,10 +321,13 @@ class Catalog:
         found = self._database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return msgspec.json.decode(found[0], type=kind) if found is not None else None
 
-    def calibration(self) -> Calibration | None:
-        """The newest calibration. Raises StorageFailed."""
+    def measured(self) -> tuple[Calibration | None, tuple[RingRate, ...]]:
+        """The newest calibration, and what groups were measured to do. Raises StorageFailed."""
         with self._lock, self._failures("cannot be read"):
-            return self._meta(CALIBRATION, Calibration)
+            return self._meta(CALIBRATION, Calibration), self._rings()
+
+    def _rings(self) -> tuple[RingRate, ...]:
+        return self._meta(RINGS, tuple[RingRate, ...]) or ()
 
     def check(self) -> list[str]:
         """What SQLite finds wrong with the file; empty when it is sound. Reads all of it. Raises StorageFailed."""

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -66,6 +67,13 @@ class Machine:
     def total_memory(self) -> int:
         """Bytes of memory the machine has."""
         return self._meminfo("MemTotal")
+
+    def hardware(self) -> str:
+        """The processor and the memory in one line: what was measured on another line says nothing of this machine."""
+        lines = self._text("proc/cpuinfo").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        name = next(names, platform.processor() or platform.machine())
+        return f"{name}, {os.cpu_count()} cores, {self.total_memory() / (1 << 30):.0f} GiB"
 
     def mounts(self) -> list[Mount]:
         """Everything mounted where we look, in the order of mounting."""

@@ -9,9 +9,11 @@ effects.fail(service, order, StorageFailed("..."))       # or this one does not
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
+from holdfast.kvstore.calibration import RingRate, RingSetting, RingSpeed
 from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.config import Config, load_config
 from holdfast.kvstore.document import DocumentId, WritePolicy
@@ -90,6 +92,42 @@ def tiny_config(**overrides: str) -> Config:
     }
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
     return load_config(None, {}, values)
+
+
+RING_SETTING = RingSetting(
+    machine="a box",
+    device="cpu",
+    communicator="gloo",
+    kernel="cpu_flash",
+    cp=2,
+    tp=1,
+    dtype="float32",
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    value_dim=64,
+)
+RING_SPEED = RingSpeed(
+    flops_per_second=80e9,
+    key_bytes_per_second=8e9,
+    bytes_per_second=1.3e9,
+    latency_ns=90_000,
+    exchange_bytes_per_second=1.3e9,
+    exchange_latency_ns=150_000,
+    copy_bytes_per_second=10e9,
+    overlap=0.1,
+    spread=0.05,
+)
+
+
+def ring(wall_ns=1, **differs):
+    """What a group was measured to do, in a setting that differs in these."""
+    return RingRate(
+        setting=replace(RING_SETTING, **differs),
+        speed=RING_SPEED,
+        measured_wall_ns=wall_ns,
+        pass_kv_from=((32_768, 4000), (131_072, None)),
+    )
 
 
 def tiny_spec(model: str = "tiny@1") -> KVSpec:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import pytest
+from holdfast.kvstore.catalog import Catalog
+from holdfast.kvstore.orders import PutRings
 from typer.testing import CliRunner
 
 from daemon_process import DaemonProcess
+from fakes import ring
 from holdfast import cli
 
 SETTINGS = ("nvme.threads=2", "ddr.capacity_bytes=1 MiB", "ddr.slab_bytes=64 KiB")
@@ -41,6 +45,22 @@ def test_without_a_daemon_the_catalog_keeps_it(settings):
     said = run(*settings, "--show").stdout
     for word in (*RATES, "GB/s", "LATENCY", measured["machine"], "unknown: gpus:"):
         assert word in said
+
+
+def test_what_groups_were_measured_to_do_is_shown_newest_first(settings, tmp_path):
+    (tmp_path / "data").mkdir()
+    with closing(Catalog(tmp_path / "data" / "catalog.sqlite")) as catalog:
+        catalog.commit([PutRings((ring(cp=4), ring(2)))])
+    found = json.loads(run(*settings, "--show", "--json").stdout)
+    assert found["calibration"] is None
+    assert [rate["setting"]["cp"] for rate in found["rings"]] == [2, 4]
+    said = run(*settings, "--show").stdout
+    assert "not calibrated yet" in said
+    for word in ("cp=2 tp=1 gloo, cpu_flash, cpu", "8/2 x 64 float32", "80 GFLOP/s", "1.30 GB/s", "90 us", "10%"):
+        assert word in said
+    assert "PASS-KV FROM (P=32K)" in said
+    assert "T=4000" in said
+    assert "never" in said
 
 
 def test_a_daemon_takes_it_over_and_still_has_it_after_sigkill():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from holdfast.kvstore.arena import Arena
-from holdfast.kvstore.calibration import Calibration, Gpu, Rate, RingRate, RingSetting, RingSpeed
+from holdfast.kvstore.calibration import Calibration, Gpu, Rate
 from holdfast.kvstore.catalog import Catalog
 from holdfast.kvstore.clock import SystemClock
 from holdfast.kvstore.errors import InvalidRequest, MalformedFrame, StorageFailed, Unavailable
@@ -23,7 +23,7 @@ from holdfast.kvstore.wire import KeepRing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fakes import ingest, tiny_service
+from fakes import RING_SETTING, RING_SPEED, ingest, ring, tiny_service
 
 READ, LOAD = Hop(Tier.NVME, Tier.DDR), Hop(Tier.DDR, Tier.HBM)
 
@@ -81,7 +81,7 @@ def test_a_calibration_survives_a_restart(tmp_path):
     catalog = Catalog(tmp_path / "catalog")
     catalog.commit([PutCalibration(calibration(rate("nvme->ddr"))), PutCalibration(calibration())])
     contents = catalog.load()
-    assert contents.calibration == catalog.calibration() == calibration()
+    assert contents.calibration == catalog.measured()[0] == calibration()
     service, _, _ = tiny_service()
     service.restore((), (), (), (), Measured(calibration=contents.calibration))
     assert service.planner.calibration == calibration()
@@ -102,49 +102,14 @@ def test_a_rate_that_cannot_be_is_refused_and_changes_nothing(bad):
 # Groups -------------------------------------------------------------------------------------------
 
 
-SETTING = RingSetting(
-    machine="a box",
-    device="cpu",
-    communicator="gloo",
-    kernel="cpu_flash",
-    cp=2,
-    tp=1,
-    dtype="float32",
-    heads=8,
-    kv_heads=2,
-    head_dim=64,
-    value_dim=64,
-)
-SPEED = RingSpeed(
-    flops_per_second=80e9,
-    key_bytes_per_second=8e9,
-    bytes_per_second=1.3e9,
-    latency_ns=90_000,
-    exchange_bytes_per_second=1.3e9,
-    exchange_latency_ns=150_000,
-    copy_bytes_per_second=10e9,
-    overlap=0.1,
-    spread=0.05,
-)
-
-
-def ring(wall_ns=1, **differs):
-    return RingRate(
-        setting=replace(SETTING, **differs),
-        speed=SPEED,
-        measured_wall_ns=wall_ns,
-        pass_kv_from=((32_768, 4000), (131_072, None)),
-    )
-
-
 def test_a_group_finds_what_was_measured_in_its_own_setting_only():
     service, effects, _ = tiny_service()
     heard = []
     service.measurements.keep_ring(ring(1), heard.append)
     service.measurements.keep_ring(ring(2), heard.append)
-    assert service.measurements.ring(SETTING) == ring(2)
+    assert service.measurements.ring(RING_SETTING) == ring(2)
     for differs in ({"cp": 4}, {"kernel": "flex"}, {"machine": "another"}, {"dtype": "float16"}, {"tp": 2}):
-        assert service.measurements.ring(replace(SETTING, **differs)) is None
+        assert service.measurements.ring(replace(RING_SETTING, **differs)) is None
     assert heard == []
     effects.complete_all(service)
     assert heard == [None, None]
@@ -184,7 +149,7 @@ def test_what_groups_were_measured_to_do_survives_a_restart(tmp_path):
     ],
 )
 def test_a_ring_that_cannot_be_is_malformed(field, bad):
-    frame = encode(Envelope(1, KeepRing(replace(ring(), speed=replace(SPEED, **{field: bad})))))
+    frame = encode(Envelope(1, KeepRing(replace(ring(), speed=replace(RING_SPEED, **{field: bad})))))
     with pytest.raises(MalformedFrame):
         decode_request(frame[LENGTH.size :])
     good = Envelope(1, KeepRing(ring()))
@@ -193,11 +158,11 @@ def test_a_ring_that_cannot_be_is_malformed(field, bad):
 
 def test_a_hop_exposes_what_computing_does_not_hide():
     hop = 1e-3
-    size = (hop - SPEED.latency_ns / 1e9) * SPEED.bytes_per_second
-    hidden = replace(SPEED, overlap=1.0)
-    assert SPEED.shift_seconds(size) == pytest.approx(hop)
-    assert SPEED.shift_seconds(0) == 0
-    assert replace(SPEED, overlap=0.0).exposed_seconds(size, 5.0) == pytest.approx(hop)
+    size = (hop - RING_SPEED.latency_ns / 1e9) * RING_SPEED.bytes_per_second
+    hidden = replace(RING_SPEED, overlap=1.0)
+    assert RING_SPEED.shift_seconds(size) == pytest.approx(hop)
+    assert RING_SPEED.shift_seconds(0) == 0
+    assert replace(RING_SPEED, overlap=0.0).exposed_seconds(size, 5.0) == pytest.approx(hop)
     assert hidden.exposed_seconds(size, 0.0004) == pytest.approx(0.0006)
     assert hidden.exposed_seconds(size, 5.0) == pytest.approx(0, abs=1e-12)
 

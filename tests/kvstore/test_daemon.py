@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import msgspec
 import pytest
-from holdfast.kvstore.calibration import RingRate, RingSetting, RingSpeed
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import (
@@ -70,7 +69,7 @@ from daemon_process import (
     until,
     write,
 )
-from fakes import tiny_spec
+from fakes import RING_SETTING, ring, tiny_spec
 
 SPEC = tiny_spec()
 FINGERPRINT = SPEC.fingerprint()
@@ -530,40 +529,16 @@ def test_measurements_of_no_time_do_not_stop_the_pricing(unharmed):
 
 
 def test_what_a_group_was_measured_to_do_is_found_after_a_restart(daemon):
-    setting = RingSetting(
-        machine="a box",
-        device="cpu",
-        communicator="gloo",
-        kernel="cpu_flash",
-        cp=2,
-        tp=1,
-        dtype="float32",
-        heads=8,
-        kv_heads=2,
-        head_dim=64,
-        value_dim=64,
-    )
-    speed = RingSpeed(
-        flops_per_second=80e9,
-        key_bytes_per_second=8e9,
-        bytes_per_second=1.3e9,
-        latency_ns=90_000,
-        exchange_bytes_per_second=1.3e9,
-        exchange_latency_ns=150_000,
-        copy_bytes_per_second=10e9,
-        overlap=0.1,
-    )
-    rate = RingRate(setting=setting, speed=speed, measured_wall_ns=7, pass_kv_from=((32_768, None),))
     client = daemon.client()
-    assert client.ring(setting) is None
-    client.keep_ring(rate)
+    assert client.ring(RING_SETTING) is None
+    client.keep_ring(ring())
     daemon.kill()
     daemon.start()
     client = daemon.client()
-    assert client.ring(setting) == rate
+    assert client.ring(RING_SETTING) == ring()
     (shown,) = daemon.rest().get("/v1/calibration")["rings"]
     assert shown["setting"]["kernel"] == "cpu_flash"
-    assert shown["pass_kv_from"] == [[32_768, None]]
+    assert shown["pass_kv_from"] == [[32_768, 4000], [131_072, None]]
 
 
 def test_a_slab_that_cannot_be_made_is_refused_to_whoever_maps_it(daemon):

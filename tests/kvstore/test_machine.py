@@ -38,6 +38,13 @@ def v2(at, limit, used, stat=""):
     return limited("sys/fs/cgroup", at, f"{limit}\n", f"{used}\n", stat, names=("memory.max", "memory.current"))
 
 
+def test_the_hardware_in_one_line(tmp_path):
+    cpuinfo = "processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\n\nprocessor\t: 1\nmodel name\t: Some CPU @ 3 GHz\n"
+    found = tree(tmp_path, {"proc/cpuinfo": cpuinfo}).hardware()
+    assert found == f"Some CPU @ 3 GHz, {os.cpu_count()} cores, 32 GiB"
+    assert ", 32 GiB" in tree(tmp_path, {"proc/cpuinfo": ""}).hardware()
+
+
 def test_without_control_groups_it_is_what_the_machine_has(tmp_path):
     assert tree(tmp_path, {}).available_memory() == 16 * GIB
 
