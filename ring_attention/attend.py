@@ -25,7 +25,7 @@ from .tiling import tiles
 
 # Below this many queries a GQA group's heads are read as more queries of one head: each key is then
 # read once per group (3-9x faster decode on CPU).
-FOLD_BELOW_TOKENS: Final = 64
+FOLD_BELOW_TOKENS: Final = 768
 
 
 def attend(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, band: Band) -> Partial:
@@ -51,11 +51,15 @@ def attend_segment(
 ) -> None:
     """Merge what query [H, T, D], standing at `positions`, sees of one segment into `total` from its query `start`."""
     assert query.shape[1] == len(positions), "positions name every query"
-    keys = Positions(segment.spans)
+    keys, value_dim = Positions(segment.spans), segment.value.shape[2]
     for tile in tiles(positions, keys, band, kernel.capabilities.takes):
         (a, b), (c, d) = tile.queries, tile.keys
         sees = tile.band or _mask(positions.tensor(a, b, query.device), keys.tensor(c, d, query.device), band)
-        total.add(_call(kernel, query[:, a:b], segment.key[:, c:d], segment.value[:, c:d], sees), start + a)
+        key, value = segment.key[:, c:d], segment.value[:, c:d]
+        if segment.latent and not kernel.capabilities.value_dim_differs:
+            value = key  # the further columns are computed and dropped, which is cheaper than a padded copy
+        part = _call(kernel, query[:, a:b], key, value, sees)
+        total.add(Partial(part.out[..., :value_dim], part.lse), start + a)
 
 
 def _mask(queries: Tensor, keys: Tensor, band: Band) -> Tensor:
@@ -92,8 +96,6 @@ def _shaped(
     capabilities = kernel.capabilities
     heads, tokens, dim = query.shape
     kv_heads, value_dim = key.shape[0], value.shape[2]
-    if not capabilities.value_dim_differs and value_dim != dim and _is_front_of(value, key):
-        value = key  # the further columns are computed and dropped, which is cheaper than a padded copy
     width = _width(kernel, dim, value.shape[2])
     query, key = _padded(query, width), _padded(key, width)
     if not capabilities.value_dim_differs:
@@ -124,11 +126,6 @@ def _width(kernel: Kernel, dim: int, value_dim: int) -> int:
 def _padded(part: Tensor, width: int) -> Tensor:
     """Zeros behind the dim: they change neither scores nor the columns that are kept."""
     return part if part.shape[2] == width else functional.pad(part, (0, width - part.shape[2]))
-
-
-def _is_front_of(value: Tensor, key: Tensor) -> bool:
-    """Whether the value is a view of the key's first columns, as in latent attention."""
-    return value.shape[2] < key.shape[2] and value.data_ptr() == key.data_ptr() and value.stride() == key.stride()
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .attend import attend_segment
-from .band import causal
 from .communicator import Communicator
 from .kernels.kernel import Kernel
-from .merge import Accumulator, Partial, merge
-from .positions import Positions
-from .share import SequenceShare
+from .merge import Partial, merge
+from .packed import PackedQueries
+from .share import SequenceShare, value_dim_of
 
 
 def decode(
@@ -32,14 +30,10 @@ def decode(
     The query is equal on all ranks, and `queries` of each share name its one position on each.
     Partials merge in rank order, so all ranks compute identical bits. Raises ConfigError, GroupFailed.
     """
-    heads, sequences, _ = query.shape
-    assert sequences == len(batch), "one query for each sequence"
-    total = Accumulator(heads, sequences, batch[0].segments[0].value.shape[2], query.device)
-    for index, share in enumerate(batch):
-        position = Positions(share.queries[communicator.rank])
-        for segment in share.segments:
-            attend_segment(total, index, kernel, query[:, index : index + 1], position, segment, causal(window))
-    local = total.result()
+    rank = communicator.rank
+    queries = PackedQueries(kernel, query, [share.positions(rank) for share in batch], value_dim_of(batch), window)
+    queries.attend([share.segments for share in batch])
+    local = queries.total.result()
     if communicator.size == 1:
         return local.out
     packed = torch.cat([local.out, local.lse.unsqueeze(-1)], dim=-1)

@@ -28,12 +28,18 @@ class KVSegment:
     """`key` [Hkv, S, D] and `value` [Hkv, S, Dv] of the tokens in `spans`, packed ascending.
 
     Row i of the segment is the i-th token of `spans`; `Span.row` belongs to the buffer behind and
-    is not read.
+    is not read. `latent`: values are the first columns of their keys, the same memory.
     """
 
     key: Tensor
     value: Tensor
     spans: tuple[Span, ...]
+    latent: bool = False
+
+    @classmethod
+    def of_latents(cls, latents: Tensor, value_dim: int, spans: tuple[Span, ...]) -> KVSegment:
+        """Of latent attention (MLA, absorbed): latents [Hkv, S, D] whose first `value_dim` columns are the values."""
+        return cls(latents, latents[..., :value_dim], spans, latent=True)
 
     def __post_init__(self) -> None:
         assert self.key.shape[:2] == self.value.shape[:2], "key and value have the same heads and rows"

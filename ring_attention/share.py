@@ -6,11 +6,11 @@ Shapes: Hkv kv heads, S rows, D key dim, Dv value dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..kvstore.layout import Span
 from .positions import Positions
-from .segment import KVSegment, span_tokens
+from .segment import KVSegment
 
 Held = Sequence[tuple[Span, ...]]  # the spans of each segment of one rank
 
@@ -31,9 +31,9 @@ class SequenceShare:
     def __post_init__(self) -> None:
         assert self.segments, "a sequence has a segment, which may be empty"
 
-    def tokens(self, rank: int) -> int:
-        """Queries of a rank."""
-        return span_tokens(self.queries[rank])
+    def positions(self, rank: int) -> Positions:
+        """Where a rank's queries stand."""
+        return Positions(self.queries[rank])
 
     def within_reach(self, window: int | None) -> SequenceShare:
         """The sequence without the KV that no query of any rank sees: it is neither sent nor read."""
@@ -47,12 +47,16 @@ class SequenceShare:
         return SequenceShare(self.queries, segments, held)
 
 
-def starts_of(batch: Sequence[SequenceShare], rank: int) -> list[int]:
-    """Where each sequence's queries begin in the packed queries of a rank, and where the last ones end."""
-    starts = [0]
-    for share in batch:
-        starts.append(starts[-1] + share.tokens(rank))
-    return starts
+def within_reach(batch: Sequence[SequenceShare], window: int | None, ranks: int) -> list[SequenceShare]:
+    """A batch that a strategy got, without the KV that nobody sees."""
+    assert batch, "a batch has a sequence"
+    assert all(len(share.held) == len(share.queries) == ranks for share in batch), "shares name every rank"
+    return [share.within_reach(window) for share in batch]
+
+
+def value_dim_of(batch: Sequence[SequenceShare]) -> int:
+    """Dv, which all segments have in common."""
+    return batch[0].segments[0].value.shape[2]
 
 
 def _inside(spans: Sequence[Span], start: int, stop: int) -> bool:
@@ -71,4 +75,5 @@ def _cut(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
 def _cut_segment(segment: KVSegment, start: int, stop: int) -> KVSegment:
     positions = Positions(segment.spans)
     rows = slice(positions.before(start), max(positions.before(start), positions.before(stop)))
-    return KVSegment(segment.key[:, rows], segment.value[:, rows], _cut(segment.spans, start, stop))
+    spans = _cut(segment.spans, start, stop)
+    return replace(segment, key=segment.key[:, rows], value=segment.value[:, rows], spans=spans)

@@ -1,42 +1,17 @@
+import pytest
 import torch
-from holdfast.kvstore.layout import Layout, Run, Span, contiguous, striped, zigzag
+from holdfast.kvstore.errors import GroupFailed
+from holdfast.kvstore.layout import Span, chunked, contiguous, striped, zigzag
 from holdfast.ring_attention.decode import decode
 from holdfast.ring_attention.local import run_ranks
-from holdfast.ring_attention.pass_kv import pass_kv
 from holdfast.ring_attention.share import SequenceShare
-from hypothesis import given, settings
+from holdfast.ring_attention.strategies import STRATEGIES
+from hypothesis import given
 from hypothesis import strategies as st
-from ring_helpers import CPU_FLASH, dense, segments_of, spans_in, take
+from ring_cases import Case, Sequence, cases, examples, latent, windowed
+from ring_helpers import CPU_FLASH, segments_of, spans_in, take
 
-
-@st.composite
-def layouts(draw, token_count, cp):
-    """Any layout: cuts anywhere, owners anyhow, so shards are uneven and may be empty."""
-    cuts = draw(st.lists(st.integers(1, max(1, token_count - 1)), max_size=8, unique=True))
-    edges = sorted({0, token_count, *(cut for cut in cuts if cut < token_count)})
-    owners = [draw(st.integers(0, cp - 1)) for _ in edges[1:]]
-    runs = [Run(a, b, owner) for a, b, owner in zip(edges, edges[1:], owners, strict=False)]
-    return Layout(tuple(runs), cp)
-
-
-@st.composite
-def cases(draw):
-    """Keys over [0, n) under one layout, cut into two segments; queries over [p, n) under another."""
-    cp = draw(st.integers(1, 5))
-    total = draw(st.integers(1, 90))
-    cached = draw(st.integers(0, total))
-    keys = draw(layouts(total, cp))
-    queries = draw(layouts(total, cp))
-    boundary = draw(st.integers(0, total))
-    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (2, 4), (1, 3)]))
-    return cp, total, cached, keys, queries, boundary, kv_heads, kv_heads * group
-
-
-def tensors(heads, kv_heads, total, dim=16, scale=1.0):
-    generator = torch.Generator().manual_seed(total)
-    query = torch.randn(heads, total, dim, generator=generator) * scale
-    key, value = torch.randn(2, kv_heads, total, dim, generator=generator)
-    return query, key, value
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Hasty:
@@ -50,63 +25,224 @@ class Hasty:
         receive.fill_(torch.nan)
         return self.communicator.shift(send, receive)
 
+    def all_to_all(self, send, receive):
+        for rank, tensor in enumerate(receive):
+            if rank != self.rank:
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
+        return self.communicator.all_to_all(send, receive)
 
-def ring(cp, total, cached, keys, queries, boundary, kv_heads, heads, scale=1.0):
-    """Worst difference between the ring's output and float64 dense attention."""
-    query, key, value = tensors(heads, kv_heads, total, scale=scale)
-    held = [[spans_in(keys, r, 0, boundary), spans_in(keys, r, boundary, total)] for r in range(cp)]
-    asked = [spans_in(queries, r, cached, total) for r in range(cp)]
+
+def outputs(case, name, kernel=CPU_FLASH):
+    """Every rank's output of one strategy."""
 
     def rank(communicator):
-        positions = take(asked[communicator.rank])
-        share = SequenceShare(asked, segments_of(key, value, held[communicator.rank]), held)
-        out = pass_kv(Hasty(communicator), CPU_FLASH, query[:, positions], [share])
-        expected = dense(query[:, positions], positions, key, value)
+        batch = [case.share(index, communicator.rank) for index in range(len(case.sequences))]
+        packed = case.packed(communicator.rank)
+        return STRATEGIES[name](Hasty(communicator), kernel, packed, batch, case.window)
+
+    return run_ranks(case.cp, rank, deadline_s=20)
+
+
+def check_exact(case, name):
+    outs = outputs(case, name)
+    for rank, out in enumerate(outs):
+        expected = case.expected(rank)
         assert out.dtype == torch.float32
-        return (out - expected).abs().max().item() if positions.numel() else 0.0
-
-    return max(run_ranks(cp, rank, deadline_s=20))
-
-
-@given(cases())
-@settings(deadline=None, max_examples=80)
-def test_ring_pass_kv_is_exact_for_any_layout(case):
-    """Uneven, empty and interleaved shards, GQA, odd lengths, partial prefill, 1 to 5 ranks."""
-    assert ring(*case) < 5e-6
+        assert out.shape == expected.shape
+        if not out.numel():
+            continue
+        if case.dtype == torch.float32:
+            assert (out - expected).abs().max() < (5e-5 if case.scale > 1 else 5e-6)
+        else:
+            assert (out - expected).norm() <= 5e-3 * expected.norm()
 
 
-@given(cases())
-@settings(deadline=None, max_examples=20)
-def test_ring_pass_kv_is_exact_for_peaked_scores(case):
-    """Queries eight times larger: scores far apart, still exact to float32."""
-    assert ring(*case, scale=8.0) < 5e-5
+@given(cases(), st.sampled_from(sorted(STRATEGIES)))
+@examples(90)
+def test_every_strategy_is_exact(case, name):
+    """Any layout, uneven and empty shards, ragged batches, GQA, windows, partial prefill, 1 to 8 ranks."""
+    check_exact(case, name)
 
 
-def test_ring_pass_kv_is_exact_for_the_schemes():
-    """The layouts that prefill and decode make, longer than a kernel's block."""
-    for scheme in (contiguous, zigzag, striped):
-        for cp in (2, 3):
-            layout = scheme(301, cp)
-            assert ring(cp, 301, 120, layout, zigzag(301, cp), 150, 2, 8) < 5e-6
+@given(cases(dtypes=HALF), st.sampled_from(sorted(STRATEGIES)))
+@examples(40)
+def test_every_strategy_is_exact_in_half_precision(case, name):
+    """Partials are merged in float32, however they travel."""
+    check_exact(case, name)
 
 
-@given(cases())
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("cp", [2, 3])
+def test_the_layouts_that_prefill_and_decode_make(name, cp):
+    """Longer than a kernel's block, and than a masked one."""
+    for window in (None, 64, 900):
+        keys = chunked(striped(700, cp), 1500, 400)
+        sequences = [
+            Sequence(700, 1500, keys, chunked(contiguous(700, cp), 1500, 400)),
+            Sequence(300, 400, contiguous(400, cp), zigzag(400, cp)),
+        ]
+        check_exact(Case(cp, 2, 4, 32, torch.float32, 1.0, window, sequences), name)
+
+
+@given(cases(max_sequences=2), st.sampled_from(sorted(STRATEGIES)), st.data())
+@examples(15)
+def test_a_prefill_in_pieces_is_a_prefill_at_once(case, name, data):
+    """Queries [a, b) then [b, c), each over the keys that are there by then, equal one call for all."""
+    whole = outputs(case, name)
+    cut = [data.draw(st.integers(sequence.cached, sequence.total)) for sequence in case.sequences]
+    fronts = [
+        Sequence(s.cached, at, s.keys.truncated(at), s.queries) for s, at in zip(case.sequences, cut, strict=True)
+    ]
+    backs = [Sequence(at, s.total, s.keys, s.queries) for s, at in zip(case.sequences, cut, strict=True)]
+    # Tensors are seeded by their length, so pieces take theirs from the whole.
+    pieces = [outputs(_Piece(case, part), name) for part in (fronts, backs)]
+    for rank in range(case.cp):
+        fronts_out, backs_out = (
+            piece[rank].split([take(s.asked(case.cp)[rank]).numel() for s in part], dim=1)
+            for piece, part in zip(pieces, (fronts, backs), strict=True)
+        )
+        joined = torch.cat([part for pair in zip(fronts_out, backs_out, strict=True) for part in pair], dim=1)
+        torch.testing.assert_close(joined, whole[rank], atol=2e-5 * case.scale, rtol=1e-5)
+
+
+class _Piece(Case):
+    """Some of a case's tokens, with the tensors of the whole."""
+
+    def __init__(self, whole, sequences):
+        super().__init__(**{**vars(whole), "sequences": sequences})
+        self.whole = whole
+
+    def tensors(self, index):
+        stop = self.sequences[index].total
+        return tuple(part[:, :stop] for part in self.whole.tensors(index))
+
+
+@given(cases(dtypes=(torch.float32, *HALF)))
+@examples(40)
 def test_decode_is_exact_and_the_same_bits_on_all_ranks(case):
-    """The gathered merge equals dense attention of the last token, and ranks agree to the bit."""
-    cp, total, _, keys, _, boundary, kv_heads, heads = case
-    query, key, value = tensors(heads, kv_heads, total)
-    last = query[:, -1:]
+    """The gathered merge equals dense attention of each sequence's last token, and ranks agree to the bit."""
+    case.sequences = [sequence for sequence in case.sequences if sequence.total] or [
+        Sequence(0, 1, zigzag(1, case.cp), zigzag(1, case.cp))
+    ]
+    last = torch.cat([case.tensors(index)[0][:, -1:] for index in range(len(case.sequences))], dim=1)
 
     def rank(communicator):
-        held = [
-            spans_in(keys, communicator.rank, 0, boundary),
-            spans_in(keys, communicator.rank, boundary, total),
-        ]
-        asked = [(Span(total - 1, total),)] * cp
-        return decode(communicator, CPU_FLASH, last, [SequenceShare(asked, segments_of(key, value, held), [])])
+        batch = []
+        for index, sequence in enumerate(case.sequences):
+            share = case.share(index, communicator.rank)
+            asked = [(Span(sequence.total - 1, sequence.total),)] * case.cp
+            batch.append(SequenceShare(asked, share.segments, []))
+        return decode(communicator, CPU_FLASH, last, batch, case.window)
 
-    outs = run_ranks(cp, rank, deadline_s=20)
-    expected = dense(last, torch.tensor([total - 1]), key, value)
-    assert (outs[0] - expected).abs().max() < 5e-6
+    outs = run_ranks(case.cp, rank, deadline_s=20)
     assert all(torch.equal(out, outs[0]) for out in outs)
+    for index, sequence in enumerate(case.sequences):
+        query, key, value = case.tensors(index)
+        expected = windowed(query[:, -1:], torch.tensor([sequence.total - 1]), key, value, case.window)
+        difference = outs[0][:, index : index + 1] - expected
+        if case.dtype == torch.float32:
+            assert difference.abs().max() < (5e-5 if case.scale > 1 else 5e-6)
+        else:
+            assert difference.norm() <= 5e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_latent_attention_is_one_wide_kv_head(name):
+    """Absorbed MLA: queries times the up-projection attend over latents, whose first columns are the values."""
+    heads, rank_dim, rope_dim, nope_dim, tokens, cp = 6, 64, 8, 16, 230, 3
+    torch.manual_seed(1)
+    latents = torch.randn(1, tokens, rank_dim + rope_dim)
+    up_key, up_value = torch.randn(heads, nope_dim, rank_dim) / 8, torch.randn(heads, 24, rank_dim) / 8
+    query = torch.randn(heads, tokens, nope_dim + rope_dim)
+    positions = torch.arange(tokens)
+    # Expanded: every head has keys and values of its own.
+    content, rotary = latents[..., :rank_dim], latents[..., rank_dim:]
+    key = torch.cat([content @ up_key.transpose(1, 2), rotary.expand(heads, -1, -1)], dim=-1)
+    expected = windowed(query, positions, key, content @ up_value.transpose(1, 2))
+    # Absorbed, with the scale of the expanded form.
+    scale = ((rank_dim + rope_dim) / (nope_dim + rope_dim)) ** 0.5
+    absorbed = torch.cat([query[..., :nope_dim] @ up_key, query[..., nope_dim:]], dim=-1) * scale
+    keys, queries = contiguous(tokens, cp), zigzag(tokens, cp)
+    held, asked = [[keys.spans(peer)] for peer in range(cp)], [queries.spans(peer) for peer in range(cp)]
+
+    def rank(communicator):
+        segments = latent(segments_of(latents, latents, held[communicator.rank]), rank_dim)
+        mine = take(asked[communicator.rank])
+        share = SequenceShare(asked, segments, held)
+        return STRATEGIES[name](Hasty(communicator), CPU_FLASH, absorbed[:, mine], [share], None)
+
+    for peer, out in enumerate(run_ranks(cp, rank, deadline_s=20)):
+        assert out.shape[2] == rank_dim
+        assert (out @ up_value.transpose(1, 2) - expected[:, take(asked[peer])]).abs().max() < 1e-5
+
+
+class Breaking(Hasty):
+    """A communicator that raises on rank 1 instead of its nth exchange."""
+
+    def __init__(self, communicator, nth):
+        super().__init__(communicator)
+        self.left = nth if self.rank == 1 else 1000
+
+    def count(self):
+        if not self.left:
+            raise ZeroDivisionError
+        self.left -= 1
+
+    def shift(self, send, receive):
+        self.count()
+        return super().shift(send, receive)
+
+    def all_to_all(self, send, receive):
+        self.count()
+        return super().all_to_all(send, receive)
+
+
+@pytest.mark.parametrize(
+    ("name", "nth"), [("all_gather", 0), ("pass_kv", 0), ("pass_kv", 1), ("pass_q", 0), ("pass_q", 1)]
+)
+def test_a_rank_that_raises_ends_all(name, nth):
+    """Wherever it raises: the others fail too, long before their deadline, and the cause is what is raised."""
+    case = Case(3, 2, 4, 32, torch.float32, 1.0, None, [Sequence(90, 150, zigzag(150, 3), zigzag(150, 3))])
+    failed = []
+
+    def rank(communicator):
+        batch = [case.share(0, communicator.rank)]
+        try:
+            STRATEGIES[name](Breaking(communicator, nth), CPU_FLASH, case.packed(communicator.rank), batch, case.window)
+        except GroupFailed:
+            failed.append(communicator.rank)
+            raise
+
+    with pytest.raises(ZeroDivisionError):
+        run_ranks(3, rank, deadline_s=20)
+    assert sorted(failed) == [0, 2]
+
+
+class Counting:
+    """A communicator that notes how many bytes this rank sends."""
+
+    def __init__(self, communicator):
+        self.communicator = communicator
+        self.rank, self.size, self.sent_bytes = communicator.rank, communicator.size, 0
+
+    def shift(self, send, receive):
+        self.sent_bytes += send.numel() * send.element_size()
+        return self.communicator.shift(send, receive)
+
+
+@pytest.mark.parametrize(("window", "kept"), [(None, 300), (10, 100 + 9)])
+def test_keys_out_of_reach_do_not_travel(window, kept):
+    """With a window only what some query may see is sent; without one, all there is."""
+    keys, new = striped(300, 2, stripe=50), zigzag(300, 2)
+    asked = [spans_in(new, peer, 200, 300) for peer in range(2)]
+    held = [[spans_in(keys, peer, 0, 300)] for peer in range(2)]
+    key = torch.randn(2, 300, 32)
+
+    def rank(communicator):
+        counting = Counting(communicator)
+        share = SequenceShare(asked, segments_of(key, key, held[communicator.rank]), held)
+        query = torch.randn(4, take(asked[communicator.rank]).numel(), 32)
+        STRATEGIES["pass_kv"](counting, CPU_FLASH, query, [share], window)
+        return counting.sent_bytes
+
+    assert sum(run_ranks(2, rank, deadline_s=20)) == kept * 2 * (32 + 32) * 4
