@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Final
 
 from ..kvstore.errors import InvalidSpec
@@ -74,7 +75,8 @@ class ModelConfig:
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """The config of a supported model. Raises InvalidSpec naming what is unsupported or missing."""
-    architecture = (raw.get("architectures") or ["none"])[0]
+    named = raw.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "none"
     if architecture not in ARCHITECTURES:
         raise InvalidSpec(f"unsupported architecture {architecture!r}; use one of {', '.join(ARCHITECTURES)}")
     _refuse_unsupported(raw)
@@ -91,9 +93,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         intermediate_size=_integer(raw, "intermediate_size"),
         layers=layers,
         heads=heads,
-        kv_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or hidden_size // heads),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        kv_heads=_integer(raw, "num_key_value_heads", heads),
+        head_dim=_integer(raw, "head_dim", hidden_size // heads),
+        norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope=_parse_rope(raw),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         dtype=dtype,
@@ -101,23 +103,41 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         full_layers=full_layers,
         eos=parse_eos(raw),
     )
-    if config.heads % config.kv_heads or config.head_dim % 2:
+    if config.heads % config.kv_heads or config.head_dim < 2 or config.head_dim % 2:
         raise InvalidSpec(f"{heads} heads do not group over {config.kv_heads} kv heads of an even head_dim")
     return config
 
 
-def _integer(raw: Mapping[str, Any], name: str) -> int:
+def _integer(raw: Mapping[str, Any], name: str, default: int | None = None) -> int:
     value = raw.get(name)
-    if not isinstance(value, int) or value < 1:
+    if value is None and default is not None:
+        return default
+    if type(value) is not int or value < 1:  # a bool is none
         raise InvalidSpec(f"config.json needs a positive integer {name!r}, not {value!r}")
     return value
+
+
+def _number(raw: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    value: Any = raw.get(name)
+    if value is None and default is not None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < inf:
+        raise InvalidSpec(f"config.json needs a positive number {name!r}, not {value!r}")
+    return float(value)
+
+
+def _object(raw: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = raw.get(name)
+    if not isinstance(value, dict | None):
+        raise InvalidSpec(f"config.json needs an object {name!r}, not {value!r}")
+    return value or {}
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     activation = raw.get("hidden_act", "silu")
     if activation != "silu":
         raise InvalidSpec(f"unsupported hidden_act {activation!r}; only silu is supported")
-    quantisation = raw.get("quantization_config")
+    quantisation = _object(raw, "quantization_config")
     if quantisation:
         raise InvalidSpec(f"unsupported quantization_config {quantisation.get('quant_method', '?')!r}")
 
@@ -129,17 +149,20 @@ def _parse_windows(raw: Mapping[str, Any], architecture: str, layers: int) -> tu
     every layer from `max_window_layers`. Llama has none.
     """
     mistral, llama = architecture == "MistralForCausalLM", architecture == "LlamaForCausalLM"
-    windowed = bool(raw.get("use_sliding_window", mistral))
+    windowed = mistral or bool(raw.get("use_sliding_window"))
     size = raw.get("sliding_window", None if llama else 4096) if windowed else None
-    if size is not None and (not isinstance(size, int) or size < 1 or llama):
+    if size is not None and (type(size) is not int or size < 1 or llama):
         raise InvalidSpec(f"unsupported sliding_window {size!r} in {architecture}")
-    first = 0 if mistral else int(raw.get("max_window_layers", 28))
+    first = 0 if mistral else raw.get("max_window_layers", 28)
+    types = raw.get("layer_types")
+    if type(first) is not int or not isinstance(types, list | None):
+        raise InvalidSpec(f"unsupported max_window_layers {first!r} or layer_types {types!r}")
     usual = [SLIDING if size is not None and layer >= first else FULL for layer in range(layers)]
-    types = raw.get("layer_types") or usual
-    unknown = sorted(set(types) - ({SLIDING, FULL} if size is not None else {FULL}))
+    types = types or usual
+    unknown = [str(kind) for kind in types if kind not in ((SLIDING, FULL) if size is not None else (FULL,))]
     if unknown or len(types) != layers or (mistral and types != usual):
         raise InvalidSpec(
-            f"unsupported layer_types {', '.join(unknown or types)} with {layers} layers and sliding_window {size}"
+            f"unsupported layer_types {', '.join(unknown[:3] or types)} with {layers} layers and sliding_window {size}"
         )
     full = tuple(layer for layer, kind in enumerate(types) if kind == FULL)
     return (size, full) if SLIDING in types else (None, ())
@@ -149,37 +172,32 @@ def parse_eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
     """The `eos_token_id` of a config.json or generation_config.json: one, several or none. Raises InvalidSpec."""
     found = raw.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(token, int) for token in ids):
+    if not all(type(token) is int for token in ids):
         raise InvalidSpec(f"eos_token_id is a token id or a list of them, not {found!r}")
     return tuple(ids)
 
 
 def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     """Transformers 5 writes `rope_parameters`, earlier ones `rope_theta` and `rope_scaling`."""
-    fields = dict(raw.get("rope_scaling") or {})
-    fields |= raw.get("rope_parameters") or {}
+    fields = _object(raw, "rope_scaling") | _object(raw, "rope_parameters")
     kind = str(fields.get("rope_type") or fields.get("type") or "default")
     if kind not in ROPE_KINDS:
         raise InvalidSpec(f"unsupported rope type {kind!r}; use one of {', '.join(ROPE_KINDS)}")
     rotated = fields.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if rotated != 1.0:
         raise InvalidSpec(f"unsupported partial_rotary_factor {rotated}; only 1.0 is supported")
-    theta = float(fields.get("rope_theta") or raw.get("rope_theta") or 10_000.0)
+    theta = _number(fields, "rope_theta", _number(raw, "rope_theta", 10_000.0))
     if kind == "default":
         return RopeConfig(theta=theta)
-    needed = ["factor"]
-    if kind == "llama3":
-        needed += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
-    missing = [name for name in needed if not isinstance(fields.get(name), int | float)]
-    if missing:
-        raise InvalidSpec(f"rope type {kind!r} needs {', '.join(missing)}")
+    stretched = RopeConfig(theta=theta, kind=kind, factor=_number(fields, "factor"))
     if kind == "linear":
-        return RopeConfig(theta=theta, kind=kind, factor=float(fields["factor"]))
-    return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=float(fields["factor"]),
-        low_freq_factor=float(fields["low_freq_factor"]),
-        high_freq_factor=float(fields["high_freq_factor"]),
-        original_positions=int(fields["original_max_position_embeddings"]),
+        return stretched
+    blended = replace(
+        stretched,
+        low_freq_factor=_number(fields, "low_freq_factor"),
+        high_freq_factor=_number(fields, "high_freq_factor"),
+        original_positions=_integer(fields, "original_max_position_embeddings"),
     )
+    if blended.low_freq_factor == blended.high_freq_factor:
+        raise InvalidSpec("rope type 'llama3' needs a low_freq_factor below its high_freq_factor")
+    return blended

@@ -8,6 +8,9 @@ from holdfast.ring_attention.config import parse_config
 from holdfast.ring_attention.identity import digest_of, read_config, spec_of
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.rope import frequencies
+from holdfast.ring_attention.weight_share import share_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ring_helpers import answers, prefilled, tokens_of
 from transformers import (
     AutoModelForCausalLM,
@@ -248,6 +251,34 @@ def test_what_is_not_supported_is_named(change, named):
     raw = json.loads(MODELS["llama"][1].to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]}
     with pytest.raises(InvalidSpec, match=named):
         parse_config(raw | change)
+
+
+FIELDS = sorted(
+    {name for make, config in MODELS.values() for name in config.to_dict()}
+    | {"rope_theta", "rope_scaling", "partial_rotary_factor", "quantization_config", "architectures", "torch_dtype"}
+)
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-3, 9), st.floats(), st.sampled_from(["", "llama3", "linear"])),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*LLAMA3, "type"]), inner, max_size=4)
+    ),
+    max_leaves=5,
+)
+
+
+@given(st.sampled_from(sorted(MODELS)), st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=2))
+@settings(deadline=None, max_examples=400)
+def test_any_config_is_read_or_refused(kind, change):
+    """Whatever the file says: a config of sound numbers, or an InvalidSpec."""
+    make, config = MODELS[kind]
+    raw = config.to_dict() | {"architectures": [make.__name__], "dtype": "float32"}
+    try:
+        config = parse_config(raw | change)
+    except InvalidSpec:
+        return
+    assert len(config.windows) == config.layers
+    assert frequencies(config.rope, config.head_dim).shape == (config.head_dim // 2,)
+    share_of(config, 1, 0)
 
 
 def test_missing_files_and_unknown_tensors_are_named(tmp_path):
