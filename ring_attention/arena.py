@@ -50,8 +50,8 @@ class HBMArena:
         if spec.dtype not in TORCH_DTYPES:
             raise InvalidSpec(f"unsupported KV dtype {spec.dtype!r}; use one of {', '.join(TORCH_DTYPES)}")
         group = spec.groups[0]
-        latent = group.kind is GroupKind.MLA
-        if latent != (value_dim is not None) or (value_dim is not None and not 0 < value_dim <= group.key_dim):
+        self._latent = group.kind is GroupKind.MLA
+        if self._latent != (value_dim is not None) or (value_dim is not None and not 0 < value_dim <= group.key_dim):
             raise InvalidSpec(f"value_dim {value_dim} does not suit a {group.kind} group with rows of {group.key_dim}")
         heads_of(0, tp, group.kv_heads)
         self.spec = spec
@@ -64,7 +64,7 @@ class HBMArena:
         plane = (shape.layers, shape.heads, rows)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         self.key = _zeros((*plane, group.key_dim), dtype, self.device)
-        stored = [self.key] if latent else [self.key, _zeros((*plane, group.value_dim), dtype, self.device)]
+        stored = [self.key] if self._latent else [self.key, _zeros((*plane, group.value_dim), dtype, self.device)]
         self.value = stored[-1][..., :value_dim]
         # The same memory as bytes: extents carry no dtype.
         self._parts = [part.view(torch.uint8) for part in stored]
@@ -72,6 +72,8 @@ class HBMArena:
     def segment(self, layer: int, row_start: int, spans: tuple[Span, ...]) -> KVSegment:
         """A view of the rows from `row_start`, which hold the tokens of `spans` in order."""
         rows = slice(row_start, row_start + span_tokens(spans))
+        if self._latent:
+            return KVSegment.of_latents(self.key[layer, :, rows], self.value.shape[3], spans)
         return KVSegment(self.key[layer, :, rows], self.value[layer, :, rows], spans)
 
     def write(self, layer: int, row_start: int, key: Tensor, value: Tensor) -> None:
@@ -79,7 +81,7 @@ class HBMArena:
         stop = row_start + key.shape[1]
         assert stop <= self.rows, (stop, self.rows)
         self.key[layer, :, row_start:stop] = key
-        if len(self._parts) > 1:
+        if not self._latent:
             self.value[layer, :, row_start:stop] = value
 
     def load(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:

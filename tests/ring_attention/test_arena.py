@@ -153,7 +153,8 @@ def test_the_value_of_a_latent_row_is_its_front():
     segment = arena.segment(1, 2, (Span(0, 3),))
     assert torch.equal(segment.key, latent)
     assert torch.equal(segment.value, latent[..., :32])
-    assert segment.value.data_ptr() == segment.key.data_ptr()
+    assert segment.latent
+    assert segment.value.data_ptr() == segment.key.data_ptr() == arena.key[1, 0, 2].data_ptr()
 
 
 def test_a_segment_is_a_view():
