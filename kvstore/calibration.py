@@ -51,11 +51,11 @@ class RingSpeed:
     """What the ranks of a group do to each other's attention, measured by all of them together.
 
     Rates are one rank's while all do the same. `flops_per_second` is attention's where queries are many;
-    `key_bytes_per_second` is how fast a call reads KV where they are few. A shift is one hop of the ring, an exchange
-    one all-to-all (its bytes are those that a rank sends), a copy packs a message. `overlap` is the part of the shorter
-    of a shift and the computing beside it that really goes on at once: 0 where transfers cost the same cores, 1 where
-    hardware moves the bytes. `spread`: by what share the median round was slower than these at worst; much of it, and
-    the machine had something else to do.
+    `key_bytes_per_second` is how fast a call with one query gets through KV. A shift is one hop of the ring, an
+    exchange one all-to-all (its bytes are those that a rank sends), a copy packs a message. `overlap` is the part of
+    the shorter of a shift and the computing beside it that really goes on at once: 0 where transfers cost the same
+    cores, 1 where hardware moves the bytes. `spread`: by what share the median round was slower than these at worst;
+    much of it, and the machine had something else to do.
     """
 
     flops_per_second: PerSecond
@@ -71,6 +71,10 @@ class RingSpeed:
     def shift_seconds(self, size_bytes: float) -> float:
         """One hop; 0 for no bytes, because an empty message is not sent."""
         return self.latency_ns / 1e9 + size_bytes / self.bytes_per_second if size_bytes else 0.0
+
+    def exchange_seconds(self, size_bytes: float) -> float:
+        """One all-to-all in which a rank sends that many bytes; 0 for none."""
+        return self.exchange_latency_ns / 1e9 + size_bytes / self.exchange_bytes_per_second if size_bytes else 0.0
 
     def exposed_seconds(self, size_bytes: float, compute_seconds: float) -> float:
         """What is left of a hop beside that much computing."""

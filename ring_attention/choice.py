@@ -97,11 +97,7 @@ def _determinant(m: Sequence[Sequence[float]]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """One layer's attention as one rank of `cp` computes it: the heads are a tensor-parallel rank's own.
-
-    `partial_bytes` is the size of one element of pass-Q's partial results on their way home (float32: 4); their
-    log-sum-exp always is float32.
-    """
+    """One layer's attention as one rank of `cp` computes it: the heads are a tensor-parallel rank's own."""
 
     heads: int
     kv_heads: int
@@ -109,7 +105,6 @@ class AttentionShape:
     value_dim: int
     element_bytes: int
     cp: int
-    partial_bytes: int = 4
 
     @property
     def kv_token_bytes(self) -> int:
@@ -123,8 +118,8 @@ class AttentionShape:
 
     @property
     def partial_token_bytes(self) -> int:
-        """Bytes of one token's partial result: (out, lse)."""
-        return self.heads * (self.value_dim * self.partial_bytes + 4)
+        """Bytes of one token's partial result as pass-Q sends it: out in half precision or float32, lse in float32."""
+        return self.heads * (self.value_dim * (2 if self.element_bytes == 2 else 4) + 4)
 
     @property
     def pair_flops(self) -> int:
@@ -136,8 +131,9 @@ class AttentionShape:
 class Decision:
     """A strategy, why in one line, and what either would make the ranks wait in one layer, predicted.
 
-    Seconds beyond an even share of the computing: transfers that it does not hide, and waiting for a rank that has more
-    to do. They are 0 for one rank, and None where nothing was measured and bytes alone decided.
+    Seconds beyond what the computing takes where it is shared evenly: transfers that it does not hide, KV that is read
+    more than once, and waiting for a rank that has more to do. They are 0 for one rank, and None where nothing was
+    measured and bytes alone decided.
     """
 
     strategy: str
@@ -168,8 +164,7 @@ def decide(
 
     `cached[i][r]` are the cached tokens of sequence i whose KV is on rank r, by default even shares; new tokens are
     dealt evenly. With `speed` None the strategy that sends fewer bytes is chosen. More new tokens never turn pass-KV
-    into pass-Q where an exchanged byte costs no less than a shifted one and a token's partial result is no smaller than
-    its KV (so for every GQA or half-precision model).
+    into pass-Q as long as an exchanged byte costs no less than a shifted one.
     """
     assert all(new >= 0 and before >= 0 for new, before in sequences), sequences
     if shape.cp == 1:
@@ -179,7 +174,7 @@ def decide(
     if len(sequences) != 1:
         case = f"{len(sequences)} sequences, {case}"
     if speed is None:
-        kv, q = (shape.cp - 1) * load.kv_bytes, (shape.cp - 1) * load.query_bytes + load.exchange_bytes
+        kv, q = (shape.cp - 1) * load.kv_bytes, load.query_bytes + load.partial_bytes
         strategy, (less, more) = _smaller(kv, q)
         reason = f"{strategy}: sends {less / 1e6:.3g} MB a layer, {_other(strategy)} {more / 1e6:.3g} MB"
         return Decision(
@@ -216,18 +211,19 @@ def _other(strategy: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Load:
-    """What one layer of a call sends and computes. Bytes are those of the largest message.
+    """What one layer of a call sends and computes.
 
-    `pairs[r]` are query-key pairs with keys on rank r, `keys_bytes[r]` the KV there.
+    `kv_bytes` is the largest message of a hop; `query_bytes` and `partial_bytes` are what the rank with most queries
+    sends, and gets home. `pairs[r]` are query-key pairs whose keys rank r holds, `cached_bytes[r]` the cached KV there.
     """
 
     cp: int
     kv_bytes: float
     query_bytes: float
-    exchange_bytes: float
+    partial_bytes: float
     pair_flops: int
     pairs: Sequence[float]
-    keys_bytes: Sequence[float]
+    cached_bytes: Sequence[float]
 
     @classmethod
     def of(cls, shape: AttentionShape, sequences: Sequences, cached: Sequence[Sequence[float]]) -> _Load:
@@ -236,44 +232,51 @@ class _Load:
         before = [sum(shares[rank] for shares in cached) for rank in ranks]
         largest = sum(ceil(new / shape.cp) for new, _ in sequences)
         causal = sum(new * (new + 1) / 2 for new, _ in sequences) / shape.cp
-        new_tokens = sum(new for new, _ in sequences) / shape.cp
         return cls(
             cp=shape.cp,
             kv_bytes=(max(before) + largest) * shape.kv_token_bytes,
-            query_bytes=largest * shape.query_token_bytes,
-            exchange_bytes=(shape.cp - 1) * largest * shape.partial_token_bytes,
+            query_bytes=(shape.cp - 1) * largest * shape.query_token_bytes,
+            partial_bytes=(shape.cp - 1) * largest * shape.partial_token_bytes,
             pair_flops=shape.pair_flops,
             pairs=[
                 causal + sum(new * shares[rank] for (new, _), shares in zip(sequences, cached, strict=True))
                 for rank in ranks
             ],
-            keys_bytes=[(before[rank] + new_tokens) * shape.kv_token_bytes for rank in ranks],
+            cached_bytes=[tokens * shape.kv_token_bytes for tokens in before],
         )
-
-    def hops(self, speed: RingSpeed) -> list[float]:
-        """Seconds that one rank's share of the queries takes over each rank's keys."""
-        return [
-            pairs / self.cp * self.pair_flops / speed.flops_per_second + size / speed.key_bytes_per_second
-            for pairs, size in zip(self.pairs, self.keys_bytes, strict=True)
-        ]
 
     def pass_kv_seconds(self, speed: RingSpeed) -> float:
-        """What pass-KV exposes: packing the message, and of each hop's transfer what computing does not hide."""
-        hops = self.hops(speed)
-        return self.kv_bytes / speed.copy_bytes_per_second + (self.cp - 1) * speed.exposed_seconds(
-            self.kv_bytes, sum(hops) / self.cp
-        )
+        """Packing the message, and of each hop's transfer what computing does not hide.
+
+        Every rank meets every shard with its share of the queries: uneven shards cost no waiting, but all KV is read.
+        """
+        computing = sum(self._calls(speed, self.cp))
+        hops = (self.cp - 1) * speed.exposed_seconds(self.kv_bytes, computing / self.cp)
+        return self.kv_bytes / speed.copy_bytes_per_second + hops + self._beyond(computing, speed)
 
     def pass_q_seconds(self, speed: RingSpeed) -> float:
-        """What pass-Q exposes: the same of the smaller messages, the All2All, and waiting for the rank with most keys.
+        """Packing and exchanging queries, then partial results, and waiting for the rank with most keys.
 
-        In pass-KV every rank meets every shard, so uneven shards cost it no computing.
+        Every rank reads its own KV only, once for all queries.
         """
-        hops = self.hops(speed)
-        even = sum(hops) / self.cp
-        waiting = self.cp * (max(hops) - even)
-        return (self.cp - 1) * speed.exposed_seconds(self.query_bytes, even) + self._exchange(speed) + waiting
+        exchanges = [
+            size / speed.copy_bytes_per_second + speed.exchange_seconds(size)
+            for size in (self.query_bytes, self.partial_bytes)
+        ]
+        return sum(exchanges) + self._beyond(max(self._calls(speed, 1)), speed)
 
-    def _exchange(self, speed: RingSpeed) -> float:
-        packing = self.exchange_bytes / speed.copy_bytes_per_second
-        return packing + speed.exchange_latency_ns / 1e9 + self.exchange_bytes / speed.exchange_bytes_per_second
+    def _calls(self, speed: RingSpeed, share: int) -> list[float]:
+        """Seconds that one of `share` parts of the queries takes over each rank's keys: computing or reading bounds it.
+
+        Reading new tokens' KV is not counted, because they come with queries of their own.
+        """
+        return [
+            max(pairs / share * self.pair_flops / speed.flops_per_second, size / speed.key_bytes_per_second)
+            for pairs, size in zip(self.pairs, self.cached_bytes, strict=True)
+        ]
+
+    def _beyond(self, computing_seconds: float, speed: RingSpeed) -> float:
+        """What is above the least that any strategy takes on some rank; never negative, for sums are rounded."""
+        flops = sum(self.pairs) * self.pair_flops
+        least = max(flops / speed.flops_per_second, sum(self.cached_bytes) / speed.key_bytes_per_second) / self.cp
+        return max(0.0, computing_seconds - least)

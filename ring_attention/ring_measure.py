@@ -28,8 +28,7 @@ ROUNDS: Final = 25
 BUDGET_NS: Final = 2_500_000_000  # no round begins after that
 TRIES: Final = 4
 PROBE_NS: Final = 6_000_000  # long against latency, short against what a scheduler gives to another program
-MANY_QUERIES: Final = 512
-FEW_QUERIES: Final = 4
+QUERIES: Final = 512
 KEYS: Final = (512, 1 << 17)  # the fewest and the most tokens to try
 MESSAGE_BYTES: Final = (1 << 16, 1 << 26)
 SMALL_BYTES: Final = 1 << 12
@@ -75,15 +74,13 @@ def shared(communicator: Communicator, speed: RingSpeed | None, device: torch.de
 
 
 def speed_of(shape: AttentionShape, sizes: Sizes, rounds: Sequence[Round]) -> RingSpeed:
-    """What the rounds say. An attention call takes queries * keys * FLOPs / C plus the reading of its keys."""
+    """What the rounds say. Computing bounds an attention call with many queries, reading KV one with a single query."""
     samples = {probe: sorted(one[probe] for one in rounds) for probe in rounds[0]}
     seconds = {probe: values[len(values) // 4] / 1e9 for probe, values in samples.items()}
     spreads = [median(samples[probe]) / 1e9 / seconds[probe] - 1 for probe in ("many", "shift", "exchange", "both")]
-    pair_seconds = _left(seconds["many"], seconds["few"]) / (sizes.keys * (MANY_QUERIES - FEW_QUERIES))
-    reading_seconds = _left(seconds["few"], sizes.keys * FEW_QUERIES * pair_seconds)
     return RingSpeed(
-        flops_per_second=shape.pair_flops / pair_seconds,
-        key_bytes_per_second=sizes.keys * shape.kv_token_bytes / reading_seconds,
+        flops_per_second=QUERIES * sizes.keys * shape.pair_flops / seconds["many"],
+        key_bytes_per_second=sizes.keys * shape.kv_token_bytes / seconds["one"],
         bytes_per_second=sizes.shift_bytes / _left(seconds["shift"], seconds["small shift"]),
         latency_ns=seconds["small shift"] * 1e9,
         exchange_bytes_per_second=sizes.exchange_bytes / _left(seconds["exchange"], seconds["small exchange"]),
@@ -116,7 +113,7 @@ class _Measurement:
         self._shape = shape
         self._clock = clock
         self._like = like
-        self._queries = self._random(shape.heads, MANY_QUERIES, shape.head_dim)
+        self._queries = self._random(shape.heads, QUERIES, shape.head_dim)
 
     def speed(self) -> RingSpeed:
         """Grow each probe until it takes long enough, then go round them."""
@@ -124,10 +121,10 @@ class _Measurement:
         keys = self._grown(KEYS, self._attention)
         shift_bytes = self._grown(MESSAGE_BYTES, self._shift)
         exchange_bytes = self._grown(MESSAGE_BYTES, self._exchange)
-        many, few = self._attention(keys), self._attention(keys, FEW_QUERIES)
+        many, one = self._attention(keys), self._attention(keys, 1)
         probes: dict[str, Callable[[], None]] = {
             "many": many,
-            "few": few,
+            "one": one,
             "small shift": self._shift(SMALL_BYTES),
             "shift": self._shift(shift_bytes),
             "both": self._shift(shift_bytes, many),
@@ -177,7 +174,7 @@ class _Measurement:
 
     # Probes ------------------------------------------------------------------------------------
 
-    def _attention(self, keys: int, queries: int = MANY_QUERIES) -> Callable[[], None]:
+    def _attention(self, keys: int, queries: int = QUERIES) -> Callable[[], None]:
         shape = self._shape
         query = self._queries[:, :queries]
         key = self._random(shape.kv_heads, keys, shape.head_dim)
