@@ -140,6 +140,7 @@ THIRD_PARTY = {
         "holdfast/cli*",
         "holdfast/rest.py",
     ),
+    "flash_attn": ("ring_attention/kernels/flash_attn.py",),
     "msgspec": ("*",),
     "numpy": ("*",),
     "prometheus_client": ("kvstore/metrics.py",),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..band import FULL, Band
-from .kernel import Capabilities, Corner, Kernel, here
+from .kernel import Capabilities, Corner, Kernel, nothing_lacks
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, sees: Band | Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -28,5 +28,5 @@ CPU_FLASH = Kernel(
         masks=True,
     ),
     call=_call,
-    missing=here,
+    obstacle=nothing_lacks,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...kvstore.errors import ConfigError, HoldfastError
 from ..band import FULL, Band
 from .kernel import Capabilities, Corner, Kernel
 
@@ -25,8 +26,8 @@ def _call(query: Tensor, key: Tensor, value: Tensor, sees: Band | Tensor, scale:
     return out[0], lse[0, :, : query.shape[1]]  # the efficient kernel pads lse rows to a multiple of 32
 
 
-def _missing() -> str:
-    return "" if torch.cuda.is_available() else "cuda_aten needs a GPU, and torch sees none"
+def _obstacle() -> HoldfastError | None:
+    return None if torch.cuda.is_available() else ConfigError("cuda_aten needs a GPU, and torch sees none")
 
 
 CUDA_ATEN = Kernel(
@@ -39,5 +40,5 @@ CUDA_ATEN = Kernel(
         head_dim_multiple=8,
     ),
     call=_call,
-    missing=_missing,
+    obstacle=_obstacle,
 )

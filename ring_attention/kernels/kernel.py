@@ -10,10 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from math import e
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from ...kvstore.errors import ConfigError, HoldfastError
 from ..band import FULL, Band
 
 
@@ -63,23 +65,40 @@ Call = Callable[[Tensor, Tensor, Tensor, Band | Tensor, float], tuple[Tensor, Te
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernel:
-    """A kernel of the registry. `missing()` says why it is unable to run on this machine, or is empty."""
+    """A kernel of the registry. `obstacle()` is why it is unable to run on this machine, if so."""
 
     name: str
     capabilities: Capabilities
     call: Call
-    missing: Callable[[], str]
+    obstacle: Callable[[], HoldfastError | None]
 
-    def unfit(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why it is no kernel for these tensors here, or empty."""
+    def unfit(self, device: torch.device, dtype: torch.dtype) -> HoldfastError | None:
+        """Why it is no kernel for these tensors here, if so: ConfigError or MissingExtra."""
         if device.type not in self.capabilities.devices:
-            return f"{self.name} runs on {', '.join(sorted(self.capabilities.devices))}, not on {device.type}"
+            devices = ", ".join(sorted(self.capabilities.devices))
+            return ConfigError(f"the kernel {self.name} runs on {devices}, not on {device.type}; use another")
         if dtype not in self.capabilities.dtypes:
-            known = ", ".join(sorted(str(known).removeprefix("torch.") for known in self.capabilities.dtypes))
-            return f"{self.name} computes in {known}, not in {str(dtype).removeprefix('torch.')}"
-        return self.missing()
+            dtypes = ", ".join(sorted(_named(known) for known in self.capabilities.dtypes))
+            return ConfigError(f"the kernel {self.name} computes in {dtypes}, not in {_named(dtype)}; use another")
+        return self.obstacle()
 
 
-def here() -> str:
-    """The `missing` of a kernel that torch brings along."""
-    return ""
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def nothing_lacks() -> None:
+    """The `obstacle` of a kernel that torch brings along."""
+
+
+Side = TypeVar("Side")
+
+
+def window_of(band: Band, tokens: int, rows: int, open_side: Side) -> tuple[int | Side, int | Side]:
+    """(left, right) as FlashAttention counts them: query i sees [i + S - T - left, i + S - T + right].
+
+    Not negative if every query and every key has a part in the band, which `tiling` sees to.
+    """
+    left = open_side if band.first is None else rows - tokens - band.first
+    right = open_side if band.last is None else band.last - (rows - tokens)
+    return left, right

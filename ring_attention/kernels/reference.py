@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..band import Band
-from .kernel import Capabilities, Corner, Kernel, here
+from .kernel import Capabilities, Corner, Kernel, nothing_lacks
 
 
 def _call(query: Tensor, key: Tensor, value: Tensor, sees: Band | Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -44,5 +44,5 @@ REFERENCE = Kernel(
         value_dim_differs=True,
     ),
     call=_call,
-    missing=here,
+    obstacle=nothing_lacks,
 )
