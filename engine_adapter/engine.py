@@ -87,6 +87,11 @@ class Engine(Protocol):
         """The model's KV."""
         ...
 
+    @property
+    def failure(self) -> str:
+        """Why it will take no more calls, found out by looking; empty while it will."""
+        ...
+
     def prefill(
         self, shard: ShardMessage, tokens: Sequence[int], cached_tokens: int, chunk_tokens: int, progress: Progress
     ) -> list[PrefillPoint]:

@@ -115,6 +115,11 @@ class FakeEngine:
         """See Engine."""
         return self._spec
 
+    @property
+    def failure(self) -> str:
+        """See Engine."""
+        return "" if self._agents else "the group is closed"
+
     def close(self) -> None:
         """See Engine."""
         for agent in self._agents:

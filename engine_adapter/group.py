@@ -113,6 +113,14 @@ class RankGroup:
         return self._spec
 
     @property
+    def failure(self) -> str:
+        """See Engine."""
+        for rank, member in enumerate(self._members):
+            if not self._broken and member.wait(0.0) is not None:
+                self._died(rank)
+        return self._broken
+
+    @property
     def pids(self) -> list[int]:
         """Process ids, by rank."""
         return [member.pid for member in self._members]

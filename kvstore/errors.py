@@ -28,7 +28,9 @@ HoldfastError
 |   |-- DaemonUnavailable       the daemon does not answer, or went away
 |   |-- DeadlineExceeded        it took longer than the caller allowed
 |   |-- Draining                the daemon is shutting down
-|   `-- GroupFailed             a rank of the group died or raised
+|   |-- GroupFailed             a rank of the group died or raised
+|   |-- RunnerUnavailable       no runner answers, or it went away
+|   `-- RunnerBusy              too many requests wait for the runner already
 |-- CorruptExtent           stored bytes differ from their checksum; quarantined
 |-- StorageFailed           the device below a tier refused a read or a write
 |   `-- StorageFull             it has no room: fewer bytes must be kept there
@@ -228,6 +230,18 @@ class GroupFailed(Unavailable):
     """A rank of the group died or raised."""
 
     code = "group-failed"
+
+
+class RunnerUnavailable(Unavailable):
+    """No runner answers, or it went away."""
+
+    code = "runner-unavailable"
+
+
+class RunnerBusy(Unavailable):
+    """Too many requests wait for the runner already."""
+
+    code = "runner-busy"
 
 
 class CorruptExtent(HoldfastError):

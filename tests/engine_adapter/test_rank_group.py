@@ -73,6 +73,15 @@ class TestRankGroup(EngineContract):
         session = stage.session(2)
         self.check(session.ask("report", question, NEW), stage.engine(2), document, question)
 
+    def test_a_rank_that_dies_while_nobody_asks_is_found_by_looking(self, stage):
+        stage.session(2)
+        engine = stage.engine(2)
+        assert engine.failure == ""
+        os.kill(engine.pids[0], signal.SIGKILL)
+        assert until(lambda: engine.failure, "the death is seen") == "rank 0 died (signal 9)"
+        until(lambda: not any(runs(pid) for pid in engine.pids), "no rank is left")
+        stage.forget(2)
+
     def test_a_rank_killed_during_an_ingest_leaves_nothing(self, stage):
         session, engine = stage.session(2), stage.engine(2)
 

@@ -1,0 +1,362 @@
+"""RunnerService: what a runner answers, as typed methods: status, and iterators of events for ingest and ask.
+
+The socket server is a thin layer over it, and any other front would be. One worker thread drives the one group; it
+starts the group anew when a rank dies, within a bound, and connects again when the daemon was away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final, TypeVar
+
+from ..kvstore.client import Client
+from ..kvstore.clock import Clock
+from ..kvstore.document import WritePolicy
+from ..kvstore.errors import (
+    DaemonUnavailable,
+    DocumentNotFound,
+    EmptyDocument,
+    GroupFailed,
+    GroupNotFound,
+    HoldfastError,
+    InvalidRequest,
+    Unavailable,
+)
+from ..ring_attention.text_stream import TextStream
+from ..ring_attention.tokenizer import Tokenizer
+from .answering import Answering, ended
+from .engine import Engine
+from .runner_queue import Job, JobQueue
+from .runner_wire import (
+    Answered,
+    AnyEvent,
+    AskRequest,
+    Content,
+    Ingested,
+    IngestRequest,
+    Prefilling,
+    RunnerFacts,
+    RunnerStatus,
+)
+from .session import CHUNK_TOKENS, FALLBACK, Reply, Session
+from .texts import Texts
+
+POLL_SECONDS: Final = 1.0  # how soon the death of a rank is noticed while nobody asks
+RESTARTS: Final = 3  # more of them help nobody
+RESTART_WINDOW_SECONDS: Final = 600.0
+REGISTER_SECONDS: Final = 20.0  # for ranks to come back to a daemon that was started again
+AWAY_SECONDS: Final = 5.0  # for a daemon that is being started again, before a question is answered without it
+RETRY_SECONDS: Final = 0.05
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a service is made of. `start` starts the group; `connect` takes the numbers of connections it replaces.
+
+    `eos` are the tokens that end an answer; `restarts` how often the group is started anew in RESTART_WINDOW_SECONDS;
+    `settings` tells what a group that was just started computes with.
+    """
+
+    facts: RunnerFacts
+    start: Callable[[], Engine]
+    connect: Callable[[list[int]], Client]
+    tokenizer: Tokenizer
+    eos: tuple[int, ...] = ()
+    texts: Texts
+    clock: Clock
+    say: Callable[[str], None]
+    restarts: int = RESTARTS
+    settings: Callable[[], dict[str, str]] = dict
+
+
+class RunnerService:
+    """One group's. Methods may be called from any thread; nothing is answered before `serve` runs on one."""
+
+    def __init__(self, parts: Parts) -> None:
+        """Start the group and connect. Raises what either raises."""
+        self._parts = parts
+        self._queue = JobQueue(parts.clock)
+        self._stopping = threading.Event()
+        self._engine = parts.start()
+        try:
+            self._client = parts.connect([])
+        except HoldfastError:
+            self._engine.close()
+            raise
+        self._settings = parts.settings()
+        self._session: Session | None = None
+        self._away = False
+        self._problem = self._cause = ""
+        self._restarted_ns: list[int] = []
+        self._counts = {"answered": 0, "ingested": 0, "recomputed": 0, "restarts": 0}
+
+    # What it answers ---------------------------------------------------------------------------
+
+    def status(self) -> RunnerStatus:
+        """What it is, and what it does at the moment."""
+        return RunnerStatus(
+            facts=self._parts.facts,
+            settings=self._settings,
+            problem=self._problem or ("" if self._client.is_open else "the daemon is away"),
+            busy=self._queue.busy,
+            waiting=self._queue.waiting,
+            **self._counts,
+        )
+
+    def ingest(self, request: IngestRequest) -> Generator[AnyEvent]:
+        """Store a document: Waiting and Prefilling, then Ingested. Raises what the queue and the session raise."""
+        return self._queue.events(request)
+
+    def ask(self, request: AskRequest) -> Generator[AnyEvent]:
+        """Answer a question: Waiting and Piece, then Answered. Raises what the queue and the session raise."""
+        return self._queue.events(request)
+
+    # The worker --------------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Carry out requests until told to stop. Raises GroupFailed when the group cannot be kept alive."""
+        try:
+            while not self._stopping.is_set():
+                self._carry_out(self._queue.take(POLL_SECONDS, _joins))
+                if self._engine.failure and not self._stopping.is_set():
+                    self._restart()
+        finally:
+            self._queue.end(GroupFailed("the runner has ended; its last words say why"))
+
+    def stop(self) -> None:
+        """Refuse what waits and what comes; what runs may end."""
+        self._stopping.set()
+        self._queue.close(Unavailable("the runner is being stopped"))
+
+    def close(self) -> None:
+        """End the group and disconnect, after `serve` has returned."""
+        self._engine.close()
+        self._client.close()
+
+    def _carry_out(self, jobs: Sequence[Job]) -> None:
+        """One ingest, or questions that are answered together. Each job is told its last."""
+        ingests = [(job, job.request) for job in jobs if isinstance(job.request, IngestRequest)]
+        asked = [(job, job.request) for job in jobs if isinstance(job.request, AskRequest)]
+        for job, ingest in ingests:
+            self._end(job, partial(self._ingest, job, ingest))
+        if asked:
+            self._ask(asked)
+
+    def _end(self, job: Job, call: Callable[[], AnyEvent]) -> None:
+        """What the call returns, or raises, is the last that is said of the job."""
+        try:
+            job.tell(call())
+        except HoldfastError as error:
+            job.fail(error)
+
+    # The group and the daemon ------------------------------------------------------------------
+
+    def _restart(self) -> None:
+        """A rank died: start the group anew, unless that was in vain too often. It needs the daemon to be there."""
+        reason = self._cause = self._cause or self._engine.failure
+        self._engine.close()
+        self._session = None
+        try:
+            self._connect()
+        except DaemonUnavailable:
+            self._problem = f"{reason}; the group waits for the daemon"
+            return
+        now_ns = self._parts.clock.monotonic_ns()
+        self._restarted_ns = [t for t in self._restarted_ns if now_ns - t < RESTART_WINDOW_SECONDS * 1e9]
+        if len(self._restarted_ns) >= self._parts.restarts:
+            raise GroupFailed(f"{reason}; the runner ends after {len(self._restarted_ns)} new starts")
+        self._restarted_ns.append(now_ns)
+        self._problem = f"{reason}; the group is being started anew"
+        self._parts.say(self._problem)
+        try:
+            self._engine = self._parts.start()
+            self._settings = self._parts.settings()
+        except HoldfastError as error:
+            self._problem = self._cause = error.message
+            self._parts.say(self._problem)
+            return
+        self._counts["restarts"] += 1
+        self._problem = self._cause = ""
+        self._parts.say("the group is back")
+
+    def _connect(self) -> None:
+        """Find the daemon again; while it is away, only the first to notice waits for it. Raises DaemonUnavailable."""
+        if self._client.is_open:
+            return
+        deadline_ns = self._parts.clock.monotonic_ns() + (0 if self._away else int(AWAY_SECONDS * 1e9))
+        while True:
+            try:
+                client = self._parts.connect([self._client.number])
+                break
+            except DaemonUnavailable:
+                self._away = self._parts.clock.monotonic_ns() >= deadline_ns or self._stopping.wait(RETRY_SECONDS)
+                if self._away:
+                    raise
+        self._client.close()
+        self._client, self._session, self._away = client, None, False
+
+    def _connected(self) -> Session:
+        """The session with the daemon of now. Raises DaemonUnavailable, or GroupFailed while there is no group."""
+        if self._engine.failure:
+            raise GroupFailed(self._problem or self._engine.failure)
+        self._connect()
+        if self._session is None:
+            self._session = Session(self._client, self._engine)
+        return self._session
+
+    def _when_registered(self, call: Callable[[Session], T]) -> T:
+        """What the call returns, once the ranks have found a daemon that was started again."""
+        deadline_ns = self._parts.clock.monotonic_ns() + int(REGISTER_SECONDS * 1e9)
+        while True:
+            try:
+                return call(self._connected())
+            except GroupNotFound:
+                if self._parts.clock.monotonic_ns() > deadline_ns or self._stopping.wait(RETRY_SECONDS):
+                    raise
+
+    # Ingest ------------------------------------------------------------------------------------
+
+    def _ingest(self, job: Job, request: IngestRequest) -> Ingested:
+        tokens = self._tokens(request.content, "document")
+        began_ns = self._parts.clock.monotonic_ns()
+
+        def call(session: Session) -> Ingested:
+            cached = self._cached(tokens)
+            job.tell(Prefilling(done_tokens=cached, cached_tokens=cached, total_tokens=len(tokens)))
+
+            def progress(done: int) -> None:
+                done = min(done, len(tokens))
+                job.tell(Prefilling(done_tokens=done, cached_tokens=cached, total_tokens=len(tokens)))
+
+            view = session.ingest(request.name, tokens, write_policy=request.write_policy, progress=progress)
+            self._parts.texts.put(request.name, tokens, view.created_wall_ns)
+            elapsed_ns = self._parts.clock.monotonic_ns() - began_ns
+            return Ingested(document=view, cached_tokens=cached, elapsed_ns=elapsed_ns)
+
+        ingested = self._when_registered(call)
+        self._counts["ingested"] += 1
+        return ingested
+
+    def _cached(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens need not be computed."""
+        return self._client.lookup_tokens(self._engine.spec.fingerprint(), tokens).token_count
+
+    # Ask ---------------------------------------------------------------------------------------
+
+    def _ask(self, asked: Sequence[tuple[Job, AskRequest]]) -> None:
+        """Answer questions together; what is no question is refused before, and harms no other."""
+        answers = []
+        for job, request in asked:
+            try:
+                answers.append(self._begun(job, request))
+            except HoldfastError as error:
+                job.fail(error)
+        try:
+            replies = self._when_registered(lambda session: self._replies(session, answers))
+        except HoldfastError as error:
+            replies = [error] * len(answers)
+        for answer, reply in zip(answers, replies, strict=True):
+            self._end(answer.job, partial(self._final, answer, reply))
+
+    def _begun(self, job: Job, request: AskRequest) -> Answering:
+        """Raises what is wrong with the request, or GroupFailed and the like when nobody can say."""
+        question = self._tokens(request.question, "question")
+        document = self._extensible(request) if request.extend else None
+        return Answering(job, request, question, document, TextStream(self._parts.tokenizer))
+
+    def _extensible(self, request: AskRequest) -> list[int]:
+        """The tokens of a document that is to grow. Raises InvalidRequest when nobody knows them, or as the daemon."""
+        self._connect()
+        view = self._client.document(request.document)
+        tokens = self._document(request, view.created_wall_ns)
+        if tokens is None or len(tokens) != view.token_count:
+            raise InvalidRequest(
+                f"to extend {request.document!r} its {view.token_count} tokens are needed, and this runner does not "
+                "know them: give the whole text with --document, or ingest it here"
+            )
+        return tokens
+
+    def _replies(self, session: Session, answers: Sequence[Answering]) -> list[Reply | HoldfastError]:
+        """What the cache makes of each. Raises GroupNotFound while the ranks are not registered."""
+        wanted = [(answer.request.document, answer.question, answer.request.new_tokens) for answer in answers]
+        replies = session.ask_many(
+            wanted, eos=self._parts.eos, on_token=lambda index, token: answers[index].hear(token)
+        )
+        for reply in replies:
+            if isinstance(reply, GroupNotFound):
+                raise reply
+        return replies
+
+    def _final(self, answering: Answering, reply: Reply | HoldfastError) -> Answered:
+        """What was answered; where the cache could not, from the document's tokens. Raises why there is no answer."""
+        if isinstance(reply, HoldfastError):
+            reply = self._recomputed(answering, reply)
+        answer, swap = reply.answer, reply.swap
+        text = answering.ended(answer.tokens)
+        self._counts["answered"] += 1
+        grown = self._extended(answering, answer.tokens) if answering.document is not None else None
+        return Answered(
+            text=text,
+            tokens=answer.tokens,
+            swap=swap,
+            reason=reply.reason,
+            first_token_ns=(swap.wait_ns if swap is not None else 0) + answer.prefill_ns,
+            prefill_ns=answer.prefill_ns,
+            decode_ns=answer.decode_ns,
+            exposed_ns=answer.exposed_ns,
+            document_tokens=grown,
+        )
+
+    def _extended(self, answering: Answering, answer: Sequence[int]) -> int:
+        """Question and answer become part of the document; returns how many tokens it has now."""
+        assert answering.document is not None
+        name, tokens = answering.request.document, [*answering.document, *answering.question, *answer]
+        policy = WritePolicy(self._client.document(name).write_policy.partition(":")[0])
+        view = self._connected().ingest(name, tokens, write_policy=policy)
+        self._parts.texts.put(name, tokens, view.created_wall_ns)
+        return view.token_count
+
+    def _recomputed(self, answering: Answering, error: HoldfastError) -> Reply:
+        """The answer without the cache, where that cannot serve. Raises `error` where it says something else.
+
+        Or where nobody knows the document's tokens.
+        """
+        request = answering.request
+        if not isinstance(error, FALLBACK) or self._engine.failure:
+            raise error
+        created_wall_ns = None
+        try:
+            created_wall_ns = self._client.document(request.document).created_wall_ns
+        except DocumentNotFound:  # perhaps it was deleted: then it is not to be had from here either
+            self._parts.texts.forget(request.document)
+        except HoldfastError:
+            pass  # the daemon is away
+        tokens = self._document(request, created_wall_ns)
+        if tokens is None:
+            raise error
+        answer = self._engine.recompute(tokens, answering.question, request.new_tokens, CHUNK_TOKENS)
+        self._counts["recomputed"] += 1
+        return Reply(ended(answer, self._parts.eos), None, error.code)
+
+    def _document(self, request: AskRequest, created_wall_ns: int | None) -> list[int] | None:
+        """The document's tokens: those that came with the question, or what is remembered of it."""
+        if request.content is not None:
+            return self._tokens(request.content, "document")
+        found = self._parts.texts.get(request.document, created_wall_ns)
+        return None if found is None else [int(token) for token in found]
+
+    def _tokens(self, content: Content, what: str) -> list[int]:
+        """Token ids of what came as text or as ids. Raises EmptyDocument."""
+        tokens = self._parts.tokenizer.encode(content) if isinstance(content, str) else content
+        if not tokens:
+            raise EmptyDocument(f"the {what} is empty")
+        return tokens
+
+
+def _joins(first: Job, other: Job) -> bool:
+    """Whether a request that waits can be answered together with the first."""
+    return all(isinstance(job.request, AskRequest) and not job.request.extend for job in (first, other))
