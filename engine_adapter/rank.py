@@ -178,6 +178,8 @@ def join(path: Path, rank: int) -> int:
 
     For a process of its own: returns its exit status. Raises GroupFailed when no driver comes.
     """
+    # Whoever started it signals all of its processes; the driver ends its ranks in order.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return run(joined(path, rank, JOIN_SECONDS))
 
 
@@ -204,6 +206,9 @@ def run(channel: Channel) -> int:
 
 if __name__ == "__main__":
     # Torch's threads may outlive main; nothing of ours is left to save.
-    status = run(Channel(socket.socket(fileno=int(sys.argv[1]))))
+    if len(sys.argv) == 2:
+        status = run(Channel(socket.socket(fileno=int(sys.argv[1]))))
+    else:
+        status = join(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
     os._exit(status)

@@ -6,7 +6,6 @@ import getpass
 import os
 import re
 import sys
-from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from . import __version__
-from .cli_session import FAILED, Holdfast, Session
+from .cli_ask import ask, ingest
+from .cli_runner import demo_model, runner
+from .cli_session import FAILED, ConfigFile, Holdfast, Session, Settings, configuration, session_of, split
 from .kvstore.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from .kvstore.config import Config
 
 DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 PAGE: Final = 1000
@@ -47,9 +47,11 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The 
 doc_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Documents.")
 app.add_typer(config_app, name="config")
 app.add_typer(doc_app, name="doc")
+app.command()(runner)
+app.command()(ingest)
+app.command()(ask)
+app.command()(demo_model)
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file.")]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]
 Name = Annotated[str, typer.Argument(metavar="[TENANT/]NAME", help='The tenant is "default" unless named.')]
 Limit = Annotated[int, typer.Option("--limit", min=1, max=PAGE, help="How many to show, newest first.")]
 
@@ -69,20 +71,6 @@ def globals_(
     ctx.obj = Session(url=url, data_dir=data_dir, as_json=as_json, color=color)
 
 
-def session_of(ctx: typer.Context) -> Session:
-    """The global options."""
-    assert isinstance(ctx.obj, Session)
-    return ctx.obj
-
-
-def split(name: str) -> tuple[str, str]:
-    """Tenant and name of "[TENANT/]NAME"."""
-    tenant, _, rest = name.rpartition("/")
-    if not rest or "/" in tenant or name.startswith("/"):
-        raise InvalidRequest(f"{name!r} is no document; say NAME or TENANT/NAME")
-    return tenant or "default", rest
-
-
 def seconds(text: str) -> float | None:
     """Seconds of "90s", "30m", "1h", "2d" or "90"; None for "never"."""
     if text == "never":
@@ -94,26 +82,6 @@ def seconds(text: str) -> float | None:
 
 
 # Running ---------------------------------------------------------------------------------------
-
-
-def overrides(settings: Sequence[str], data_dir: Path | None) -> dict[str, str]:
-    """The settings given as flags."""
-    found = {} if data_dir is None else {"daemon.data_dir": str(data_dir)}
-    for setting in settings:
-        key, separator, value = setting.partition("=")
-        if not separator:
-            raise InvalidRequest(f"--set {setting}: say SECTION.KEY=VALUE")
-        found[key.strip()] = value.strip()
-    return found
-
-
-def configuration(ctx: typer.Context, path: Path | None, settings: Sequence[str] | None) -> Config:
-    """The effective configuration on this machine."""
-    from .kvstore.backing import configured
-    from .kvstore.machine import Machine
-
-    given = overrides(settings or (), session_of(ctx).data_dir)
-    return configured(path, os.environ, given, Machine())
 
 
 @app.command()

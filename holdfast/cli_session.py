@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -23,12 +23,14 @@ from .kvstore.errors import (
     InvalidRequest,
     NoCapacity,
     NotFound,
+    RunnerBusy,
     Unavailable,
 )
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from .kvstore.config import Config
     from .rest import Rest
 
 FAILED: Final = 1
@@ -38,6 +40,7 @@ EXIT_CODES: Final[dict[type[HoldfastError], int]] = {
     Conflict: 4,
     NoCapacity: 4,
     DeadlineExceeded: FAILED,
+    RunnerBusy: 4,
     Unavailable: 5,
 }
 ADVICE: Final = {  # what to do, where the message does not say it already
@@ -45,8 +48,11 @@ ADVICE: Final = {  # what to do, where the message does not say it already
     "document-not-found": "`holdfast doc ls` lists what there is",
     "unavailable": "try again when `holdfast status` says it is ready",
     "draining": "the daemon is shutting down; start it again and retry",
+    "runner-unavailable": "start one with `holdfast runner --model DIR --cp N`, or say where it is with --data-dir",
     "no-capacity": "`holdfast tiers` shows who holds what; unpin, detach, or wait",
 }
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]
 GLOBAL_FLAGS: Final = ("--json", "--no-color")
 GLOBAL_VALUES: Final = ("--url", "--data-dir")
 
@@ -67,15 +73,21 @@ class Session:
 
     def rest(self) -> Rest:
         """The daemon to talk to: --url, else $HOLDFAST_URL, else what it left in its data directory."""
-        from .kvstore.config import load_config
         from .rest import Rest, left_address
 
         url = self.url or os.environ.get("HOLDFAST_URL")
         if not url:
-            url = left_address(self.data_dir or load_config(None, os.environ, {}).daemon.data_dir)
+            url = left_address(self.place)
         if not url.startswith(("http://", "https://")):
             raise InvalidRequest(f"{url!r} is no address of a daemon; it looks like http://127.0.0.1:8470")
         return Rest(url)
+
+    @property
+    def place(self) -> Path:
+        """The daemon's data directory: --data-dir, else where the configuration puts it."""
+        from .kvstore.config import load_config
+
+        return self.data_dir or load_config(None, os.environ, {}).daemon.data_dir
 
     def show(self, answer: object, human: Callable[[], Sequence[RenderableType]]) -> None:
         """Print an answer: as JSON, or as what `human` makes of it."""
@@ -97,6 +109,40 @@ class Session:
         from rich.console import Console
 
         return Console(stderr=True, no_color=not self.color).status(what)
+
+
+def session_of(ctx: typer.Context) -> Session:
+    """The global options."""
+    assert isinstance(ctx.obj, Session)
+    return ctx.obj
+
+
+def split(name: str) -> tuple[str, str]:
+    """Tenant and name of "[TENANT/]NAME"."""
+    tenant, _, rest = name.rpartition("/")
+    if not rest or "/" in tenant or name.startswith("/"):
+        raise InvalidRequest(f"{name!r} is no document; say NAME or TENANT/NAME")
+    return tenant or "default", rest
+
+
+def overrides(settings: Sequence[str], data_dir: Path | None) -> dict[str, str]:
+    """The settings given as flags."""
+    found = {} if data_dir is None else {"daemon.data_dir": str(data_dir)}
+    for setting in settings:
+        key, separator, value = setting.partition("=")
+        if not separator:
+            raise InvalidRequest(f"--set {setting}: say SECTION.KEY=VALUE")
+        found[key.strip()] = value.strip()
+    return found
+
+
+def configuration(ctx: typer.Context, path: Path | None, settings: Sequence[str] | None) -> Config:
+    """The effective configuration on this machine."""
+    from .kvstore.backing import configured
+    from .kvstore.machine import Machine
+
+    given = overrides(settings or (), session_of(ctx).data_dir)
+    return configured(path, os.environ, given, Machine())
 
 
 class Holdfast(TyperGroup):
