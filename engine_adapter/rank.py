@@ -17,12 +17,14 @@ from ..kvstore.clock import Clock, SystemClock
 from ..kvstore.errors import GroupFailed, HoldfastError, InvalidRequest
 from ..kvstore.keys import token_list
 from ..kvstore.layouts import ShardMessage
+from ..ring_attention.answering import Answer
+from ..ring_attention.answering import Ask as Question
 from ..ring_attention.arena import HBMArena
 from ..ring_attention.checkpoint import load_model
 from ..ring_attention.device import device_of, use_threads
 from ..ring_attention.distributed import DistributedCommunicator
 from ..ring_attention.model import Decoder
-from ..ring_attention.runner import Answer, ContextParallelRunner
+from ..ring_attention.runner import ContextParallelRunner
 from ..ring_attention.shard import KVShard
 from .agent import Agent, Seat
 from .control import (
@@ -73,7 +75,9 @@ class Rank:
         communicator = DistributedCommunicator(
             config.rank, config.cp, init_method, self._device, config.deadline_seconds
         )
-        return ContextParallelRunner(self._model, communicator, config.kernel or None, self._clock)
+        return ContextParallelRunner(
+            self._model, communicator, kernel=config.kernel or None, strategy=config.strategy, clock=self._clock
+        )
 
     def serve(self) -> None:
         """Carry out orders until told to quit, or the driver is gone."""
@@ -91,7 +95,7 @@ class Rank:
     def close(self) -> None:
         """Leave the group and the daemon."""
         self._agent.close()
-        self._runner.communicator.abort("the rank quits")
+        self._runner.group.abort("the rank quits")
 
     def _carry_out(self, order: AnyOrder) -> AnyReport:
         match order:
@@ -102,7 +106,7 @@ class Rank:
             case Recompute():
                 return self._recompute(order)
             case Rejoin(init_method):
-                self._runner.communicator.abort("the group starts anew")
+                self._runner.group.abort("the group starts anew")
                 self._runner = self._join(init_method)
                 return Rejoined()
             case _:
@@ -141,22 +145,27 @@ class Rank:
         return Prefilled(points)
 
     def _ask(self, order: Ask) -> AnyReport:
-        return Answered([self._answer(i, asked, order.deadline_seconds) for i, asked in enumerate(order.questions)])
+        asks = [self._question(index, asked, order.deadline_seconds) for index, asked in enumerate(order.questions)]
+        return Answered([self._answered(answer) for answer in self._runner.answer_batch(asks)])
 
-    def _answer(self, index: int, asked: Asked, deadline_seconds: float) -> AnswerMessage:
-        layout = asked.shard.layout.layout()
-        shard = self._shard(asked.shard, layout.token_count, deadline_seconds)
-        answer = self._runner.answer(shard, asked.tokens, asked.new_tokens, next(iter(asked.eos), None))
-        if self._config.rank == 0:
-            for token in answer.tokens:
+    def _question(self, index: int, asked: Asked, deadline_seconds: float) -> Question:
+        def tell(token: int) -> None:
+            if self._config.rank == 0:
                 self._channel.send(Token(index, token))
-        return self._answered(answer)
+
+        return Question(
+            shard=self._shard(asked.shard, asked.shard.layout.layout().token_count, deadline_seconds),
+            question=asked.tokens,
+            max_new_tokens=asked.new_tokens,
+            eos=asked.eos,
+            on_token=tell,
+        )
 
     def _recompute(self, order: Recompute) -> AnyReport:
         """The same answer without the daemon: what an engine falls back to, and what a reload saves."""
         shard = self._runner.private_shard(len(order.tokens) // 4, order.chunk_tokens)
         started_ns = self._clock.monotonic_ns()
-        layout = self._runner.prefill(shard, token_list(order.tokens), order.chunk_tokens)
+        layout = self._runner.prefill(shard, token_list(order.tokens), order.chunk_tokens).layout
         prefill_ns = self._clock.monotonic_ns() - started_ns
         filled = KVShard(arena=shard.arena, layout=layout)
         answer = self._runner.answer(filled, order.question, order.new_tokens)

@@ -45,3 +45,18 @@ class KVShard:
     def grown(self, fresh: Layout) -> KVShard:
         """The shard with the tokens of `fresh` behind its own."""
         return replace(self, layout=self.layout.then(fresh))
+
+    def copy_rows(self, start: int, into: KVShard, offset: int, stop: int) -> None:
+        """Copy this rank's rows [start, stop), all layers of them, to the rows from `offset` + start of another shard.
+
+        Rows count from each shard's first. Raises what the loading of a layer raises.
+        """
+        if start >= stop:
+            return
+        for layer in range(self.arena.key.shape[0]):
+            self.wait_layer(layer)
+        ours = slice(self.row_start + start, self.row_start + stop)
+        theirs = slice(into.row_start + offset + start, into.row_start + offset + stop)
+        assert theirs.stop <= into.arena.rows, (theirs, into.arena.rows)
+        into.arena.key[:, :, theirs] = self.arena.key[:, :, ours]
+        into.arena.value[:, :, theirs] = self.arena.value[:, :, ours]

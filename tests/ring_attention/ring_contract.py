@@ -145,7 +145,7 @@ def an_answer_equals_the_dense_model(communicator):
     model, document, question = tiny_model(), tokens_of(131), tokens_of(9, seed=1)
     arena = HBMArena(model.spec, 131)
     runner = ContextParallelRunner(model, communicator)
-    layout = runner.prefill(KVShard(arena=arena, layout=Layout((), communicator.size)), document, 50)
+    layout = runner.prefill(KVShard(arena=arena, layout=Layout((), communicator.size)), document, 50).layout
     answer = runner.answer(KVShard(arena=arena, layout=layout), question, 6)
     expected = model.dense_logits([*document, *question, *answer.tokens[:-1]], 6)
     assert (answer.logits - expected).abs().max() < 1e-4

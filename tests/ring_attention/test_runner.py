@@ -75,11 +75,11 @@ def test_prefill_in_pieces_equals_prefill_at_once(cp):
         arena = HBMArena(MODEL.spec, final.length(communicator.rank) + 5)
         runner = ContextParallelRunner(MODEL, communicator)
         shard = KVShard(arena=arena, layout=Layout((), cp), row_start=5)
-        part = runner.prefill(shard, DOCUMENT[:130], 37)
+        part = runner.prefill(shard, DOCUMENT[:130], 37).layout
         assert part == first
         done = []
         grown = KVShard(arena=arena, layout=part, row_start=5)
-        whole = runner.prefill(grown, DOCUMENT, 50, done.append)
+        whole = runner.prefill(grown, DOCUMENT, 50, done.append).layout
         assert whole == final
         assert done == [180, 230, 280, 301]
         return runner.answer(KVShard(arena=arena, layout=whole, row_start=5), QUESTION, 8)
@@ -104,7 +104,7 @@ def test_decode_ends_after_the_end_token():
     arenas, layout = prefilled(MODEL, DOCUMENT, 2)
     whole = answers(MODEL, arenas, layout, QUESTION, 12)[0]
     eos = whole.tokens[4]
-    short = answers(MODEL, arenas, layout, QUESTION, 12, eos=eos)[0]
+    short = answers(MODEL, arenas, layout, QUESTION, 12, eos=(eos,))[0]
     assert short.tokens == whole.tokens[: whole.tokens.index(eos) + 1]
     assert short.logits.shape == (len(short.tokens), 64)
 
