@@ -7,7 +7,7 @@ from holdfast.ring_attention.checkpoint import load_model
 from holdfast.ring_attention.config import RopeConfig
 from holdfast.ring_attention.identity import digest_of, read_config
 from holdfast.ring_attention.model import alone
-from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
+from holdfast.ring_attention.synthetic import DEMO, Scales, random_tensors, write_checkpoint
 from ring_helpers import answers, prefilled
 from transformers import AutoModelForCausalLM
 
@@ -57,20 +57,27 @@ SHAPES = {
 TOKENS = list(PROSE[20_000:20_300])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_written_is_a_hugging_face_checkpoint(shape, dtype, tmp_path):
+def test_what_is_written_is_a_hugging_face_checkpoint(shape, tmp_path):
     """It is read back as the config it was made of, and transformers finds the same model in it."""
-    config = replace(SHAPES[shape], dtype=dtype)
-    write_checkpoint(tmp_path, config, seed=3)
-    assert read_config(tmp_path) == config
+    write_checkpoint(tmp_path, SHAPES[shape], seed=3)
+    assert read_config(tmp_path) == SHAPES[shape]
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert [type(theirs).__name__] == [config.architecture]
-    if dtype != "float32":
-        return
+    assert type(theirs).__name__ == SHAPES[shape].architecture
     with torch.inference_mode():
         expected = theirs(torch.tensor([TOKENS])).logits[0]
     assert (load_model(tmp_path).dense_logits(TOKENS, len(TOKENS)) - expected).abs().max() < 5e-4
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_checkpoint_of_half_precision_holds_the_rounded_weights(dtype, tmp_path):
+    """What float32 would have, rounded once."""
+    config = replace(SHAPES["qwen2-mixed"], dtype=dtype)
+    write_checkpoint(tmp_path, config)
+    assert read_config(tmp_path) == config
+    rounded = random_tensors(config, 0, Scales())
+    for name, whole in random_tensors(SHAPES["qwen2-mixed"], 0, Scales()).items():
+        assert torch.equal(rounded[name], whole.to(getattr(torch, dtype)))
 
 
 def test_equal_seeds_give_equal_bytes(tmp_path):
