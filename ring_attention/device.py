@@ -18,6 +18,13 @@ def device_of(kind: str, rank: int) -> torch.device:
     raise InvalidRequest(f"unknown device {kind!r}; use cpu or cuda")
 
 
+def described(device: torch.device) -> str:
+    """The device and how much of it computes, in a few words: what was measured on another says nothing of it."""
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, threads {torch.get_num_threads()}"
+
+
 def use_threads(count: int) -> None:
     """Compute with that many threads in this process (0: as many as torch likes)."""
     if count > 0:

@@ -24,7 +24,7 @@ from .choice import AttentionShape
 from .communicator import Communicator
 from .kernels.kernel import Kernel
 
-ROUNDS: Final = 25
+ROUNDS: Final = 15
 BUDGET_NS: Final = 2_500_000_000  # no round begins after that
 TRIES: Final = 4
 PROBE_NS: Final = 6_000_000  # long against latency, short against what a scheduler gives to another program

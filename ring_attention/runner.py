@@ -85,9 +85,9 @@ class ContextParallelRunner:
         self.kernel = choose_kernel(model.device, getattr(torch, model.config.dtype), kernel)
         self.strategy = strategy
         self._clock = clock or SystemClock()
-        self._grid = Grid.over(group, model.tp)
-        self._forward = Forward(model, self._grid, self.kernel)
-        self.choice = ChoiceModel(_shape(model, self._grid.cp.size), speed)
+        self.grid = Grid.over(group, model.tp)
+        self._forward = Forward(model, self.grid, self.kernel)
+        self.choice = ChoiceModel(_shape(model, self.grid.cp.size), speed)
 
     def no_document(self) -> KVShard:
         """A shard of no tokens, for a prompt without a document."""
@@ -95,7 +95,7 @@ class ContextParallelRunner:
 
     def private_shard(self, token_count: int, chunk_tokens: int = CHUNK_TOKENS) -> KVShard:
         """An empty shard in memory of its own, with rows for a document of that length."""
-        rows = chunked(self._nothing(), token_count, chunk_tokens).length(self._grid.cp.rank)
+        rows = chunked(self._nothing(), token_count, chunk_tokens).length(self.grid.cp.rank)
         return KVShard(arena=self._arena(rows), layout=self._nothing())
 
     def prefill(
@@ -124,7 +124,7 @@ class ContextParallelRunner:
         how many of its tokens are done, after each of its chunks. Raises LayoutError, TokenOutOfRange, SpecMismatch,
         GroupFailed, and what the loading of a layer raises.
         """
-        rank = self._grid.cp.rank
+        rank = self.grid.cp.rank
         for prompt in prompts:
             self._check(prompt.shard, prompt.tokens)
         finals = [chunked(prompt.shard.layout, len(prompt.tokens), chunk_tokens) for prompt in prompts]
@@ -187,7 +187,7 @@ class ContextParallelRunner:
             for step in self._prefilling().run(live, questions, chunk_tokens, batch_tokens or chunk_tokens):
                 for chunk, stop in zip(step.chunks, step.stops, strict=True):
                     decisions[chunk.document].append(step.decision)
-                    if self._grid.cp.rank == 0:  # zigzag gives it the last token
+                    if self.grid.cp.rank == 0:  # zigzag gives it the last token
                         states[chunk.document] = step.hidden[stop - 1]
             if self.group.size > 1:
                 self.group.broadcast(states, 0)
@@ -212,7 +212,7 @@ class ContextParallelRunner:
         `shard` is the document that was answered over. Raises GroupFailed.
         """
         with self._in_step():
-            live = LiveSequence([shard], answer.tail, self._grid.cp.rank, self._clock)
+            live = LiveSequence([shard], answer.tail, self.grid.cp.rank, self._clock)
             self._forward.token([live.place_token()], answer.tokens[-1:])
         return live.grown
 
@@ -225,7 +225,7 @@ class ContextParallelRunner:
         """
         if into.layout != document.layout.then(tail.layout):
             raise LayoutError("a document grows by a tail into a shard of the joined layout; use layout.then")
-        rank = self._grid.cp.rank
+        rank = self.grid.cp.rank
         front = document.layout.length(rank)
         document.copy_rows(document.layout.truncated(from_token).length(rank), into, 0, front)
         before = tail.layout.truncated(max(0, from_token - document.layout.token_count)).length(rank)
@@ -244,14 +244,14 @@ class ContextParallelRunner:
         if shard.arena.spec.fingerprint() != self.model.spec.fingerprint():
             raise SpecMismatch("the shard's arena holds KV of another model")
         degrees = (shard.layout.cp, shard.layout.tp)
-        if degrees != (self._grid.cp.size, self.model.tp):
+        if degrees != (self.grid.cp.size, self.model.tp):
             raise LayoutError(
-                f"a group of cp={self._grid.cp.size} tp={self.model.tp} cannot read a shard of "
+                f"a group of cp={self.grid.cp.size} tp={self.model.tp} cannot read a shard of "
                 f"cp={degrees[0]} tp={degrees[1]}; re-shard first"
             )
 
     def _nothing(self) -> Layout:
-        return Layout((), self._grid.cp.size, self.model.tp)
+        return Layout((), self.grid.cp.size, self.model.tp)
 
     def _arena(self, rows: int) -> HBMArena:
         return HBMArena(self.model.spec, rows, self.model.tp, self.model.device)
@@ -261,12 +261,12 @@ class ContextParallelRunner:
 
     def _asked(self, ask: Ask, chunk_tokens: int) -> LiveSequence:
         """The document, and an empty tail with rows for this rank's share of question and answer."""
-        ranks, count = self._grid.cp.size, len(ask.question)
-        asked = chunked(self._nothing(), count, chunk_tokens).length(self._grid.cp.rank)
+        ranks, count = self.grid.cp.size, len(ask.question)
+        asked = chunked(self._nothing(), count, chunk_tokens).length(self.grid.cp.rank)
         # Decode fills the shortest tail: one that gets a token had at most its even share before.
         rows = max(asked, (count + ask.max_new_tokens - 1) // ranks + 1)
         tail = KVShard(arena=self._arena(rows), layout=self._nothing(), first_token=ask.shard.end_token)
-        return LiveSequence([ask.shard], tail, self._grid.cp.rank, self._clock)
+        return LiveSequence([ask.shard], tail, self.grid.cp.rank, self._clock)
 
 
 def _shape(model: Decoder, cp: int) -> AttentionShape:
