@@ -11,6 +11,7 @@ from typing import Final
 
 import msgspec
 
+from ..kvstore.calibration import RingRate
 from ..kvstore.errors import GroupFailed, MalformedFrame
 from ..kvstore.frames import LENGTH
 from ..kvstore.layouts import LayoutMessage, ShardMessage
@@ -67,6 +68,10 @@ class Recompute(Order, frozen=True):
     question: list[int]
     new_tokens: int
     deadline_seconds: float
+
+
+class Measure(Order, frozen=True):
+    """Measure the group: its ring, and prefills of several lengths."""
 
 
 class Rejoin(Order, frozen=True):
@@ -134,6 +139,13 @@ class Answered(Report, frozen=True):
     answers: list[AnswerMessage]
 
 
+class Measured(Report, frozen=True):
+    """What the group was measured to do, None for a single rank; prefills as (cached tokens, new tokens, seconds)."""
+
+    rate: RingRate | None
+    prefills: list[tuple[int, int, float]]
+
+
 class Rejoined(Report, frozen=True):
     """The rank is in the new process group."""
 
@@ -145,8 +157,8 @@ class Failed(Report, frozen=True):
     message: str
 
 
-AnyOrder = Start | Prefill | Ask | Recompute | Rejoin | Quit
-AnyReport = Joining | Ready | Progress | Token | Prefilled | Answered | Rejoined | Failed
+AnyOrder = Start | Prefill | Ask | Recompute | Measure | Rejoin | Quit
+AnyReport = Joining | Ready | Progress | Token | Prefilled | Answered | Measured | Rejoined | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _orders = msgspec.msgpack.Decoder(AnyOrder)

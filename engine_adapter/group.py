@@ -29,6 +29,8 @@ from .control import (
     Ask,
     Asked,
     Failed,
+    Measure,
+    Measured,
     Prefill,
     Prefilled,
     Quit,
@@ -207,6 +209,10 @@ class RankGroup:
         """See Engine."""
         order = Recompute(token_bytes(tokens), chunk_tokens, list(question), new_tokens, CALL_SECONDS)
         return self._joined([report.answers[0] for report in self._call(order, Answered)], 0)
+
+    def measure(self) -> Measured:
+        """Have the ranks measure themselves. Raises GroupFailed."""
+        return self._call(Measure(), Measured)[0]
 
     def _joined(self, answers: Sequence[AnswerMessage], index: int) -> Answer:
         """One answer of all ranks': their tokens must agree, and the slowest rank's times count."""

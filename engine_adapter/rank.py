@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from ..kvstore.calibration import RingSpeed
 from ..kvstore.clock import Clock, SystemClock
 from ..kvstore.errors import GroupFailed, HoldfastError, InvalidRequest
 from ..kvstore.keys import token_list
@@ -24,9 +25,11 @@ from ..ring_attention.checkpoint import load_model
 from ..ring_attention.device import device_of, use_threads
 from ..ring_attention.distributed import DistributedCommunicator
 from ..ring_attention.model import Decoder
+from ..ring_attention.prefilling import AUTO
 from ..ring_attention.runner import ContextParallelRunner
 from ..ring_attention.shard import KVShard
 from .agent import Agent, Seat
+from .calibrating import Calibrating
 from .control import (
     Answered,
     AnswerMessage,
@@ -36,6 +39,7 @@ from .control import (
     Asked,
     Channel,
     Failed,
+    Measure,
     Prefill,
     Prefilled,
     Progress,
@@ -69,14 +73,22 @@ class Rank:
         seat = Seat(config.group, config.rank, config.cp)
         self._agent = Agent(Path(config.daemon_socket), config.tenant, seat, self._model.spec, self._arena, clock)
         self._runner = self._join(config.init_method)
+        self._calibrating = Calibrating(Path(config.daemon_socket), config.tenant, clock)
+        if config.strategy == AUTO and config.cp > 1:
+            self._calibrating.choose(self._runner)
 
-    def _join(self, init_method: str) -> ContextParallelRunner:
+    def _join(self, init_method: str, speed: RingSpeed | None = None) -> ContextParallelRunner:
         config = self._config
         communicator = DistributedCommunicator(
             config.rank, config.cp, init_method, self._device, config.deadline_seconds
         )
         return ContextParallelRunner(
-            self._model, communicator, kernel=config.kernel or None, strategy=config.strategy, clock=self._clock
+            self._model,
+            communicator,
+            kernel=config.kernel or None,
+            strategy=config.strategy,
+            speed=speed,
+            clock=self._clock,
         )
 
     def serve(self) -> None:
@@ -105,9 +117,11 @@ class Rank:
                 return self._ask(order)
             case Recompute():
                 return self._recompute(order)
+            case Measure():
+                return self._calibrating.measure(self._runner)
             case Rejoin(init_method):
                 self._runner.group.abort("the group starts anew")
-                self._runner = self._join(init_method)
+                self._runner = self._join(init_method, self._runner.choice.speed)
                 return Rejoined()
             case _:
                 raise GroupFailed(f"{type(order).__name__} is no order")
