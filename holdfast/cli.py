@@ -14,6 +14,7 @@ import typer
 
 from . import __version__
 from .cli_ask import ask, ingest
+from .cli_calibrate import calibrate
 from .cli_runner import demo_model, runner
 from .cli_session import FAILED, ConfigFile, Holdfast, Session, Settings, configuration, session_of, split
 from .kvstore.errors import InvalidRequest
@@ -47,6 +48,7 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The 
 doc_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Documents.")
 app.add_typer(config_app, name="config")
 app.add_typer(doc_app, name="doc")
+app.command()(calibrate)
 app.command()(runner)
 app.command()(ingest)
 app.command()(ask)
@@ -125,25 +127,6 @@ def config_show(ctx: typer.Context, config: ConfigFile = None, settings: Setting
         value = getattr(getattr(found, section), key)
         values[name] = {"value": str(value) if isinstance(value, Path) else value, "origin": found.origins[name]}
     session.show({"settings": values}, lambda: ())
-
-
-@app.command()
-def calibrate(
-    ctx: typer.Context,
-    config: ConfigFile = None,
-    settings: Settings = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000, help="How often to measure; medians count.")] = 5,
-    show: Annotated[bool, typer.Option("--show", help="Measure nothing; show what was measured last.")] = False,
-) -> None:
-    """Measure this machine's memories and disks, so that predictions are of it."""
-    from .cli_calibrate import measure_and_show, show_stored
-
-    session = session_of(ctx)
-    found = configuration(ctx, config, settings)
-    if show:
-        show_stored(session, found)
-    else:
-        measure_and_show(session, found, rounds)
 
 
 @app.command()

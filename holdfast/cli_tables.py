@@ -118,6 +118,13 @@ def rings(found: Sequence[Json]) -> Table:
     return table((*columns, *thresholds, "MEASURED", "ON"), rows, numbers=(*columns[2:], *thresholds))
 
 
+def prefills(found: Sequence[tuple[int, int, float]]) -> Table:
+    """What prefills took."""
+    rows = ((cached, new, duration(seconds), f"{new / seconds:.0f}") for cached, new, seconds in found)
+    columns = ("CACHED", "NEW", "TOOK", "TOKENS/S")
+    return table(columns, rows, numbers=columns)
+
+
 def _gpu(gpu: Json) -> str:
     def known(value: object, text: str) -> str:
         return text if value is not None else "unknown"
