@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ..kvstore.errors import GroupFailed, MissingExtra
 from .collectives import Collectives, Message
@@ -58,10 +59,14 @@ class _Part(Collectives):
             with _peer_errors(rank, "joining"):
                 dist.all_reduce(torch.zeros(1, device=device), group=groups[-1])
 
-    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _DistributedWork:
+    @property
+    def _group(self) -> dist.ProcessGroup:
         if not self._groups:
             raise GroupFailed(f"rank {self.rank}: the group was left; form a new one")
-        group = self._groups[self._index]
+        return self._groups[self._index]
+
+    def _exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> _DistributedWork:
+        group = self._group
         with _peer_errors(self.rank, "transfer"):
             operations = [
                 dist.P2POp(operation, tensor, group=group, group_peer=peer)
@@ -69,6 +74,23 @@ class _Part(Collectives):
                 for peer, tensor in messages
             ]
             return _DistributedWork(self.rank, list(dist.batch_isend_irecv(operations)) if operations else [])
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """See Communicator. The backend's own: gloo's exchanges take several times the processor time."""
+        gathered = [torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for _ in range(self.size)]
+        group = self._group
+        with _peer_errors(self.rank, "all-gather"):
+            dist.all_gather(gathered, tensor.contiguous(), group=group)
+        return gathered
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """See Communicator. The backend's own."""
+        whole = tensor.contiguous()
+        group = self._group
+        with _peer_errors(self.rank, "broadcast"):
+            dist.broadcast(whole, group=group, group_src=source)
+        if not tensor.is_contiguous():
+            tensor.copy_(whole)
 
     def barrier(self) -> None:
         """See Communicator."""

@@ -1,8 +1,8 @@
 """ShmCommunicator: ranks are processes of one host that exchange CPU tensors through shared memory.
 
-Copying is the ranks' own work: what fits into a link's slots is copied when a transfer starts, the
+Copying is the ranks' own work: what fits into a link's rings is copied when a transfer starts, the
 rest while somebody waits. A rank that waits sleeps in poll; nothing spins. A link's memory is bounded:
-shm_link.MAPPED_BYTES each way and pair, and only what was used of it.
+shm_link.RING_BYTES each way and pair, and only what was used of it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,7 @@ class _Group:
         for peer, transfer in receives:
             self.links[peer].receives.append(transfer)
         try:
-            while self._advance():
-                pass
+            self._advance()
         except LinkLost as error:
             self._give_up(str(error))
 
@@ -60,22 +59,21 @@ class _Group:
         try:
             while True:
                 self.check()
-                moved = self._advance()
+                self._advance()
                 if not any(transfer.left_bytes for transfer in transfers):
                     return
                 left_ns = deadline_ns - self._clock.monotonic_ns()
                 if left_ns <= 0:
                     self._give_up(f"rank {self.rank} waited {self.deadline_s} s for {self._awaited()}")
-                self._listen(0 if moved else left_ns // 1_000_000 + 1)
+                self._listen(left_ns // 1_000_000 + 1)
         except LinkLost as error:
             self._give_up(str(error))
 
-    def _advance(self) -> bool:
-        moved = False
-        for link in self.links.values():
-            if link.sends or link.receives:
-                moved |= link.advance()
-        return moved
+    def _advance(self) -> None:
+        """Copy all that can be copied now, in turns, so that no peer waits for another's message."""
+        links = [link for link in self.links.values() if link.sends or link.receives]
+        while links:
+            links = [link for link in links if link.advance()]
 
     def _listen(self, timeout_ms: int) -> None:
         for descriptor, _ in self._poll.poll(timeout_ms):

@@ -13,7 +13,7 @@ from typing import Final
 
 from ..kvstore.clock import Clock
 from ..kvstore.errors import GroupFailed
-from .shm_link import Link, new_slots
+from .shm_link import Link, new_ring
 
 _HELLO: Final = struct.Struct("<8sII")  # magic, rank, size
 _MAGIC: Final = b"hf-shm-1"
@@ -93,8 +93,8 @@ class _Joining:
             opened.pop_all()
 
     def _link(self, sock: socket.socket) -> None:
-        """Swap names and slots."""
-        descriptors = [new_slots()]
+        """Swap names and rings."""
+        descriptors = [new_ring()]
         try:
             socket.send_fds(sock, [_HELLO.pack(_MAGIC, self._rank, self._size)], descriptors)
             hello, incoming, _, _ = socket.recv_fds(sock, _HELLO.size, 1, socket.MSG_CMSG_CLOEXEC)

@@ -1,15 +1,15 @@
-"""Link: two ranks of one host, joined by a socket and, each way, a few slots of shared memory.
+"""Link: two ranks of one host, joined by a socket and, each way, a ring of shared memory.
 
-A message is cut into chunks. The sender copies a chunk into a free slot and says so on the socket;
-the receiver copies it out and gives the slot back. Slots are few, so that a chunk is still in the
-cache when it is copied out: two copies then cost what one would. Frames on the socket:
+A message is cut into chunks. The sender copies a chunk into the ring and says so on the socket; the
+receiver copies it out and gives its units back. A ring holds two large chunks, so that a chunk is
+still in the cache when it is copied out: two copies then cost little more than one. Frames:
 
-    C, slots given back, bytes in the next slot (0: none)
+    C, units given back, bytes of the next chunk (0: none)
     A, reason      the sender has failed or was told to abort
     B              the sender leaves, having all it needs
 
 The kernel orders them after the bytes they speak of, wakes who sleeps, and ends the stream when a
-process dies, however it dies. There are never more frames under way than slots, so none blocks.
+process dies, however it dies. There are never more frames under way than units, so none blocks.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from typing import Final
 import numpy as np
 from torch import Tensor
 
-SLOTS: Final = 4
-SLOT_BYTES: Final = 512 << 10  # smaller ones cost more frames, larger ones fall out of the second-level cache
-MAPPED_BYTES: Final = SLOTS * SLOT_BYTES  # of each of the two ways
+UNIT_BYTES: Final = 32 << 10  # a small message takes one
+CHUNK_UNITS: Final = 32  # smaller chunks cost more frames, larger ones fall out of the cache
+RING_UNITS: Final = 2 * CHUNK_UNITS
+RING_BYTES: Final = RING_UNITS * UNIT_BYTES  # of each of the two ways
 
-_CHUNK: Final = struct.Struct("<cBxxI")
+_CHUNK: Final = struct.Struct("<cxHI")
 _FRAME_BYTES: Final = 1024
 
 
-def new_slots() -> int:
+def new_ring() -> int:
     """A descriptor of memory for one way of a link; without a name, so that nothing outlives its users."""
     descriptor = os.memfd_create("holdfast-link", os.MFD_CLOEXEC)
-    os.ftruncate(descriptor, MAPPED_BYTES)
+    os.ftruncate(descriptor, RING_BYTES)
     return descriptor
 
 
@@ -60,24 +61,31 @@ class Transfer:
         assert tensor.device.type == "cpu", tensor.device
         return cls(tensor, tensor.data_ptr(), tensor.numel() * tensor.element_size())
 
-    def passed(self, count_bytes: int) -> None:
-        """Go on behind a chunk."""
-        assert count_bytes <= self.left_bytes, "both sides know the length of a message"
+    def passed(self, count_bytes: int) -> bool:
+        """Go on behind a chunk; whether it was the last."""
         self.address += count_bytes
         self.left_bytes -= count_bytes
+        return not self.left_bytes
 
 
-class _Slots:
-    """One way's memory, used round and round; next() is the address of the next slot."""
+class _Ring:
+    """One way's memory; both ends walk through it alike."""
 
     def __init__(self, descriptor: int, protection: int) -> None:
-        self._mapping = np.frombuffer(mmap.mmap(descriptor, MAPPED_BYTES, prot=protection), np.uint8)
+        mapping = mmap.mmap(descriptor, RING_BYTES, prot=protection)
+        self._mapping = np.frombuffer(mapping, np.uint8)
         self._address = int(self._mapping.ctypes.data)
-        self._number = 0
+        self._unit = 0
 
-    def next(self) -> int:
-        address = self._address + self._number % SLOTS * SLOT_BYTES
-        self._number += 1
+    def chunk(self, left_bytes: int) -> tuple[int, int]:
+        """Bytes and units of the next chunk of a message with that much left."""
+        units = min(-(-left_bytes // UNIT_BYTES), CHUNK_UNITS, RING_UNITS - self._unit)
+        return min(left_bytes, units * UNIT_BYTES), units
+
+    def pass_(self, units: int) -> int:
+        """The address of the next chunk, which is that long; the one after it is next."""
+        address = self._address + self._unit * UNIT_BYTES
+        self._unit = (self._unit + units) % RING_UNITS
         return address
 
 
@@ -85,54 +93,55 @@ class Link:
     """This rank's end. It never waits: `advance` does what can be done, `read` takes a frame that is there."""
 
     def __init__(self, peer: int, sock: socket.socket, outgoing: int, incoming: int) -> None:
-        """Takes the connected SEQPACKET socket; the descriptors of the slots stay the caller's."""
+        """Takes the connected SEQPACKET socket; the descriptors of the rings stay the caller's."""
         self.peer = peer
         self.sock = sock
         self.sends: deque[Transfer] = deque()
         self.receives: deque[Transfer] = deque()
-        self._out = _Slots(outgoing, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._in = _Slots(incoming, mmap.PROT_READ)
-        self._free = SLOTS
-        self._arrived: deque[int] = deque()  # bytes in each filled slot that comes in
-        self._owed = 0  # slots read and not given back yet
-        self._left = False
+        self.left = False  # the peer has left in order: there is nothing more to read
+        self._out = _Ring(outgoing, mmap.PROT_READ | mmap.PROT_WRITE)
+        self._in = _Ring(incoming, mmap.PROT_READ)
+        self._free_units = RING_UNITS
+        self._owed_units = 0  # of the peer's ring: read and not given back yet
+        self._arrived: deque[int] = deque()  # bytes of each chunk that has come
         sock.settimeout(0)
 
     def advance(self) -> bool:
         """Move at most one chunk each way; whether one moved. Raises LinkLost."""
         moved = False
         if self.receives and self._arrived:
-            self._take(self.receives[0], self._arrived.popleft())
+            self._take(self.receives[0])
             moved = True
-        if self.sends and self._free:
-            self._put(self.sends[0])
+        if self.sends and self._put(self.sends[0]):
             moved = True
-        if self._owed >= SLOTS // 2:
+        if self._owed_units >= CHUNK_UNITS:
             self._tell(0)
-        if self._left and (self.sends or (self.receives and not self._arrived)):
+        if self.left and (self.sends or (self.receives and not self._arrived)):
             raise LinkLost(f"rank {self.peer} has left the group")
         return moved
 
-    def _take(self, transfer: Transfer, count_bytes: int) -> None:
-        address = transfer.address
-        transfer.passed(count_bytes)
-        ctypes.memmove(address, self._in.next(), count_bytes)
-        self._owed += 1
-        if not transfer.left_bytes:
+    def _take(self, transfer: Transfer) -> None:
+        count_bytes, units = self._in.chunk(transfer.left_bytes)
+        assert count_bytes == self._arrived.popleft(), "both sides know the length of a message"
+        ctypes.memmove(transfer.address, self._in.pass_(units), count_bytes)
+        self._owed_units += units
+        if transfer.passed(count_bytes):
             self.receives.popleft()
 
-    def _put(self, transfer: Transfer) -> None:
-        count_bytes = min(transfer.left_bytes, SLOT_BYTES)
-        ctypes.memmove(self._out.next(), transfer.address, count_bytes)
-        self._free -= 1
-        transfer.passed(count_bytes)
+    def _put(self, transfer: Transfer) -> bool:
+        count_bytes, units = self._out.chunk(transfer.left_bytes)
+        if units > self._free_units:
+            return False
+        ctypes.memmove(self._out.pass_(units), transfer.address, count_bytes)
+        self._free_units -= units
         self._tell(count_bytes)
-        if not transfer.left_bytes:
+        if transfer.passed(count_bytes):
             self.sends.popleft()
+        return True
 
     def _tell(self, count_bytes: int) -> None:
-        self._send(_CHUNK.pack(b"C", self._owed, count_bytes))
-        self._owed = 0
+        self._send(_CHUNK.pack(b"C", self._owed_units, count_bytes))
+        self._owed_units = 0
 
     def _send(self, frame: bytes) -> None:
         # A peer that is gone has left its last words, or the end of the stream, for `read`.
@@ -143,28 +152,23 @@ class Link:
         """Take one frame. Raises LinkLost."""
         try:
             frame = self.sock.recv(_FRAME_BYTES)
-        except BlockingIOError:
-            return
+        except (BlockingIOError, ConnectionResetError):
+            return  # reset: the peer left frames of ours unread; its last words are still to come
         except OSError:
             frame = b""
         match frame[:1]:
             case b"C":
                 _, given_back, count_bytes = _CHUNK.unpack(frame)
-                self._free += given_back
+                self._free_units += given_back
                 if count_bytes:
                     self._arrived.append(count_bytes)
             case b"B":
-                self._left = True
+                self.left = True
             case b"A":
                 raise LinkLost(frame[1:].decode(errors="replace"))
             case _:
-                if not self._left:
+                if not self.left:
                     raise LinkLost(f"rank {self.peer} died")
-
-    @property
-    def left(self) -> bool:
-        """Whether the peer has left in order: there is nothing more to read."""
-        return self._left
 
     def close(self, reason: str) -> None:
         """Leave, with a reason if the group has failed. Wakes a thread that polls the socket."""
