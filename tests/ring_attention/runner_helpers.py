@@ -1,6 +1,7 @@
 """Groups of runners over threads, for the tests of runners."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from holdfast.ring_attention.local import run_ranks
@@ -10,12 +11,18 @@ from ring_helpers import TINY, tiny_model
 WINDOWED = replace(TINY, layers=3, window=40, full_layers=(1,))
 
 
+@cache
+def model_of(config=TINY, tp=1, tp_rank=0):
+    """A rank's part of the tiny model; the whole is what the dense forward pass takes."""
+    return tiny_model(0, config, tp, tp_rank)
+
+
 def on_grid(cp, tp, function, config=TINY, **options):
     """`function(runner)` on every rank of a group of cp x tp threads; the results in rank order."""
-    models = [tiny_model(0, config, tp, tp_rank) for tp_rank in range(tp)]
 
     def rank(communicator):
-        return function(ContextParallelRunner(models[communicator.rank % tp], communicator, **options))
+        model = model_of(config, tp, communicator.rank % tp)
+        return function(ContextParallelRunner(model, communicator, **options))
 
     return run_ranks(cp * tp, rank, deadline_s=30)
 

@@ -1,6 +1,8 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,10 @@ from holdfast.ring_attention.arena import HBMArena
 from holdfast.ring_attention.local import local_group
 from holdfast.ring_attention.runner import ContextParallelRunner
 from holdfast.ring_attention.shard import KVShard
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from ring_helpers import TINY, loaded, saved, tiny_model, tokens_of
-from runner_helpers import WINDOWED, check_dense, check_equal, on_grid, prefilled_shard
+from runner_helpers import WINDOWED, check_dense, check_equal, model_of, on_grid, prefilled_shard
 
 DOCUMENT = tokens_of(203)
 QUESTION = tokens_of(19, seed=1)
@@ -21,18 +25,21 @@ CONFIGS = {"full": TINY, "windows": WINDOWED}
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize(("cp", "tp"), [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (4, 2)])
-def test_an_answer_equals_the_dense_model(cp, tp, strategy, config):
+def test_an_answer_equals_the_dense_model(cp, tp, config):
     """Chunked prefill, question and decode by every strategy over cp x tp ranks: all agree, logits within 1e-4."""
 
     def rank(runner):
-        return runner.answer(prefilled_shard(runner, DOCUMENT), QUESTION, 6)
+        answers = []
+        for strategy in STRATEGIES:
+            runner.strategy = strategy
+            answers.append(runner.answer(prefilled_shard(runner, DOCUMENT), QUESTION, 6))
+        return answers
 
-    results = on_grid(cp, tp, rank, config, strategy=strategy)
-    check_equal(results)
-    check_dense(tiny_model(0, config), results[0], [*DOCUMENT, *QUESTION])
-    assert {decision.strategy for decision in results[0].decisions} == {strategy}
+    for strategy, results in zip(STRATEGIES, zip(*on_grid(cp, tp, rank, config), strict=True), strict=True):
+        check_equal(results)
+        check_dense(model_of(config), results[0], [*DOCUMENT, *QUESTION])
+        assert {decision.strategy for decision in results[0].decisions} == {strategy}
 
 
 @pytest.mark.parametrize("tp", [4, 8])
@@ -47,7 +54,7 @@ def test_more_head_ranks_than_kv_heads_share_them(tp):
 
     results = on_grid(1, tp, rank, config)
     check_equal(results)
-    check_dense(tiny_model(0, config), results[0], [*DOCUMENT, *QUESTION])
+    check_dense(model_of(config), results[0], [*DOCUMENT, *QUESTION])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -60,7 +67,7 @@ def test_half_precision_answers_are_near_the_dense_model(strategy):
 
     results = on_grid(2, 2, rank, config, strategy=strategy)
     check_equal(results)
-    check_dense(tiny_model(0, config), results[0], [*DOCUMENT, *QUESTION], tolerance=0.15)
+    check_dense(model_of(config), results[0], [*DOCUMENT, *QUESTION], tolerance=0.15)
 
 
 def uneven(cp, tp):
@@ -68,22 +75,30 @@ def uneven(cp, tp):
     return Layout((Run(0, 90, cp - 1), Run(90, 97, 0), Run(97, len(DOCUMENT), cp - 1)), cp, tp)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        (scheme("zigzag", len(DOCUMENT), 2, 1), uneven(3, 2)),
-        (uneven(4, 1), scheme("contiguous", len(DOCUMENT), 1, 2)),
-        (scheme("striped", len(DOCUMENT), 3, 2), scheme("zigzag", len(DOCUMENT), 4, 1)),
-    ],
-    ids=["zigzag-2x1-uneven-3x2", "uneven-4x1-contiguous-1x2", "striped-3x2-zigzag-4x1"],
-)
-def test_a_resharded_document_gives_the_same_answer(source, target, strategy, config):
-    """From any layout to any other, through canonical extents; then a prefill behind it and an answer."""
-    whole = tiny_model(0, config)
-    first = on_grid(1, 1, lambda runner: prefilled_shard(runner, DOCUMENT), config)[0]
-    buffers, holdings = saved(whole, [first.arena], first.layout)
+@st.composite
+def layouts(draw):
+    """Any layout of the document: of a scheme, or runs of any lengths on any ranks."""
+    cp, tp, count = draw(st.integers(1, 4)), draw(st.sampled_from([1, 2])), len(DOCUMENT)
+    if draw(st.booleans()):
+        return scheme(draw(st.sampled_from(["contiguous", "zigzag", "striped"])), count, cp, tp)
+    cuts = sorted(draw(st.sets(st.integers(1, count - 1), max_size=12)))
+    runs = [Run(a, b, draw(st.integers(0, cp - 1))) for a, b in pairwise([0, *cuts, count])]
+    return Layout((), cp, tp).then(Layout(tuple(runs), cp, tp))
+
+
+@cache
+def extents():
+    """The document's canonical extents, computed by one rank."""
+    shard = on_grid(1, 1, lambda runner: prefilled_shard(runner, DOCUMENT), WINDOWED)[0]
+    return saved(model_of(WINDOWED), [shard.arena], shard.layout)
+
+
+@settings(max_examples=12, deadline=None)
+@example(uneven(3, 2), uneven(4, 1), "pass_q")
+@given(layouts(), layouts(), st.sampled_from(["auto", *STRATEGIES]))
+def test_a_resharded_document_gives_the_same_answer(source, target, strategy):
+    """Between any two layouts, through canonical extents, an answer over each: that of the dense model."""
+    whole, (buffers, holdings) = model_of(WINDOWED), extents()
     for layout in (source, target):  # the second from what the ranks of the first saved
         arenas = loaded(whole, buffers, holdings, layout)
         buffers, holdings = saved(whole, arenas, layout)
@@ -91,17 +106,54 @@ def test_a_resharded_document_gives_the_same_answer(source, target, strategy, co
         def rank(runner, arenas=arenas, layout=layout):
             return runner.answer(KVShard(arena=arenas[runner.group.rank], layout=layout), QUESTION, 3)
 
-        results = on_grid(layout.cp, layout.tp, rank, config, strategy=strategy)
+        results = on_grid(layout.cp, layout.tp, rank, WINDOWED, strategy=strategy)
         check_equal(results)
         check_dense(whole, results[0], [*DOCUMENT, *QUESTION])
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from([(1, 1), (2, 1), (3, 2), (4, 1)]),
+    st.lists(st.tuples(st.integers(0, len(DOCUMENT)), st.integers(1, 120)), max_size=3),
+    st.sampled_from(STRATEGIES),
+)
+def test_prefill_in_pieces_equals_prefill_at_once(degrees, pieces, strategy):
+    """In up to four calls, each with chunks of its own size: the answer is that of the dense model."""
+    cuts = [*sorted(cut for cut, _ in pieces), len(DOCUMENT)]
+    sizes = [*(size for _, size in pieces), 64]
+
+    def rank(runner):
+        arena = HBMArena(runner.model.spec, len(DOCUMENT), runner.model.tp)
+        layout = Layout((), *degrees)
+        for stop, chunk_tokens in zip(cuts, sizes, strict=True):
+            shard = KVShard(arena=arena, layout=layout)
+            layout = runner.prefill(shard, DOCUMENT[:stop], chunk_tokens).layout
+        return runner.answer(KVShard(arena=arena, layout=layout), QUESTION, 3)
+
+    results = on_grid(*degrees, rank, WINDOWED, strategy=strategy)
+    check_equal(results)
+    check_dense(model_of(WINDOWED), results[0], [*DOCUMENT, *QUESTION])
+
+
+def test_decode_leaves_the_kv_that_a_prefill_makes():
+    """Prefill of question and answer behind the document, and decode of the answer: the same next token and logits."""
+
+    def rank(runner):
+        document = prefilled_shard(runner, DOCUMENT)
+        answer = runner.answer(document, QUESTION, 9)
+        read = [*QUESTION, *answer.tokens[:-1]]
+        return answer, runner.answer(document, read, 1)
+
+    decoded, prefilled = on_grid(3, 2, rank, WINDOWED)[0]
+    assert prefilled.tokens == decoded.tokens[-1:]
+    assert (prefilled.logits[0] - decoded.logits[-1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_prefill_continues_behind_any_layout(strategy):
     """Partial prefill over uneven shards, empty on some ranks, in chunks: as if computed at once."""
-    whole, front = tiny_model(0, WINDOWED), uneven(3, 2)
-    first = on_grid(1, 1, lambda runner: prefilled_shard(runner, DOCUMENT), WINDOWED)[0]
-    arenas = loaded(whole, *saved(whole, [first.arena], first.layout), front)
+    whole, front = model_of(WINDOWED), uneven(3, 2)
+    arenas = loaded(whole, *extents(), front)
     more = [*DOCUMENT, *tokens_of(75, seed=2)]
 
     def rank(runner):
@@ -174,7 +226,7 @@ def test_gloo_processes_of_two_by_two_ranks(tmp_path):
     ]
     try:
         for rank in ranks:
-            out, err = rank.communicate(timeout=60)
+            out, err = rank.communicate(timeout=110)
             assert (rank.returncode, out.split()) == (0, ["pass_kv", "pass_q", "all_gather", "batch"]), err
     finally:
         for rank in ranks:

@@ -10,12 +10,12 @@ from holdfast.ring_attention.sequence import LiveSequence
 from holdfast.ring_attention.shard import KVShard
 from hypothesis import given
 from hypothesis import strategies as st
-from ring_helpers import tiny_model, tokens_of
-from runner_helpers import WINDOWED, check_dense, check_equal, on_grid, prefilled_shard
+from ring_helpers import tokens_of
+from runner_helpers import WINDOWED, check_dense, check_equal, model_of, on_grid, prefilled_shard
 
 DOCUMENT = tokens_of(150)
 QUESTIONS = [tokens_of(count, seed=count) for count in (13, 1, 40)]
-SPEC = tiny_model().spec
+SPEC = model_of().spec
 
 
 def shard_of(runner, layout):
@@ -25,11 +25,12 @@ def shard_of(runner, layout):
     return KVShard(arena=arena, layout=layout, row_start=7)
 
 
-@pytest.mark.parametrize("reused", ["front", "all but the last turns", "nothing"])
-@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+@pytest.mark.parametrize(
+    ("strategy", "reused"), [("pass_kv", "front"), ("pass_q", "all but the last turn"), ("auto", "nothing")]
+)
 def test_three_turns_equal_a_fresh_prefill_of_the_conversation(strategy, reused):
     """Question and answer become the document's end, copied within each rank; logits within 1e-4, and KV as well."""
-    whole = tiny_model(0, WINDOWED)
+    whole = model_of(WINDOWED)
 
     def rank(runner):
         document, tokens, turns = prefilled_shard(runner, DOCUMENT), list(DOCUMENT), []
