@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 ROOMS := kvstore eviction engine_adapter ring_attention
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format links clean soak bench-reattach bench-store bench-lmcache-env
+.PHONY: help setup demo test check format links clean soak bench-reattach bench-store bench-ring bench-lmcache-env
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-reattach: $(STAMP) ## Measure a reattach against the bare operations (benc
 
 bench-store: $(STAMP) ## Measure the store against the bare operations (benchmarks/results/store.json)
 	$(BIN)/python benchmarks/store.py
+
+bench-ring: $(STAMP) ## Measure ring attention against dense (benchmarks/results/ring.json)
+	$(BIN)/python benchmarks/ring.py
 
 # In an environment of its own: it pins packages that Holdfast uses at other versions.
 LMCACHE := benchmarks/.venv-lmcache

@@ -62,6 +62,26 @@ def ratio_row(name: str, goal: float, times: dict[str, list[float]], ours: str, 
     return row(name, statistics.median(ratios), goal, "higher", raw)
 
 
+def over_row(name: str, goal: float, times: dict[str, list[float]], ours: str, bare: str) -> Row:
+    """Ratio of medians, ours / bare: how many times as long as the bare side we take. `times` in seconds; shown in ms.
+
+    The spread is that of pairs of one round, and of each side by itself: (slowest - fastest) / median.
+    """
+    ratios = _ratios(times[ours], times[bare])
+    middle = {side: statistics.median(times[side]) for side in (ours, bare)}
+    raw = {
+        "ours_ms": 1e3 * middle[ours],
+        "bare_ms": 1e3 * middle[bare],
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+        "cpu_ratio": statistics.median(times[f"{ours}_cpu"]) / statistics.median(times[f"{bare}_cpu"]),
+        "spread_ours": (max(times[ours]) - min(times[ours])) / middle[ours],
+        "spread_bare": (max(times[bare]) - min(times[bare])) / middle[bare],
+        "rounds": float(len(ratios)),
+    }
+    return row(name, middle[ours] / middle[bare], goal, "lower", raw)
+
+
 def _ratios(bare: Sequence[float], ours: Sequence[float]) -> list[float]:
     return [b / o for b, o in zip(bare, ours, strict=True)]
 

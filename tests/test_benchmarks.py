@@ -1,9 +1,13 @@
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree as ET
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 REATTACH = {
@@ -25,6 +29,26 @@ LMCACHE = {
     "lmcache_disk_overwrite_vs_ours",
     "lmcache_disk_load_cold_vs_ours",
 }
+RING = {
+    "full_prefill_8k",
+    "full_prefill_8k_vs_torch_template",
+    "full_prefill_16k",
+    "pass_q_t64",
+    "pass_q_t320",
+    "pass_kv_t320",
+    "pass_q_t1024",
+    "decode_64k_b1",
+    "decode_64k_b4",
+    "merge_error_f32_64parts",
+    "shm_vs_gloo_16mib",
+    "auto_worst",
+}
+GPU = {
+    "gpu_ring_n4_vs_dense",
+    "gpu_hidden_transfer_share",
+    "gpu_reattach_vs_h2d",
+    "gpu_decode_1m_tokens_hbm_share",
+}
 STORE = {
     "put_vs_memcpy",
     "put_checksummed_vs_memcpy",
@@ -40,15 +64,25 @@ STORE = {
     "recovery_100k_extents_s",
 }
 
+GOAL_X = r'<line x1="([\d.]+)"[^>]* stroke="#222222"/>'
+SPREAD_X = r'<line x1="[\d.]+" x2="([\d.]+)" y1="[\d.]+" y2="[\d.]+" stroke="#222222"/>\n</svg>'
+
 
 @pytest.fixture(scope="module")
-def rows():
+def modules():
+    """Imports a module of the benchmarks by name, and forgets it afterwards."""
+    before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "benchmarks"))
-        import rows
+        yield importlib.import_module
+    ours = [name for name in set(sys.modules) - before if (ROOT / "benchmarks" / f"{name}.py").exists()]
+    for name in ours:
+        del sys.modules[name]
 
-        yield rows
-        del sys.modules["rows"]
+
+@pytest.fixture(scope="module")
+def rows(modules):
+    return modules("rows")
 
 
 @pytest.mark.parametrize(("percent", "expected"), [(0, 1), (1, 1), (50, 50), (99, 99), (99.5, 100), (100, 100)])
@@ -87,10 +121,82 @@ def test_cpu_times_are_told_beside_the_wall_clock(rows):
     assert rows.ratio_row("x", 0.9, times, "ours", "bare").raw["cpu_ratio"] == 0.8
 
 
+def test_a_ratio_over_is_that_of_the_medians_and_tells_each_sides_spread(rows):
+    times = {"ours": [0.3, 0.1, 0.2], "bare": [0.1, 0.1, 0.4], "ours_cpu": [1.0, 2.0, 3.0], "bare_cpu": [4.0, 1.0, 1.0]}
+    one = rows.over_row("x", 2.0, times, "ours", "bare")
+    assert (one.value, one.better, one.met) == (2.0, "lower", True)
+    assert one.raw == {
+        "ours_ms": 200.0,
+        "bare_ms": 100.0,
+        "ratio_min": 0.5,
+        "ratio_max": 3.0,
+        "cpu_ratio": 2.0,
+        "spread_ours": 1.0,
+        "spread_bare": 3.0,
+        "rounds": 3.0,
+    }
+
+
+@pytest.mark.parametrize(("better", "value", "side"), [("lower", 2.0, "left"), ("higher", 2.0, "right")])
+def test_a_bar_and_its_spread_lie_on_the_side_of_the_goal_that_they_reach(rows, modules, better, value, side):
+    one = rows.row("x", value, 1.0, better, {"ratio_min": value, "ratio_max": value})
+    drawn = modules("plot").picture([one], "title", 4.0)
+    goal, spread = (float(re.search(pattern, drawn)[1]) for pattern in (GOAL_X, SPREAD_X))
+    assert spread < goal if side == "left" else spread > goal
+
+
+def test_curves_lie_within_their_axes_and_keep_their_numbers(modules):
+    curves = modules("curves")
+    line = curves.Curve("a <line>", ((1.0, 30.0), (100.0, 2000.0)))
+    drawn = ET.fromstring(curves.curves([line], "t", curves.Axis("x", ticks=(2.0, 50.0)), curves.Axis("y")))
+    left, top, width, height = curves.PLOT
+    spots = [element for element in drawn.iter() if element.tag.endswith("circle")]
+    assert [float(spot.get("cx")) for spot in spots] == [left, left + width]
+    assert all(top <= float(spot.get("cy")) <= top + height for spot in spots)
+    assert [spot[0].text for spot in spots] == ["1: 30", "100: 2000"]
+
+
+def test_relative_curves_divide_by_the_lowest_at_each_point(modules):
+    curves = modules("curves")
+    lines = [curves.Curve("a", ((1.0, 2.0), (2.0, 9.0))), curves.Curve("b", ((1.0, 4.0), (2.0, 3.0)))]
+    assert [line.points for line in curves.relative(lines)] == [((1.0, 1.0), (2.0, 3.0)), ((1.0, 2.0), (2.0, 1.0))]
+
+
 def test_a_row_with_a_second_goal_is_met_only_with_both(rows):
     assert rows.row("x", 1.0, 0.9, "higher", {}).met
     assert not rows.row("x", 1.0, 0.9, "higher", {}, also=False).met
     assert not rows.row("x", 0.8, 0.9, "higher", {}, also=True).met
+
+
+@pytest.mark.parametrize("tokens", [64, 61, 9])
+def test_a_virtual_ring_computes_what_one_dense_call_does(modules, tokens):
+    gpu = modules("ring_gpu")
+    sizes = gpu.GpuSizes(heads=4, kv_heads=2, dim=16)
+    assert gpu.Ring(torch.device("cpu"), sizes, tokens, torch.float32).apart() < 1e-5
+
+
+def test_a_virtual_ring_copies_every_message_or_leaves_all_out(modules):
+    gpu, virtual = modules("ring_gpu"), modules("virtual_ring")
+    ring = gpu.Ring(torch.device("cpu"), gpu.GpuSizes(heads=4, kv_heads=2, dim=16), 64, torch.float32)
+    counts = {}
+    for transfers in virtual.Transfers:
+        stage = virtual.Stage(ring.device, transfers)
+        ring.ring(stage)
+        counts[transfers.value] = len(stage.copies)
+    assert counts == {"copied": gpu.RANKS * (gpu.RANKS - 1), "left out": 0}
+
+
+def test_a_virtual_rank_that_raises_ends_the_ring(modules):
+    virtual = modules("virtual_ring")
+
+    def one_raises(rank):
+        if rank.rank == 1:
+            raise ValueError("rank 1")
+        rank.shift(torch.zeros(3), torch.empty(3)).wait()
+        rank.shift(torch.zeros(3), torch.empty(3)).wait()
+
+    with pytest.raises(ValueError, match="rank 1"):
+        virtual.run_virtual(3, virtual.Stage(torch.device("cpu"), virtual.Transfers.COPIED), one_raises)
 
 
 def check_shape(report, names):
@@ -126,9 +232,19 @@ def test_a_quick_run_of_the_store_verifies_its_bytes_and_writes_every_row_of_its
     assert {"arena", "direct_io", "noise"} <= set(report["machine"])
 
 
+def test_a_quick_run_of_the_ring_compares_outputs_and_writes_every_row_and_picture(tmp_path):
+    report = run("ring.py", tmp_path / "ring.json", "--quick", "--dir", tmp_path)
+    check_shape(report, RING | (GPU if torch.cuda.is_available() else set()))
+    assert {"communicator", "kernel", "calibration", "gpu", "dense_full_8k"} <= set(report["machine"])
+    drawn = {path.stem for path in tmp_path.glob("*.svg")}
+    assert drawn == {"ring", "ring_ttft", "ring_choice", "ring_scaling", "ring_memory"}
+    assert all(ET.parse(path) for path in tmp_path.glob("*.svg"))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_a_committed_result_has_the_same_shape(path):
     report = json.loads(path.read_text())
     names = {row["name"] for row in report["rows"]}
-    assert names in {"reattach": [REATTACH], "store": [STORE, STORE | LMCACHE]}[path.stem]
+    known = {"reattach": [REATTACH], "store": [STORE, STORE | LMCACHE], "ring": [RING, RING | GPU]}
+    assert names in known[path.stem]
     check_shape(report, names)
