@@ -32,7 +32,8 @@ class Ask:
     """A question over the document of `shard`: greedy, at most `max_new_tokens` tokens, ends behind one of `eos`.
 
     `on_token` hears every token as it is decoded, on the ranks where it is set; its time counts as decode.
-    `cancelled` is asked after every token, on rank 0 only: the answer ends there on all ranks.
+    `cancelled` is asked after every token, on rank 0 only: the answer ends there on all ranks. `logits_limit`, at
+    least 1, bounds how many tokens' logits are kept: those of a long answer with a large vocabulary take gigabytes.
     """
 
     shard: KVShard
@@ -41,11 +42,12 @@ class Ask:
     eos: Collection[int] = ()
     on_token: Callable[[int], None] = ignore_token
     cancelled: Callable[[], bool] = never
+    logits_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """Greedy tokens, and `logits` float32 [n, V] whose row i predicted tokens[i].
+    """Greedy tokens, and `logits` float32 [n, V] whose row i predicted tokens[i], for all of them or the first n.
 
     `prefill_ns` is the questions' of the batch, up to the first token; `exposed_ns` the part of it spent waiting for
     layers of this document; `decode_ns` the time of all later tokens. A rank's own clock. `decisions` are how the
@@ -75,7 +77,8 @@ class Growing:
     def take(self, token: int, logits: Tensor) -> None:
         """One more token, predicted by `logits` [V]."""
         self.tokens.append(token)
-        self.logits.append(logits)
+        if self._ask.logits_limit is None or len(self.logits) < self._ask.logits_limit:
+            self.logits.append(logits)
         self._ask.on_token(token)
 
     def ends_with(self, token: int) -> bool:

@@ -146,6 +146,15 @@ def test_tokens_are_heard_as_they_come():
     assert (heard, silent) == (tokens, [])
 
 
+def test_logits_of_the_first_tokens_only_may_be_kept():
+    """The tokens are the same."""
+    runner = ContextParallelRunner(model_of(), local_group(1)[0])
+    whole = runner.answer_batch([ask(runner.no_document(), QUESTIONS[1], 7)])[0]
+    part = runner.answer_batch([ask(runner.no_document(), QUESTIONS[1], 7, logits_limit=3)])[0]
+    assert part.tokens == whole.tokens
+    assert torch.equal(part.logits, whole.logits[:3])
+
+
 def test_rank_zero_cancels_an_answer_for_all():
     """After the token at hand; other ranks are not asked, and other answers go on."""
 
