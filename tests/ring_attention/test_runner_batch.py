@@ -2,6 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.errors import GroupFailed, InvalidRequest, TokenOutOfRange
 from holdfast.kvstore.layout import Layout, chunked
 from holdfast.ring_attention.answering import Ask
@@ -115,6 +116,27 @@ def test_questions_may_share_a_document():
     for answers, question in zip(zip(*on_grid(2, 1, rank), strict=True), QUESTIONS[:2], strict=True):
         check_equal(answers)
         check_dense(model_of(), answers[0], [*DOCUMENTS[0], *question])
+
+
+@pytest.mark.parametrize("strategy", ["pass_kv", "pass_q"])
+def test_each_answer_counts_the_waits_for_its_own_document(strategy):
+    """Once per layer, whatever travels between ranks; documents that are there cost nothing."""
+
+    def rank(runner):
+        clock, waited = ManualClock(), []
+        runner = ContextParallelRunner(runner.model, runner.group, strategy=strategy, clock=clock)
+
+        def wait(layer):
+            waited.append(layer)
+            clock.advance(1000)
+
+        ready, late = (prefilled_shard(runner, DOCUMENTS[index]) for index in (0, 2))
+        both = [ask(ready, QUESTIONS[3], 3), ask(replace(late, wait_layer=wait), QUESTIONS[0], 3)]
+        answers = runner.answer_batch(both, 32)
+        assert waited == [0, 1]
+        return [(answer.exposed_ns, answer.prefill_ns, answer.decode_ns) for answer in answers]
+
+    assert on_grid(2, 1, rank) == [[(0, 2000, 0), (2000, 2000, 0)]] * 2
 
 
 def test_answers_end_at_an_end_token_and_leave_the_batch():
