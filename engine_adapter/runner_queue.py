@@ -1,7 +1,7 @@
 """JobQueue: requests that wait for their turn with the one group, bounded, each with a deadline.
 
 Whoever asks iterates over the events of its job, on a thread of its own; one worker takes the jobs. An iterator that is
-closed takes its job out of the queue; one that runs already goes on, unheard.
+closed takes its job out of the queue; the worker of one that runs already may find it abandoned, and stop.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ HEARTBEAT_SECONDS: Final = 1.0
 WAITING_LIMIT: Final = 32
 
 
+class AbandonedError(Exception):
+    """Whoever asked has gone: raised from callbacks, to stop a call that nobody waits for."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """A request on its way. The worker calls `tell`, ending with a final event, or `fail`, exactly once."""
 
     request: IngestRequest | AskRequest
     deadline_ns: int
+    abandoned: bool = False
     _said: queue.SimpleQueue[AnyEvent | HoldfastError] = field(default_factory=queue.SimpleQueue)
 
     def tell(self, event: AnyEvent) -> None:
@@ -104,6 +109,7 @@ class JobQueue:
 
     def _drop(self, job: Job) -> None:
         with self._changed:
+            job.abandoned = True
             if job in self._waiting:
                 self._waiting.remove(job)
 

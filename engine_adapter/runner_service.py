@@ -29,7 +29,7 @@ from ..ring_attention.text_stream import TextStream
 from ..ring_attention.tokenizer import Tokenizer
 from .answering import Answering, ended
 from .engine import Engine
-from .runner_queue import Job, JobQueue
+from .runner_queue import AbandonedError, Job, JobQueue
 from .runner_wire import (
     Answered,
     AnyEvent,
@@ -152,6 +152,8 @@ class RunnerService:
             job.tell(call())
         except HoldfastError as error:
             job.fail(error)
+        except AbandonedError:
+            return
 
     # The group and the daemon ------------------------------------------------------------------
 
@@ -229,6 +231,8 @@ class RunnerService:
             job.tell(Prefilling(done_tokens=cached, cached_tokens=cached, total_tokens=len(tokens)))
 
             def progress(done: int) -> None:
+                if job.abandoned:
+                    raise AbandonedError
                 done = min(done, len(tokens))
                 job.tell(Prefilling(done_tokens=done, cached_tokens=cached, total_tokens=len(tokens)))
 
@@ -259,6 +263,8 @@ class RunnerService:
             replies = self._when_registered(lambda session: self._replies(session, answers))
         except HoldfastError as error:
             replies = [error] * len(answers)
+        except AbandonedError:
+            return
         for answer, reply in zip(answers, replies, strict=True):
             self._end(answer.job, partial(self._final, answer, reply))
 
@@ -282,10 +288,14 @@ class RunnerService:
 
     def _replies(self, session: Session, answers: Sequence[Answering]) -> list[Reply | HoldfastError]:
         """What the cache makes of each. Raises GroupNotFound while the ranks are not registered."""
+
+        def hear(index: int, token: int) -> None:
+            answers[index].hear(token)
+            if all(answer.job.abandoned for answer in answers):
+                raise AbandonedError
+
         wanted = [(answer.request.document, answer.question, answer.request.new_tokens) for answer in answers]
-        replies = session.ask_many(
-            wanted, eos=self._parts.eos, on_token=lambda index, token: answers[index].hear(token)
-        )
+        replies = session.ask_many(wanted, eos=self._parts.eos, on_token=hear)
         for reply in replies:
             if isinstance(reply, GroupNotFound):
                 raise reply

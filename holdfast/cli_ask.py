@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from .cli_session import Session, session_of, split
-from .kvstore.document import WritePolicy
 from .kvstore.errors import EmptyDocument, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -23,6 +23,15 @@ STDIN: Final = "-"
 LINE_SECONDS: Final = 2.0  # between two lines of progress where no terminal shows a bar
 DocumentName = Annotated[str, typer.Argument(metavar="[TENANT/]DOCUMENT", help='The tenant is "default" unless named.')]
 Group = Annotated[str | None, typer.Option("--group", metavar="GROUP", help="Which runner, where several run.")]
+
+
+class PolicyName(StrEnum):
+    """Write policies as they are typed; see kvstore.document, which takes longer to load."""
+
+    AUTO = "auto"
+    THROUGH = "write-through"
+    BACK = "write-back"
+    MEMORY = "memory-only"
 
 
 def ask(
@@ -43,12 +52,13 @@ def ask(
     tenant, name = split(document)
     content = read_text(text) if text is not None else None
     request = AskRequest(document=name, question=question, new_tokens=new_tokens, extend=extend, content=content)
-    written = ""
+    written, ahead = "", 0
     with connected(session, tenant, group) as runner:
         for event in runner.ask(request):
             match event:
-                case Waiting():
-                    note(f"{event.ahead} before this")
+                case Waiting() if event.ahead != ahead:
+                    ahead = event.ahead
+                    note(f"{ahead} before this")
                 case Piece() if not session.as_json:
                     written += event.text
                     write(event.text)
@@ -93,19 +103,22 @@ def ingest(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A text in UTF-8; - for stdin.")],
     name: Annotated[str, typer.Option(metavar="[TENANT/]DOCUMENT", help="What to call it.")],
     group: Group = None,
-    write_policy: Annotated[WritePolicy, typer.Option(help="When its KV goes to NVMe.")] = WritePolicy.AUTO,
+    write_policy: Annotated[PolicyName, typer.Option(help="When its KV goes to NVMe.")] = PolicyName.AUTO,
 ) -> None:
     """Prefill a text and store its KV under a name."""
     from .engine_adapter.runner_wire import Ingested, IngestRequest, Prefilling, Waiting
+    from .kvstore.document import WritePolicy
 
     session = session_of(ctx)
     tenant, document = split(name)
-    request = IngestRequest(name=document, content=read_text(file), write_policy=write_policy)
+    request = IngestRequest(name=document, content=read_text(file), write_policy=WritePolicy(write_policy))
+    ahead = 0
     with connected(session, tenant, group) as runner, progress(session) as show:
         for event in runner.ingest(request):
             match event:
-                case Waiting():
-                    note(f"{event.ahead} before this")
+                case Waiting() if event.ahead != ahead:
+                    ahead = event.ahead
+                    note(f"{ahead} before this")
                 case Prefilling():
                     show(event)
                 case Ingested():

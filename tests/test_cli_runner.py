@@ -9,12 +9,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from holdfast.kvstore.document import WritePolicy
 from holdfast.ring_attention.config import ModelConfig
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
 from typer.testing import CliRunner
 
 from daemon_process import DaemonProcess, until
 from holdfast import cli
+from holdfast.cli_ask import PolicyName
 
 CONFIG = ModelConfig(
     vocabulary_size=256, hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2, head_dim=16
@@ -184,6 +186,10 @@ def test_wrong_words_get_one_clear_line_each(place, runner, tmp_path):
     usage = CliRunner().invoke(cli.app, [*map(str, start), "0"])
     assert usage.exit_code == 2
     assert "Invalid value for '--cp'" in usage.stderr
+
+
+def test_the_write_policies_that_can_be_typed_are_those_there_are():
+    assert list(PolicyName) == list(WritePolicy)
 
 
 def test_it_outlives_a_daemon_that_is_killed(place, runner):

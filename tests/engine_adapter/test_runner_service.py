@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 
@@ -69,6 +70,7 @@ class GatedEngine(FakeEngine):
         self.reached = threading.Event()
         self.died = ""
         self.calls = 0
+        self.pauses = 0
 
     @property
     def failure(self):
@@ -79,9 +81,12 @@ class GatedEngine(FakeEngine):
         self.calls += 1
         return super().answer_many(*arguments)
 
-    def prefill(self, *arguments):
+    def prefill(self, shard, tokens, cached_tokens, chunk_tokens, progress):
         self._pass()
-        return super().prefill(*arguments)
+        for _ in range(self.pauses):
+            progress(1)
+            time.sleep(0.01)
+        return super().prefill(shard, tokens, cached_tokens, chunk_tokens, progress)
 
     def _pass(self):
         self.reached.set()
@@ -364,6 +369,18 @@ def test_a_client_that_leaves_during_its_answer_harms_nobody(stage):
     stage.engine.gate.set()
     assert stage.ask().tokens == wanted(stage)
     until(lambda: not stage.daemon.leases(), "its lease ends")
+
+
+def test_an_ingest_whose_client_leaves_is_stopped_and_leaves_nothing(stage):
+    stage.ingest()
+    stage.engine.pauses = 100_000
+    client = stage.client()
+    events = client.ingest(IngestRequest(name="long", content=TEXT[::-1]))
+    assert next(events).done_tokens == 0
+    client.close()
+    until(lambda: not stage.service.status().busy, "it was stopped")
+    assert stage.ask().tokens == wanted(stage)
+    assert [document.name for document in stage.daemon.client().documents()] == ["report"]
 
 
 def test_the_worker_that_ends_leaves_nobody_waiting():
