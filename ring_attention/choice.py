@@ -8,12 +8,14 @@ with what was measured in the group instead of the paper's constants, and with t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, log
 from typing import Final
 
 from ..kvstore.calibration import RingSpeed
+from ..kvstore.costs import causal_pairs
 
 PASS_KV: Final = "pass_kv"  # noqa: S105 - no password
 PASS_Q: Final = "pass_q"  # noqa: S105 - no password
@@ -97,7 +99,10 @@ def _determinant(m: Sequence[Sequence[float]]) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionShape:
-    """One layer's attention as one rank of `cp` computes it: the heads are a tensor-parallel rank's own."""
+    """One layer's attention as one rank of `cp` computes it: the heads are a tensor-parallel rank's own.
+
+    `windows` are those of all layers, which take the same strategy: None sees everything.
+    """
 
     heads: int
     kv_heads: int
@@ -105,6 +110,7 @@ class AttentionShape:
     value_dim: int
     element_bytes: int
     cp: int
+    windows: tuple[int | None, ...] = (None,)
 
     @property
     def kv_token_bytes(self) -> int:
@@ -129,7 +135,7 @@ class AttentionShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """A strategy, why in one line, and what either would make the ranks wait in one layer, predicted.
+    """A strategy, why in one line, and what either would make the ranks wait in a layer, predicted, in the mean.
 
     Seconds beyond what the computing takes where it is shared evenly: transfers that it does not hide, KV that is read
     more than once, and waiting for a rank that has more to do. They are 0 for one rank, and None where nothing was
@@ -169,18 +175,21 @@ def decide(
     assert all(new >= 0 and before >= 0 for new, before in sequences), sequences
     if shape.cp == 1:
         return Decision(strategy=LOCAL, reason="local: cp=1", pass_kv_seconds=0.0, pass_q_seconds=0.0)
-    load = _Load.of(shape, sequences, cached or [[before / shape.cp] * shape.cp for _, before in sequences])
+    shares: Sequence[Sequence[float]] = cached or [[before / shape.cp] * shape.cp for _, before in sequences]
+    layers = [(_Load.of(shape, sequences, shares, window), count) for window, count in Counter(shape.windows).items()]
     case = f"T={sum(new for new, _ in sequences)}, P={sum(before for _, before in sequences)}, cp={shape.cp}"
     if len(sequences) != 1:
         case = f"{len(sequences)} sequences, {case}"
     if speed is None:
-        kv, q = (shape.cp - 1) * load.kv_bytes, load.query_bytes + load.partial_bytes
+        kv = _mean([((shape.cp - 1) * load.kv_bytes, count) for load, count in layers])
+        q = _mean([(load.query_bytes + load.partial_bytes, count) for load, count in layers])
         strategy, (less, more) = _smaller(kv, q)
         reason = f"{strategy}: sends {less / 1e6:.3g} MB a layer, {_other(strategy)} {more / 1e6:.3g} MB"
         return Decision(
             strategy=strategy, reason=f"{reason} (not calibrated; {case})", pass_kv_seconds=None, pass_q_seconds=None
         )
-    kv_seconds, q_seconds = load.pass_kv_seconds(speed), load.pass_q_seconds(speed)
+    kv_seconds = _mean([(load.pass_kv_seconds(speed), count) for load, count in layers])
+    q_seconds = _mean([(load.pass_q_seconds(speed), count) for load, count in layers])
     strategy, (less, more) = _smaller(kv_seconds, q_seconds)
     reason = f"{strategy}: exposes {less * 1e3:.3g} ms a layer, {_other(strategy)} {more * 1e3:.3g} ms ({case})"
     return Decision(strategy=strategy, reason=reason, pass_kv_seconds=kv_seconds, pass_q_seconds=q_seconds)
@@ -199,6 +208,10 @@ def pass_kv_from(shape: AttentionShape, speed: RingSpeed, cached_tokens: int) ->
         middle = (low + high) // 2
         low, high = (low, middle) if takes(middle) else (middle + 1, high)
     return low
+
+
+def _mean(layers: Sequence[tuple[float, int]]) -> float:
+    return sum(value * count for value, count in layers) / sum(count for _, count in layers)
 
 
 def _smaller(kv: float, q: float) -> tuple[str, tuple[float, float]]:
@@ -226,22 +239,26 @@ class _Load:
     cached_bytes: Sequence[float]
 
     @classmethod
-    def of(cls, shape: AttentionShape, sequences: Sequences, cached: Sequence[Sequence[float]]) -> _Load:
-        """Add the sequences up."""
-        ranks = range(shape.cp)
-        before = [sum(shares[rank] for shares in cached) for rank in ranks]
+    def of(
+        cls, shape: AttentionShape, sequences: Sequences, cached: Sequence[Sequence[float]], window: int | None
+    ) -> _Load:
+        """Add the sequences up. What lies in the window is taken to lie on the ranks as all of it does."""
         largest = sum(ceil(new / shape.cp) for new, _ in sequences)
-        causal = sum(new * (new + 1) / 2 for new, _ in sequences) / shape.cp
+        before, pairs = [0.0] * shape.cp, [0.0] * shape.cp
+        for (new, tokens), shares in zip(sequences, cached, strict=True):
+            seen = causal_pairs(cached_tokens=tokens, new_tokens=new, window=window)
+            fresh = causal_pairs(cached_tokens=0, new_tokens=new, window=window)
+            reach = 1.0 if window is None or tokens < window else (window - 1) / tokens
+            for rank, share in enumerate(shares):
+                before[rank] += reach * share
+                pairs[rank] += fresh / shape.cp + ((seen - fresh) * share / tokens if tokens else 0.0)
         return cls(
             cp=shape.cp,
             kv_bytes=(max(before) + largest) * shape.kv_token_bytes,
             query_bytes=(shape.cp - 1) * largest * shape.query_token_bytes,
             partial_bytes=(shape.cp - 1) * largest * shape.partial_token_bytes,
             pair_flops=shape.pair_flops,
-            pairs=[
-                causal + sum(new * shares[rank] for (new, _), shares in zip(sequences, cached, strict=True))
-                for rank in ranks
-            ],
+            pairs=pairs,
             cached_bytes=[tokens * shape.kv_token_bytes for tokens in before],
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -44,9 +45,9 @@ def setting_of(runner: ContextParallelRunner, machine: str) -> RingSetting:
 def measure_rate(runner: ContextParallelRunner, setting: RingSetting, clock: Clock) -> RingRate:
     """Measure the group; all ranks get the same speed, for tensor-parallel ranks that of the first. Raises GroupFailed.
 
-    For groups of at least two context-parallel ranks.
+    For groups of at least two context-parallel ranks. Thresholds are those of layers that see everything.
     """
-    device, shape = runner.model.device, runner.choice.shape
+    device, shape = runner.model.device, replace(runner.choice.shape, windows=(None,))
     dtype: torch.dtype = getattr(torch, runner.model.config.dtype)
     own = measure_ring(runner.grid.cp, runner.kernel, shape, dtype, device, clock)
     speed = shared(runner.group, own, device)

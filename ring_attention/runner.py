@@ -274,5 +274,11 @@ def _shape(model: Decoder, cp: int) -> AttentionShape:
     share, dim = model.share, model.config.head_dim
     element_bytes = getattr(torch, model.config.dtype).itemsize
     return AttentionShape(
-        heads=share.heads, kv_heads=share.kv_heads, head_dim=dim, value_dim=dim, element_bytes=element_bytes, cp=cp
+        heads=share.heads,
+        kv_heads=share.kv_heads,
+        head_dim=dim,
+        value_dim=dim,
+        element_bytes=element_bytes,
+        cp=cp,
+        windows=model.config.windows,
     )

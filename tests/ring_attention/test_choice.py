@@ -133,6 +133,19 @@ def test_sequences_add_up():
     assert four.pass_kv_seconds == pytest.approx(alone.pass_kv_seconds, rel=0.02)
 
 
+def test_layers_with_a_window_send_little_kv_and_all_queries():
+    full, half, none = (
+        decide(replace(SHAPE, windows=windows), GLOO, [(1024, 32_768)]) for windows in ((None,), (None, 128), (128,))
+    )
+    assert half.pass_kv_seconds == pytest.approx((full.pass_kv_seconds + none.pass_kv_seconds) / 2)
+    assert none.pass_q_seconds == pytest.approx(full.pass_q_seconds)
+    assert none.pass_kv_seconds < full.pass_kv_seconds / 10
+    assert (full.strategy, none.strategy) == (PASS_Q, PASS_KV)
+    wide = decide(replace(SHAPE, windows=(1 << 20,)), GLOO, [(1024, 32_768)])
+    assert wide == full
+    assert decide(replace(SHAPE, windows=(128,)), None, [(1024, 32_768)]).strategy == PASS_KV
+
+
 def test_a_rank_that_holds_nearly_all_makes_pass_q_wait_for_it():
     even = decide(SHAPE, GLOO, [(1024, 32_768)])
     uneven = decide(SHAPE, GLOO, [(1024, 32_768)], cached=[(32_768, 0)])
@@ -162,19 +175,21 @@ SPEEDS = st.builds(
     st.floats(0, 1),
 )
 SHAPES = st.builds(
-    lambda kv_heads, group, dim, element, cp: AttentionShape(
+    lambda kv_heads, group, dim, element, cp, windows: AttentionShape(
         heads=kv_heads * group,
         kv_heads=kv_heads,
         head_dim=dim,
         value_dim=dim,
         element_bytes=element,
         cp=cp,
+        windows=windows,
     ),
     st.sampled_from([1, 2, 8]),
     st.sampled_from([1, 2, 4, 16]),
     st.sampled_from([32, 64, 128, 256]),
     st.sampled_from([2, 4]),
     st.integers(2, 16),
+    st.sampled_from([(None,), (128,), (None, 4096), (None, 1, 100_000)]),
 )
 TOKENS_OF = st.integers(0, 1 << 20)
 
