@@ -1,11 +1,15 @@
 """Groups measure themselves: by command, or at their start when the daemon knows nothing that fits."""
 
 import json
+from contextlib import closing
 
 import pytest
 from holdfast.engine_adapter import calibrating
 from holdfast.engine_adapter.calibrating import Calibrating
+from holdfast.engine_adapter.fake import FakeEngine
 from holdfast.engine_adapter.group import GroupOptions, RankGroup
+from holdfast.engine_adapter.session import Session
+from holdfast.kvstore.client import Client
 from holdfast.kvstore.clock import SystemClock
 from holdfast.ring_attention import group_measure, ring_measure
 from holdfast.ring_attention.config import ModelConfig
@@ -60,6 +64,20 @@ def test_by_command_and_a_group_that_starts_finds_it(place):
     shown = CliRunner().invoke(cli.app, [*words[:3], "--show"]).stdout
     assert "cp=2 tp=1" in shown
     assert "PASS-KV FROM (P=128K)" in shown
+
+
+def test_what_an_ingest_took_is_told_with_the_number_of_ranks(place, monkeypatch):
+    told = []
+    monkeypatch.setattr(Client, "observe_prefill", lambda _, fingerprint, points, ranks: told.append((points, ranks)))
+    daemon, model = place
+    spec = spec_of(read_config(model), digest_of(model))
+    engine = FakeEngine("fake", spec, cp=3, rows=200, daemon_socket=daemon.socket)
+    with closing(engine), closing(Client(daemon.socket)) as client:
+        Session(client, engine).ingest("report", [1, 2, 3] * 30)
+        client.delete("report")
+    ((points, ranks),) = told
+    assert sum(new for _, new, _ in points) == 90
+    assert ranks == 3
 
 
 def test_without_a_daemon_the_command_says_so(place, tmp_path):

@@ -113,6 +113,9 @@ def test_a_group_finds_what_was_measured_in_its_own_setting_only():
     assert heard == []
     effects.complete_all(service)
     assert heard == [None, None]
+    service.measurements.keep_ring(ring(cp=4), heard.append)
+    service.measurements.keep_ring(ring(3), heard.append)
+    assert service.measurements.rings() == [ring(3), ring(cp=4)]
 
 
 def test_of_groups_so_many_settings_are_kept_the_newest():

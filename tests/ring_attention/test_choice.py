@@ -105,6 +105,11 @@ def test_a_full_prefill_goes_by_pass_kv():
     assert decide(SHAPE, GLOO, [(8192, 0)]).strategy == PASS_KV
 
 
+def test_a_tie_goes_to_pass_kv():
+    for speed in (GLOO, None):
+        assert decide(SHAPE, speed, [(0, 0)]).strategy == PASS_KV
+
+
 def test_one_rank_has_nothing_to_choose():
     decision = decide(replace(SHAPE, cp=1), GLOO, [(8, 100)])
     assert (decision.strategy, decision.pass_kv_seconds, decision.pass_q_seconds) == (LOCAL, 0.0, 0.0)
