@@ -19,7 +19,7 @@ from ..kvstore.layout import Span
 from .band import FULL, Band
 from .kernels.kernel import Kernel
 from .merge import Accumulator, Partial
-from .positions import Positions
+from .positions import Positions, positions_of
 from .segment import KVSegment
 from .tiling import tiles
 
@@ -51,7 +51,7 @@ def attend_segment(
 ) -> None:
     """Merge what query [H, T, D], standing at `positions`, sees of one segment into `total` from its query `start`."""
     assert query.shape[1] == len(positions), "positions name every query"
-    keys, value_dim = Positions(segment.spans), segment.value.shape[2]
+    keys, value_dim = positions_of(segment.spans), segment.value.shape[2]
     for tile in tiles(positions, keys, band, kernel.capabilities.takes):
         (a, b), (c, d) = tile.queries, tile.keys
         sees = tile.band or _mask(positions.tensor(a, b, query.device), keys.tensor(c, d, query.device), band)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..kvstore.layout import Span
@@ -33,9 +32,14 @@ class KVMessages:
         """This rank's message: its KV as it lies, if that is one piece of memory already, else a copy."""
         segments = [segment for share in self._batch for segment in share.segments]
         planes = [plane for segment in segments for plane in self._planes(segment) if plane.numel()]
-        if not planes:
-            return segments[0].key.new_empty(0)
-        return _as_one(planes) if _adjoin(planes) else torch.cat([plane.reshape(-1) for plane in planes])
+        if planes and _adjoin(planes):
+            return planes[0].as_strided((sum(plane.numel() for plane in planes),), (1,))
+        message = segments[0].key.new_empty(sum(plane.numel() for plane in planes))
+        offset = 0
+        for plane in planes:  # not torch.cat, which would copy planes of an arena twice
+            message[offset : offset + plane.numel()].view(plane.shape).copy_(plane)
+            offset += plane.numel()
+        return message
 
     def empty(self, rank: int) -> Tensor:
         """Room for the message of a rank."""
@@ -82,7 +86,3 @@ def _adjoin(planes: Sequence[Tensor]) -> bool:
             return False
         place += plane.numel() * plane.element_size()
     return True
-
-
-def _as_one(planes: Sequence[Tensor]) -> Tensor:
-    return planes[0].as_strided((sum(plane.numel() for plane in planes),), (1,))

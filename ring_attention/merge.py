@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Final
 
 import torch
@@ -29,13 +28,6 @@ class Partial:
     lse: Tensor
 
 
-def identity(heads: int, tokens: int, dim: int, device: torch.device) -> Partial:
-    """The partial over no keys: merging it changes nothing."""
-    out = torch.zeros(tokens, heads, dim, dtype=torch.float32, device=device).transpose(0, 1)
-    lse = torch.full((tokens, heads), -inf, dtype=torch.float32, device=device).transpose(0, 1)
-    return Partial(out, lse)
-
-
 class Accumulator:
     """The merge of what has been added: `out` is always normalised, the sum of weights is kept beside its peak.
 
@@ -43,9 +35,8 @@ class Accumulator:
     """
 
     def __init__(self, heads: int, tokens: int, dim: int, device: torch.device) -> None:
-        nothing = identity(heads, tokens, dim, device)
-        self._out = nothing.out
-        self._peak = nothing.lse.fill_(_LOWEST)
+        self._out = torch.zeros(tokens, heads, dim, dtype=torch.float32, device=device).transpose(0, 1)
+        self._peak = torch.full((tokens, heads), _LOWEST, dtype=torch.float32, device=device).transpose(0, 1)
         self._sum = torch.zeros_like(self._peak)  # of exp(lse - peak)
 
     def add(self, part: Partial, start: int) -> None:
@@ -70,7 +61,7 @@ def merge(partials: Sequence[Partial]) -> Partial:
 
     Associative and commutative up to rounding.
     """
-    assert partials, "use identity() for no partials"
+    assert partials, "there is something to merge"
     heads, tokens, dim = partials[0].out.shape
     total = Accumulator(heads, tokens, dim, partials[0].out.device)
     for part in partials:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -16,7 +18,7 @@ class Positions:
     """The positions of packed tokens, ascending. Index i is the i-th token; a run is what has no gap in it."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
-        """`spans` ascend and do not overlap; their rows are not read."""
+        """`spans` ascend and do not overlap; their rows are not read. See `positions_of`."""
         self._spans = spans = [span for span in spans if span.start < span.stop]
         self._offsets = [0, *accumulate(span.stop - span.start for span in spans)]
 
@@ -47,14 +49,52 @@ class Positions:
         gaps = [gap for gap in self._offsets[number - 1 : number + 1] if start < gap < stop]
         return min(gaps, key=lambda gap: abs(gap - half), default=half)
 
+    def cut(self, start: int, stop: int) -> tuple[Span, ...]:
+        """The spans of the tokens [start, stop)."""
+        if start >= stop:
+            return ()
+        first, last = bisect_right(self._offsets, start) - 1, bisect_right(self._offsets, stop - 1) - 1
+        spans = self._spans[first : last + 1]
+        spans[-1] = replace(spans[-1], stop=self[stop - 1] + 1)
+        skipped = start - self._offsets[first]
+        spans[0] = Span(spans[0].start + skipped, spans[0].stop, spans[0].row + skipped)
+        return tuple(spans)
+
     def tensor(self, start: int, stop: int, device: torch.device) -> Tensor:
         """The positions [start, stop) as int64."""
-        parts = []
-        for span, offset in zip(self._spans, self._offsets, strict=False):
-            low, high = max(start, offset), min(stop, offset + span.stop - span.start)
-            if low < high:
-                parts.append(torch.arange(span.start + low - offset, span.start + high - offset, device=device))
-        return torch.cat(parts)
+        spans = self.cut(start, stop)
+        lengths = torch.tensor([span.stop - span.start for span in spans])
+        ends = torch.tensor([span.stop for span in spans])
+        behind = (ends - lengths.cumsum(0)).repeat_interleave(lengths)  # of a token's index, its position
+        return (torch.arange(len(behind)) + behind).to(device)
+
+
+class _Same:
+    """A tuple of spans, equal to none but itself: comparing thousands of spans would cost what keeping them saves."""
+
+    __slots__ = ("spans",)
+
+    def __init__(self, spans: tuple[Span, ...]) -> None:
+        self.spans = spans
+
+    def __hash__(self) -> int:
+        return id(self.spans)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.spans is other.spans
+
+
+def positions_of(spans: Sequence[Span]) -> Positions:
+    """The positions of `spans`, kept for a while: every layer of a model asks for the same tuples again.
+
+    A tail that decode dealt over ranks has a span for each token.
+    """
+    return _positions(_Same(tuple(spans)))
+
+
+@lru_cache(maxsize=256)
+def _positions(same: _Same) -> Positions:
+    return Positions(same.spans)
 
 
 def _start(span: Span) -> int:

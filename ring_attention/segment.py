@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..kvstore.layout import Span
+from .positions import positions_of
 
 
 def span_tokens(spans: Sequence[Span]) -> int:
     """Tokens in all spans."""
-    return sum(span.stop - span.start for span in spans)
+    return len(positions_of(spans))
 
 
 def shifted(spans: Sequence[Span], base: int) -> tuple[Span, ...]:

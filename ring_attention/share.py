@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..kvstore.layout import Span
-from .positions import Positions
+from .positions import Positions, positions_of
 from .segment import KVSegment
 
 Held = Sequence[tuple[Span, ...]]  # the spans of each segment of one rank
@@ -33,7 +33,7 @@ class SequenceShare:
 
     def positions(self, rank: int) -> Positions:
         """Where a rank's queries stand."""
-        return Positions(self.queries[rank])
+        return positions_of(self.queries[rank])
 
     def within_reach(self, window: int | None) -> SequenceShare:
         """The sequence without the KV that no query of any rank sees: it is neither sent nor read."""
@@ -63,17 +63,17 @@ def _inside(spans: Sequence[Span], start: int, stop: int) -> bool:
     return not spans or (start <= spans[0].start and spans[-1].stop <= stop)
 
 
+def _rows(spans: Sequence[Span], start: int, stop: int) -> tuple[int, int]:
+    """The rows of the tokens at positions [start, stop)."""
+    positions = positions_of(spans)
+    return positions.before(start), max(positions.before(start), positions.before(stop))
+
+
 def _cut(spans: Sequence[Span], start: int, stop: int) -> tuple[Span, ...]:
-    kept = [
-        Span(max(span.start, start), min(span.stop, stop), span.row + max(0, start - span.start))
-        for span in spans
-        if span.start < stop and span.stop > start
-    ]
-    return tuple(kept)
+    return positions_of(spans).cut(*_rows(spans, start, stop))
 
 
 def _cut_segment(segment: KVSegment, start: int, stop: int) -> KVSegment:
-    positions = Positions(segment.spans)
-    rows = slice(positions.before(start), max(positions.before(start), positions.before(stop)))
+    rows = slice(*_rows(segment.spans, start, stop))
     spans = _cut(segment.spans, start, stop)
     return replace(segment, key=segment.key[:, rows], value=segment.value[:, rows], spans=spans)
