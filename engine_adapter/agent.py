@@ -63,12 +63,15 @@ class _Shard:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """Which rank of which group this is."""
+    """Which rank of which group this is, and what it computes with."""
 
     group: str
     rank: int
     cp: int
     tp: int = 1
+    kernel: str = ""
+    communicator: str = ""
+    device: str = ""
 
 
 class Agent:
@@ -104,7 +107,17 @@ class Agent:
         try:
             fingerprint = client.register_spec(self._spec)
             seat = self._seat
-            client.register_rank(seat.group, seat.rank, seat.cp, seat.tp, fingerprint, self._arena.rows)
+            client.register_rank(
+                seat.group,
+                seat.rank,
+                seat.cp,
+                seat.tp,
+                fingerprint,
+                self._arena.rows,
+                kernel=seat.kernel,
+                communicator=seat.communicator,
+                device=seat.device,
+            )
         except HoldfastError:
             client.close()
             raise

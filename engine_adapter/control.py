@@ -5,6 +5,7 @@ Framed as in kvstore.wire. KV never travels here; logits do, for they are small.
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from typing import Final
@@ -50,6 +51,7 @@ class Asked(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[int]
     new_tokens: int
     eos: list[int]
+    keeps_tail: bool
 
 
 class Ask(Order, frozen=True):
@@ -57,6 +59,17 @@ class Ask(Order, frozen=True):
 
     call: int
     questions: list[Asked]
+    deadline_seconds: float
+
+
+class Grow(Order, frozen=True):
+    """Copy what `document` and a tail of the last call hold, from `from_token` on, into the shard of both."""
+
+    into: ShardMessage
+    document: ShardMessage
+    call: int
+    index: int
+    from_token: int
     deadline_seconds: float
 
 
@@ -72,6 +85,10 @@ class Recompute(Order, frozen=True):
 
 class Measure(Order, frozen=True):
     """Measure the group: its ring, and prefills of several lengths."""
+
+
+class Cancel(Order, frozen=True):
+    """Nobody wants to know how the call that is under way ends: end it soon. To rank 0 only; not answered."""
 
 
 class Rejoin(Order, frozen=True):
@@ -122,7 +139,8 @@ class Prefilled(Report, frozen=True):
 class AnswerMessage(msgspec.Struct, frozen=True, array_like=True):
     """An answer; `logits` float32 [tokens, vocabulary] from rank 0, empty from the others.
 
-    `tail`: who has which tokens of question and answer, as long as the ranks have them.
+    `strategy` is how the ranks exchanged KV for the question, and `strategy_reason` why. `tail`: who has which tokens
+    of question and answer, if they are kept.
     """
 
     tokens: list[int]
@@ -130,7 +148,9 @@ class AnswerMessage(msgspec.Struct, frozen=True, array_like=True):
     prefill_ns: int
     decode_ns: int
     exposed_ns: int
-    tail: LayoutMessage | None = None
+    strategy: str
+    strategy_reason: str
+    tail: LayoutMessage | None
 
 
 class Answered(Report, frozen=True):
@@ -146,6 +166,10 @@ class Measured(Report, frozen=True):
     prefills: list[tuple[int, int, float]]
 
 
+class Grown(Report, frozen=True):
+    """The rows are filled."""
+
+
 class Rejoined(Report, frozen=True):
     """The rank is in the new process group."""
 
@@ -157,8 +181,8 @@ class Failed(Report, frozen=True):
     message: str
 
 
-AnyOrder = Start | Prefill | Ask | Recompute | Measure | Rejoin | Quit
-AnyReport = Joining | Ready | Progress | Token | Prefilled | Answered | Measured | Rejoined | Failed
+AnyOrder = Start | Prefill | Ask | Grow | Recompute | Measure | Cancel | Rejoin | Quit
+AnyReport = Joining | Ready | Progress | Token | Prefilled | Answered | Grown | Measured | Rejoined | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _orders = msgspec.msgpack.Decoder(AnyOrder)
@@ -188,6 +212,11 @@ class Channel:
             self._sock.sendall(LENGTH.pack(len(data)) + data)
         except OSError as error:
             raise GroupFailed(f"the other end of a group's channel is gone: {error.strerror or error}") from error
+
+    @property
+    def has_more(self) -> bool:
+        """Whether something has arrived that was not received, if only the other end's end."""
+        return bool(self._data) or bool(select.select([self._sock], [], [], 0.0)[0])
 
     def receive_order(self) -> AnyOrder | None:
         """The next order; None when the driver is gone."""

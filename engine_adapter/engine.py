@@ -35,20 +35,23 @@ class PrefillPoint:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Token ids to be answered over the document of `shard` by at most `new_tokens` tokens, ending behind an `eos`."""
+    """Token ids to be answered over the document of `shard` by at most `new_tokens` tokens, ending behind an `eos`.
+
+    With `keeps_tail` the ranks keep the KV of question and answer until their next call, for `Engine.grow`.
+    """
 
     shard: ShardMessage
     tokens: Sequence[int]
     new_tokens: int
     eos: Sequence[int] = ()
+    keeps_tail: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Tail:
     """KV behind a document that the ranks still have: of a question and its answer, until their next call.
 
-    `layout` says who has which tokens, counted from the document's end; it may lack the last of the answer, whose KV
-    nobody needed. `call` and `index` name it.
+    `layout` says who has which tokens, counted from the document's end. `call` and `index` name it.
     """
 
     call: int
@@ -61,6 +64,8 @@ class Answer:
     """Greedy tokens; row i of `logits` (float32 [tokens, vocabulary]) predicted token i. Times in nanoseconds.
 
     `exposed_ns` is the part of `prefill_ns` spent waiting for layers of the document. Times are those of the batch.
+    `strategy` is how the ranks exchanged KV for the question, and `strategy_reason` why; empty if they did not say.
+    `tail` is there if the question asked for it.
     """
 
     tokens: list[int]
@@ -68,6 +73,8 @@ class Answer:
     prefill_ns: int
     decode_ns: int
     exposed_ns: int
+    strategy: str = ""
+    strategy_reason: str = ""
     tail: Tail | None = None
 
 
@@ -102,6 +109,14 @@ class Engine(Protocol):
         """Answer questions together, each over its own document; several may share one. In their order.
 
         `on_token` hears every token as it is decoded. Raises InvalidRequest or TokenOutOfRange for bad questions.
+        """
+        ...
+
+    def grow(self, into: ShardMessage, document: ShardMessage, tail: Tail, from_token: int) -> None:
+        """Fill the shard `into` of a document grown by a tail: what the daemon does not load is copied, not computed.
+
+        The daemon loads what lies before `from_token`. `into` has the layout of `document` and the tail's behind it.
+        Raises ClaimNotFound when the tail is gone.
         """
         ...
 

@@ -1,7 +1,8 @@
 """FakeEngine: an engine without a model, for tests and trials. Its ranks live in this process; NumPy only.
 
-A token's KV is a hash of the tokens up to it, so it depends on the whole prefix as a model's does. An answer is a hash
-of the question and of every KV byte read back through the daemon: one wrong byte, and the answer differs.
+A token's KV is a hash of its id and of the KV of the token before, so it depends on the whole prefix as a model's does.
+An answer is a hash of the question and of every KV byte read back through the daemon: one wrong byte, and the answer
+differs.
 """
 
 from __future__ import annotations
@@ -17,27 +18,28 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kvstore.clock import Clock, SystemClock
-from ..kvstore.errors import HoldfastError, InvalidRequest
-from ..kvstore.geometry import extent_geometry
+from ..kvstore.errors import ClaimNotFound, HoldfastError, InvalidRequest
+from ..kvstore.geometry import arena_geometry, extent_geometry
 from ..kvstore.keys import as_tokens
-from ..kvstore.layout import Copy, Layout, Span
-from ..kvstore.layouts import ShardMessage
+from ..kvstore.layout import Copy, Holding, shard_holding, striped
+from ..kvstore.layouts import LayoutMessage, ShardMessage
 from ..kvstore.spec import KVSpec
 from .agent import Agent, Seat
-from .engine import Answer, OnToken, PrefillPoint, Progress, Question, ignore_token
+from .engine import Answer, OnToken, PrefillPoint, Progress, Question, Tail, ignore_token
 
 Bytes = npt.NDArray[np.uint8]
+Planes = Mapping[tuple[int, int], Bytes]  # by layer and part: [kv heads, tokens, row bytes]
 WAIT_SECONDS: Final = 60.0
 PARTS: Final = 2  # keys and values
 
 
 class FakeArena:
-    """A rank's rows as plain bytes: for each layer and part [kv heads, rows, row bytes]. See agent.Arena."""
+    """A rank's rows as plain bytes: for each layer and part [its kv heads, rows, row bytes]. See agent.Arena."""
 
-    def __init__(self, spec: KVSpec, rows: int) -> None:
+    def __init__(self, spec: KVSpec, rows: int, tp: int = 1) -> None:
         self.rows = rows
         self._extent = extent_geometry(spec)
-        heads = self._extent.heads
+        heads = arena_geometry(spec, rows, tp).heads
         self.planes: dict[tuple[int, int], Bytes] = {
             (layer, part): np.zeros((heads, rows, self._extent.row_bytes(part)), np.uint8)
             for layer, part in product(range(self._extent.layers), range(PARTS))
@@ -79,7 +81,7 @@ class FakeArena:
 
 
 class FakeEngine:
-    """An Engine of `cp` ranks with `rows` token rows each. Only models with one GQA layer group."""
+    """An Engine of cp x tp ranks with `rows` token rows each. Only models with one GQA layer group."""
 
     def __init__(
         self,
@@ -87,6 +89,7 @@ class FakeEngine:
         spec: KVSpec,
         *,
         cp: int,
+        tp: int = 1,
         rows: int,
         daemon_socket: Path,
         tenant: str = "default",
@@ -95,12 +98,16 @@ class FakeEngine:
         """Register every rank. Raises DaemonUnavailable, or the daemon's refusal."""
         self._group = group
         self._spec = spec
+        self._cp = cp
+        self._tp = tp
         self._clock = clock or SystemClock()
-        self._arenas = [FakeArena(spec, rows) for _ in range(cp)]
+        self._arenas = [FakeArena(spec, rows, tp) for _ in range(cp * tp)]
         self._agents: list[Agent] = []
+        self._calls = 0
+        self._tails: dict[int, Planes] = {}  # of the last call, by question
         try:
             for rank, arena in enumerate(self._arenas):
-                self._agents.append(Agent(daemon_socket, tenant, Seat(group, rank, cp), spec, arena, self._clock))
+                self._agents.append(Agent(daemon_socket, tenant, Seat(group, rank, cp, tp), spec, arena, self._clock))
         except HoldfastError:
             self.close()
             raise
@@ -130,16 +137,15 @@ class FakeEngine:
         self, shard: ShardMessage, tokens: Sequence[int], cached_tokens: int, chunk_tokens: int, progress: Progress
     ) -> list[PrefillPoint]:
         """See Engine."""
-        layout = shard.layout.layout()
-        starts = self._rows(shard)
+        self._begin_call()
+        holdings = self._holdings(shard)
         self._wait(shard, cached_tokens)
         points = []
         planes = self._made(tokens)
         for first in range(cached_tokens, len(tokens), chunk_tokens):
             began_ns = self._clock.monotonic_ns()
             stop = min(first + chunk_tokens, len(tokens))
-            for rank, row in enumerate(starts):
-                self._scatter(layout.spans(rank, row), self._arenas[rank], planes, (first, stop))
+            self._scatter(holdings, planes, 0, (first, stop))
             points.append(PrefillPoint(first, stop - first, self._clock.monotonic_ns() - began_ns))
             progress(stop)
         return points
@@ -148,26 +154,50 @@ class FakeEngine:
         """See Engine."""
         for question in questions:
             self._check(question.tokens, question.new_tokens)
-        answers = [self._answer(question) for question in questions]
+        self._begin_call()
+        answers = [self._answer(index, question) for index, question in enumerate(questions)]
         for index, answer in enumerate(answers):
             for token in answer.tokens:
                 on_token(index, token)
         return answers
 
-    def _answer(self, question: Question) -> Answer:
+    def _answer(self, index: int, question: Question) -> Answer:
         layout = question.shard.layout.layout()
-        starts = self._rows(question.shard)
         exposed_ns = self._wait(question.shard, layout.token_count)
-        planes = {key: self._gathered(layout, starts, *key) for key in self._keys()}
+        planes = self._gathered(question.shard)
         answer = self._answered(planes, question.tokens, question.new_tokens, exposed_ns)
-        ends = [index + 1 for index, token in enumerate(answer.tokens) if token in question.eos]
+        ends = [place + 1 for place, token in enumerate(answer.tokens) if token in question.eos]
         kept = min(ends, default=question.new_tokens)
-        return replace(answer, tokens=answer.tokens[:kept], logits=answer.logits[:kept])
+        answer = replace(answer, tokens=answer.tokens[:kept], logits=answer.logits[:kept])
+        if not question.keeps_tail:
+            return answer
+        turn = [*question.tokens, *answer.tokens]
+        last = b"".join(planes[key][:, -1].tobytes() for key in self._keys())
+        self._tails[index] = self._made(turn, last)
+        tail = striped(len(turn), self._cp, self._tp)
+        return replace(answer, tail=Tail(self._calls, index, LayoutMessage.of(tail)))
+
+    def grow(self, into: ShardMessage, document: ShardMessage, tail: Tail, from_token: int) -> None:
+        """See Engine."""
+        if tail.call != self._calls or tail.index not in self._tails:
+            raise ClaimNotFound("the KV of that question and answer is gone: the ranks have done something else since")
+        count = document.layout.layout().token_count
+        assert into.layout.layout() == document.layout.layout().then(tail.layout.layout()), "the joined layout"
+        holdings = self._holdings(into)
+        self._scatter(holdings, self._gathered(document), 0, (from_token, count))
+        behind = self._tails[tail.index]
+        self._scatter(holdings, behind, count, (max(count, from_token), count + tail.layout.layout().token_count))
+        self._wait(into, from_token)
 
     def recompute(self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int) -> Answer:
         """See Engine."""
         self._check(question, new_tokens)
+        self._begin_call()
         return self._answered(self._made(tokens), question, new_tokens, 0)
+
+    def _begin_call(self) -> None:
+        self._calls += 1
+        self._tails.clear()
 
     def _check(self, question: Sequence[int], new_tokens: int) -> None:
         as_tokens(question, self._spec)
@@ -179,8 +209,11 @@ class FakeEngine:
     def _deadline_ns(self) -> int:
         return self._clock.monotonic_ns() + int(WAIT_SECONDS * 1e9)
 
-    def _rows(self, shard: ShardMessage) -> list[int]:
-        return [agent.row(shard.id, shard.generation, self._deadline_ns()) for agent in self._agents]
+    def _holdings(self, shard: ShardMessage) -> list[Holding]:
+        """What every rank holds of a shard, at the rows that the daemon gave it."""
+        layout, heads = shard.layout.layout(), self._spec.groups[0].kv_heads
+        rows = [agent.row(shard.id, shard.generation, self._deadline_ns()) for agent in self._agents]
+        return [shard_holding(layout, rank, heads, row) for rank, row in enumerate(rows)]
 
     def _wait(self, shard: ShardMessage, token_count: int) -> int:
         """Wait until those first tokens are here in all layers; returns the nanoseconds that took."""
@@ -191,56 +224,55 @@ class FakeEngine:
                 wait_layer(layer)
         return self._clock.monotonic_ns() - began_ns
 
-    def _scatter(
-        self,
-        spans: Sequence[Span],
-        arena: FakeArena,
-        planes: Mapping[tuple[int, int], Bytes],
-        tokens: tuple[int, int],
-    ) -> None:
-        """Of these tokens [first, stop), those in a rank's spans go to its rows."""
-        for span in spans:
-            low, high = max(span.start, tokens[0]), min(span.stop, tokens[1])
-            if low < high:
-                row = span.row + low - span.start
-                for key, plane in planes.items():
-                    arena.planes[key][:, row : row + high - low] = plane[:, low:high]
+    def _scatter(self, holdings: Sequence[Holding], planes: Planes, first: int, tokens: tuple[int, int]) -> None:
+        """Of these tokens [start, stop), each rank takes what it holds. `planes` begin at token `first`."""
+        for holding, arena in zip(holdings, self._arenas, strict=True):
+            heads = slice(holding.head_start, holding.head_stop)
+            for span in holding.spans:
+                low, high = max(span.start, tokens[0]), min(span.stop, tokens[1])
+                if low < high:
+                    row = span.row + low - span.start
+                    for key, plane in planes.items():
+                        arena.planes[key][:, row : row + high - low] = plane[heads, low - first : high - first]
 
-    def _gathered(self, layout: Layout, starts: Sequence[int], layer: int, part: int) -> Bytes:
-        """A whole plane [heads, tokens, row bytes], from all ranks."""
-        shape = self._arenas[0].planes[layer, part].shape
-        plane = np.empty((shape[0], layout.token_count, shape[2]), np.uint8)
-        for rank, arena in enumerate(self._arenas):
-            for span in layout.spans(rank, starts[rank]):
-                rows = slice(span.row, span.row + span.stop - span.start)
-                plane[:, span.start : span.stop] = arena.planes[layer, part][:, rows]
-        return plane
+    def _gathered(self, shard: ShardMessage) -> Planes:
+        """All planes of a shard, from all ranks."""
+        holdings = self._holdings(shard)
+        count, heads = shard.layout.layout().token_count, self._spec.groups[0].kv_heads
+        planes = {}
+        for key in self._keys():
+            plane = np.empty((heads, count, self._arenas[0].planes[key].shape[2]), np.uint8)
+            for holding, arena in zip(holdings, self._arenas, strict=True):
+                for span in holding.spans:
+                    rows = slice(span.row, span.row + span.stop - span.start)
+                    heads_of = slice(holding.head_start, holding.head_stop)
+                    plane[heads_of, span.start : span.stop] = arena.planes[key][:, rows]
+            planes[key] = plane
+        return planes
 
     # The model ---------------------------------------------------------------------------------
 
     def _keys(self) -> list[tuple[int, int]]:
         return list(product(range(len(self._spec.groups[0].layers)), range(PARTS)))
 
-    def _made(self, tokens: Sequence[int]) -> dict[tuple[int, int], Bytes]:
-        """The KV of a document: (layer, part) to [heads, tokens, row bytes]."""
-        chain = hashlib.blake2b(self._spec.fingerprint())
-        prefixes = np.empty(len(tokens), np.uint64)
-        for index, token in enumerate(tokens):
-            chain.update(int(token).to_bytes(4, "little"))
-            prefixes[index] = int.from_bytes(chain.digest()[:8], "little")
+    def _made(self, tokens: Sequence[int], previous: bytes | None = None) -> Planes:
+        """The KV of tokens behind the one whose KV, plane by plane, is `previous`."""
         geometry = extent_geometry(self._spec)
-        planes = {}
-        for layer, part in self._keys():
-            size = geometry.row_bytes(part)
-            place = np.arange(geometry.heads * size, dtype=np.uint64).reshape(geometry.heads, 1, size)
-            salt = np.uint64(2 * (layer * PARTS + part) + 1)
-            mixed = (prefixes[None, :, None] ^ (place * np.uint64(0x9E3779B97F4A7C15))) * salt
-            planes[layer, part] = ((mixed * np.uint64(0xD6E8FEB86659FD93)) >> np.uint64(56)).astype(np.uint8)
+        sizes = {key: geometry.heads * geometry.row_bytes(key[1]) for key in self._keys()}
+        last = previous if previous is not None else self._spec.fingerprint()
+        rows = []
+        for token in tokens:
+            last = hashlib.shake_128(last + int(token).to_bytes(4, "little")).digest(sum(sizes.values()))
+            rows.append(last)
+        table = np.frombuffer(b"".join(rows), np.uint8).reshape(len(tokens), -1)
+        planes, at = {}, 0
+        for key, size in sizes.items():
+            plane = table[:, at : at + size].reshape(len(tokens), geometry.heads, -1)
+            planes[key] = np.ascontiguousarray(plane.transpose(1, 0, 2))
+            at += size
         return planes
 
-    def _answered(
-        self, planes: Mapping[tuple[int, int], Bytes], question: Sequence[int], new_tokens: int, exposed_ns: int
-    ) -> Answer:
+    def _answered(self, planes: Planes, question: Sequence[int], new_tokens: int, exposed_ns: int) -> Answer:
         began_ns = self._clock.monotonic_ns()
         digest = hashlib.blake2b(np.asarray(question, "<u4").tobytes())
         for key in self._keys():

@@ -28,7 +28,10 @@ from .control import (
     AnyReport,
     Ask,
     Asked,
+    Cancel,
     Failed,
+    Grow,
+    Grown,
     Measure,
     Measured,
     Prefill,
@@ -58,8 +61,8 @@ R = TypeVar("R", bound=AnyReport)
 class GroupOptions:
     """How to start a group of cp x tp ranks. `rows` are token rows of HBM per rank.
 
-    `threads` 0 shares the cores evenly. `communicator` and `kernel` name one, or are empty: the device chooses.
-    `strategy` is "auto", or names the only one to use.
+    `threads` 0 shares the cores evenly. `communicator` and `strategy` are "auto", or name the only one to use; so does
+    `kernel`, which is empty for the device's own.
     """
 
     name: str
@@ -71,7 +74,7 @@ class GroupOptions:
     tenant: str = "default"
     device: str = "cpu"
     threads: int = 0
-    communicator: str = ""
+    communicator: str = "auto"
     kernel: str = ""
     strategy: str = "auto"
     collective_seconds: float = 120.0
@@ -201,9 +204,13 @@ class RankGroup:
     def answer_many(self, questions: Sequence[Question], on_token: OnToken = ignore_token) -> list[Answer]:
         """See Engine."""
         self._calls += 1
-        asked = [Asked(q.shard, list(q.tokens), q.new_tokens, list(q.eos)) for q in questions]
+        asked = [Asked(q.shard, list(q.tokens), q.new_tokens, list(q.eos), q.keeps_tail) for q in questions]
         reports = self._call(Ask(self._calls, asked, CALL_SECONDS), Answered, on_token=on_token)
         return [self._joined([report.answers[i] for report in reports], i) for i in range(len(questions))]
+
+    def grow(self, into: ShardMessage, document: ShardMessage, tail: Tail, from_token: int) -> None:
+        """See Engine."""
+        self._call(Grow(into, document, tail.call, tail.index, from_token, CALL_SECONDS), Grown)
 
     def recompute(self, tokens: Sequence[int], question: Sequence[int], new_tokens: int, chunk_tokens: int) -> Answer:
         """See Engine."""
@@ -225,6 +232,8 @@ class RankGroup:
             prefill_ns=max(answer.prefill_ns for answer in answers),
             decode_ns=max(answer.decode_ns for answer in answers),
             exposed_ns=max(answer.exposed_ns for answer in answers),
+            strategy=first.strategy,
+            strategy_reason=first.strategy_reason,
             tail=Tail(self._calls, index, first.tail) if first.tail is not None else None,
         )
 
@@ -235,31 +244,34 @@ class RankGroup:
         if self._broken:
             raise GroupFailed(f"group {self.group!r}: {self._broken}")
         self._send(order)
+        reports: dict[int, AnyReport] = {}
         try:
-            return self._collect(kind, CALL_SECONDS, progress, on_token)
-        except HoldfastError:
-            if not self._broken:
+            return self._collect(kind, reports, CALL_SECONDS, progress, on_token)
+        finally:
+            if any(isinstance(report, Failed) for report in reports.values()) and not self._broken:
                 self._rejoin()
-            raise
 
     def _rejoin(self) -> None:
         """The ranks' process group does not survive a failed call: make a new one."""
         init_method = self._new_init_method()
         self._send(Rejoin(init_method))
         try:
-            self._collect(Rejoined, START_SECONDS)
+            self._collect(Rejoined, {}, START_SECONDS)
         except HoldfastError as error:
             self._fail(self._broken or f"it could not start anew: {error}")
 
     def _collect(
         self,
         kind: type[R],
+        reports: dict[int, AnyReport],
         deadline_seconds: float,
         progress: Progress = ignore_progress,
         on_token: OnToken = ignore_token,
     ) -> list[R]:
-        """One report of that kind from every rank. Raises the first failure, after all ranks have reported."""
-        reports: dict[int, AnyReport] = {}
+        """One report of that kind from every rank. Raises the first failure, after all ranks have reported.
+
+        `reports` takes the last that each has said.
+        """
         told = self._told(deadline_seconds)
         try:
             for rank, report in told:
@@ -273,11 +285,8 @@ class RankGroup:
         finally:
             # Whatever a callback raised: a rank that still computes writes into rows that are about to be given away,
             # and what it says at last is no answer to the next call.
-            try:
-                reports.update((rank, report) for rank, report in told if not isinstance(report, PASSING))
-            finally:
-                if len(reports) < len(self._members) and not self._broken:
-                    self._fail("a call was abandoned")
+            if len(reports) < len(self._members) and not self._broken:
+                self._wind_up(reports, told)
         failures = [from_code(r.code, r.message) for r in reports.values() if isinstance(r, Failed)]
         if failures:
             # Ranks that only lost a peer say GroupFailed; the rank with the cause says more.
@@ -285,6 +294,15 @@ class RankGroup:
         found: list[R] = [report for _, report in sorted(reports.items()) if isinstance(report, kind)]
         assert len(found) == len(self._members), reports
         return found
+
+    def _wind_up(self, reports: dict[int, AnyReport], told: Iterator[tuple[int, AnyReport]]) -> None:
+        """End a call that nobody waits for any more: soon, because rank 0 looks up after every chunk and token."""
+        try:
+            self._send_to(0, Cancel())
+            reports.update((rank, report) for rank, report in told if not isinstance(report, PASSING))
+        finally:
+            if len(reports) < len(self._members) and not self._broken:
+                self._fail("a call was abandoned")
 
     def _told(self, deadline_seconds: float) -> Iterator[tuple[int, AnyReport]]:
         """What the ranks say, as it comes, until each has said its last. Raises GroupFailed or DeadlineExceeded.

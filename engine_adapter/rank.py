@@ -10,20 +10,22 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from ..kvstore.calibration import RingSpeed
 from ..kvstore.clock import Clock, SystemClock
-from ..kvstore.errors import GroupFailed, HoldfastError, InvalidRequest
+from ..kvstore.errors import ClaimNotFound, GroupFailed, HoldfastError
 from ..kvstore.keys import token_list
-from ..kvstore.layouts import ShardMessage
+from ..kvstore.layouts import LayoutMessage, ShardMessage
 from ..ring_attention.answering import Answer
 from ..ring_attention.answering import Ask as Question
 from ..ring_attention.arena import HBMArena
 from ..ring_attention.checkpoint import load_model
+from ..ring_attention.choice import Decision
 from ..ring_attention.device import device_of, use_threads
-from ..ring_attention.distributed import DistributedCommunicator
+from ..ring_attention.join import join as join_group
 from ..ring_attention.model import Decoder
 from ..ring_attention.prefilling import AUTO
 from ..ring_attention.runner import ContextParallelRunner
@@ -37,8 +39,11 @@ from .control import (
     AnyReport,
     Ask,
     Asked,
+    Cancel,
     Channel,
     Failed,
+    Grow,
+    Grown,
     Measure,
     Prefill,
     Prefilled,
@@ -64,23 +69,35 @@ class Rank:
         self._config = config
         self._channel = channel
         self._clock = clock
-        if config.tp != 1:
-            raise InvalidRequest(f"tp={config.tp}: groups are of tensor-parallel degree 1")
         use_threads(config.threads)
         self._device = device_of(config.device, config.rank)
-        self._model: Decoder = load_model(Path(config.model), str(self._device))
-        self._arena = HBMArena(self._model.spec, config.rows, device=self._device)
-        seat = Seat(config.group, config.rank, config.cp)
-        self._agent = Agent(Path(config.daemon_socket), config.tenant, seat, self._model.spec, self._arena, clock)
+        self._model: Decoder = load_model(
+            Path(config.model), str(self._device), tp=config.tp, tp_rank=config.rank % config.tp
+        )
+        self._arena = HBMArena(self._model.spec, config.rows, config.tp, self._device)
         self._runner = self._join(config.init_method)
+        seat = Seat(
+            group=config.group,
+            rank=config.rank,
+            cp=config.cp,
+            tp=config.tp,
+            kernel=self._runner.kernel.name,
+            communicator=self._runner.group.name,
+            device=str(self._device),
+        )
+        self._agent = Agent(Path(config.daemon_socket), config.tenant, seat, self._model.spec, self._arena, clock)
+        self._call = 0
+        self._tails: dict[int, KVShard] = {}  # of that call, by question
+        self._next: AnyOrder | None = None  # it came in the middle of a call
         self._calibrating = Calibrating(Path(config.daemon_socket), config.tenant, clock)
         if config.strategy == AUTO and config.cp > 1:
             self._calibrating.choose(self._runner)
 
     def _join(self, init_method: str, speed: RingSpeed | None = None) -> ContextParallelRunner:
         config = self._config
-        communicator = DistributedCommunicator(
-            config.rank, config.cp, init_method, self._device, config.deadline_seconds
+        size = config.cp * config.tp
+        communicator = join_group(
+            config.communicator, config.rank, size, init_method, self._device, config.deadline_seconds
         )
         return ContextParallelRunner(
             self._model,
@@ -95,14 +112,23 @@ class Rank:
         """Carry out orders until told to quit, or the driver is gone."""
         self._channel.send(Ready(self._model.spec.fingerprint()))
         while True:
-            order = self._channel.receive_order()
-            if order is None or isinstance(order, Quit):
-                return
+            order, self._next = self._next or self._channel.receive_order(), None
+            match order:
+                case None | Quit():
+                    return
+                case Cancel():
+                    continue  # of a call that had ended
             try:
                 report = self._carry_out(order)
             except HoldfastError as error:
                 report = Failed(error.code, f"rank {self._config.rank}: {error.message}")
             self._channel.send(report)
+
+    def _is_cancelled(self) -> bool:
+        """Whether the driver has said something since: in the middle of a call that can only be to end it."""
+        if self._next is None and self._channel.has_more:
+            self._next = self._channel.receive_order() or Quit()
+        return self._next is not None
 
     def close(self) -> None:
         """Leave the group and the daemon."""
@@ -110,6 +136,9 @@ class Rank:
         self._runner.group.abort("the rank quits")
 
     def _carry_out(self, order: AnyOrder) -> AnyReport:
+        if isinstance(order, Grow):
+            return self._grow(order)
+        self._tails.clear()
         match order:
             case Prefill():
                 return self._prefill(order)
@@ -150,6 +179,8 @@ class Rank:
             last[:] = [done, now_ns]
             if self._config.rank == 0:
                 self._channel.send(Progress(done))
+                if self._is_cancelled():
+                    raise GroupFailed("the prefill was cancelled")
 
         if cached < len(ids):
             self._runner.prefill(shard, ids, order.chunk_tokens, progress)
@@ -160,7 +191,12 @@ class Rank:
 
     def _ask(self, order: Ask) -> AnyReport:
         asks = [self._question(index, asked, order.deadline_seconds) for index, asked in enumerate(order.questions)]
-        return Answered([self._answered(answer) for answer in self._runner.answer_batch(asks)])
+        answers = self._runner.answer_batch(asks)
+        self._call = order.call
+        for index, (asked, ask, answer) in enumerate(zip(order.questions, asks, answers, strict=True)):
+            if asked.keeps_tail:
+                self._tails[index] = self._runner.complete_tail(ask.shard, answer)
+        return Answered([self._answered(answer, self._tails.get(index)) for index, answer in enumerate(answers)])
 
     def _question(self, index: int, asked: Asked, deadline_seconds: float) -> Question:
         def tell(token: int) -> None:
@@ -173,7 +209,18 @@ class Rank:
             max_new_tokens=asked.new_tokens,
             eos=asked.eos,
             on_token=tell,
+            cancelled=self._is_cancelled,
         )
+
+    def _grow(self, order: Grow) -> AnyReport:
+        tail = self._tails.get(order.index) if order.call == self._call else None
+        if tail is None:
+            raise ClaimNotFound("the KV of that question and answer is gone: the ranks have done something else since")
+        count = order.document.layout.layout().token_count
+        document = self._shard(order.document, count, order.deadline_seconds)
+        into = self._shard(order.into, count + tail.layout.token_count, order.deadline_seconds)
+        self._runner.grow(into, document, tail, order.from_token)
+        return Grown()
 
     def _recompute(self, order: Recompute) -> AnyReport:
         """The same answer without the daemon: what an engine falls back to, and what a reload saves."""
@@ -183,9 +230,10 @@ class Rank:
         prefill_ns = self._clock.monotonic_ns() - started_ns
         filled = KVShard(arena=shard.arena, layout=layout)
         answer = self._runner.answer(filled, order.question, order.new_tokens)
-        return Answered([self._answered(answer, prefill_ns)])
+        return Answered([self._answered(answer, document_prefill_ns=prefill_ns)])
 
-    def _answered(self, answer: Answer, document_prefill_ns: int = 0) -> AnswerMessage:
+    def _answered(self, answer: Answer, tail: KVShard | None = None, document_prefill_ns: int = 0) -> AnswerMessage:
+        strategy, reason = _chosen(answer.decisions)
         logits = answer.logits.float().cpu().numpy().tobytes() if self._config.rank == 0 else b""
         return AnswerMessage(
             answer.tokens,
@@ -193,7 +241,16 @@ class Rank:
             document_prefill_ns + answer.prefill_ns,
             answer.decode_ns,
             answer.exposed_ns,
+            strategy,
+            reason,
+            LayoutMessage.of(tail.layout) if tail is not None else None,
         )
+
+
+def _chosen(decisions: Sequence[Decision]) -> tuple[str, str]:
+    """The strategies that a question's chunks took, and why the last one took its own."""
+    names = dict.fromkeys(decision.strategy for decision in decisions)
+    return ", ".join(names), decisions[-1].reason
 
 
 def join(path: Path, rank: int) -> int:

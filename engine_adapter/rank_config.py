@@ -8,7 +8,7 @@ import msgspec
 class RankConfig(msgspec.Struct, frozen=True):
     """Rank r of the group is (cp rank r // tp, tp rank r % tp). `init_method` is torch.distributed's.
 
-    `communicator` and `kernel` name one, or are empty: the device chooses. `strategy` is "auto", or names one.
+    `communicator` and `strategy` are "auto", or name one; so does `kernel`, which is empty for the device's own.
     """
 
     rank: int

@@ -13,6 +13,7 @@ from typing import Final
 from ..kvstore.client import Client
 from ..kvstore.document import WritePolicy
 from ..kvstore.errors import (
+    ClaimNotFound,
     CorruptExtent,
     DocumentIncomplete,
     DocumentNotFound,
@@ -24,6 +25,7 @@ from ..kvstore.errors import (
     Unavailable,
 )
 from ..kvstore.keys import as_tokens
+from ..kvstore.layouts import ShardMessage
 from ..kvstore.views import DocumentView, SwapView
 from ..kvstore.wire import Attached
 from .engine import Answer, Engine, OnToken, Progress, Question, ignore_progress, ignore_token
@@ -40,6 +42,20 @@ class Reply:
 
     answer: Answer
     swap: SwapView | None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A reply, and the document that has grown by question and answer: `tokens` are all of it.
+
+    `reason` says why the KV of the answer could not be kept, and was prefilled again; or, without a `document`, why
+    that has not grown: `Session.ingest` of the tokens may try again.
+    """
+
+    reply: Reply
+    tokens: list[int]
+    document: DocumentView | None
     reason: str = ""
 
 
@@ -162,6 +178,57 @@ class Session:
             (answer,) = self._engine.answer_many([asked], lambda _, token: on_token(token))
             return Reply(answer, self._reported(attached, [answer]))
 
+    def converse(
+        self,
+        name: str,
+        document: Sequence[int],
+        question: Sequence[int],
+        new_tokens: int,
+        *,
+        eos: Sequence[int] = (),
+        on_token: Callable[[int], None] = ignore_progress,
+        chunk_tokens: int = CHUNK_TOKENS,
+        progress: Progress = ignore_progress,
+    ) -> Turn:
+        """As `ask`; then the document, whose tokens these are, grows by question and answer, under its name.
+
+        The KV of both is there already, so nothing is prefilled again. Where that fails (no room for both versions in
+        the group, a rank that died), the document is detached, and what is missing of the longer one is prefilled:
+        `progress` hears of it.
+        """
+        with self.attached(name) as attached:
+            if attached.token_count != len(document):
+                raise InvalidRequest(f"{name} has {attached.token_count} tokens, not the {len(document)} given")
+            assert attached.shard is not None, "a group was named"
+            asked = Question(attached.shard, question, new_tokens, eos, keeps_tail=True)
+            (answer,) = self._engine.answer_many([asked], lambda _, token: on_token(token))
+            reply = Reply(answer, self._reported(attached, [answer]))
+            tokens = [*document, *question, *answer.tokens]
+            try:
+                return Turn(reply, tokens, self._grown(name, tokens, attached.shard, answer))
+            except (ClaimNotFound, *FALLBACK) as error:
+                reason = error.code
+        try:
+            return Turn(reply, tokens, self.ingest(name, tokens, chunk_tokens=chunk_tokens, progress=progress), reason)
+        except FALLBACK as error:
+            return Turn(reply, tokens, None, error.code)
+
+    def _grown(self, name: str, tokens: Sequence[int], document: ShardMessage, answer: Answer) -> DocumentView:
+        """Publish the version that an answer's tail makes of a document that is attached."""
+        assert answer.tail is not None, "the question asked for it"
+        opened = self._client.begin_ingest(
+            name,
+            self._fingerprint,
+            tokens,
+            group=self._engine.group,
+            layout=document.layout.layout().then(answer.tail.layout.layout()),
+            deadline_seconds=ATTACH_SECONDS,
+        )
+        with self._published(opened.ingest) as publish:
+            assert opened.shard is not None, "a group was named"
+            self._engine.grow(opened.shard, document, answer.tail, opened.cached_tokens)
+            return publish()
+
     def _reported(self, attached: Attached, answers: Sequence[Answer]) -> SwapView:
         """The receipt of an attach that these answers, which were made together, have used."""
         return self._client.report(
@@ -170,6 +237,8 @@ class Session:
             prefill_ns=max(answer.prefill_ns for answer in answers),
             decode_ns=max(answer.decode_ns for answer in answers),
             answer_tokens=sum(len(answer.tokens) for answer in answers),
+            strategy=answers[0].strategy,
+            strategy_reason=answers[0].strategy_reason,
         )
 
     def ask_many(

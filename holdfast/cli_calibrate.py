@@ -61,7 +61,7 @@ def calibrate(
             hbm_bytes=None,
             threads=threads,
             kernel=kernel,
-            communicator="" if communicator is Transport.AUTO else communicator,
+            communicator=communicator,
         )
         measure_group_and_show(session, found, options)
 

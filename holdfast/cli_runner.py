@@ -74,7 +74,7 @@ def runner(
         hbm_bytes=hbm_bytes(rows, hbm),
         threads=threads,
         kernel=kernel,
-        communicator="" if communicator is Transport.AUTO else communicator,
+        communicator=communicator,
         strategy=strategy,
     )
     found = configuration(ctx, config, settings)

@@ -41,7 +41,7 @@ class RunnerOptions:
     hbm_bytes: int | None
     threads: int
     kernel: str = ""
-    communicator: str = ""
+    communicator: str = "auto"
     strategy: str = "auto"
 
 

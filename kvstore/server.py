@@ -409,6 +409,11 @@ class Server:
         self._gone(client)
 
     def _gone(self, client: int) -> None:
+        """Its claims end. The other ranks of its group hear of that as of a daemon's end: they register anew."""
+        groups = [group for group in self._service.state.groups.values() if client in group.seats.values()]
         self._ranks.gone(client)
         self._service.disconnect(client)
         self._handout.gone(client)
+        for seat in (seat for group in groups for seat in group.seats.values()):
+            if seat in self._connections:
+                self._connections[seat].hang_up()

@@ -1,6 +1,6 @@
 """The engine contract: what a session promises over any engine, proven with a real daemon that is killed on the way.
 
-A subclass gives `make(stage, cp)` and `SETTINGS`; the stage keeps daemon and groups over the tests of a class.
+A subclass gives `make(stage, degree)` and `SETTINGS`; the stage keeps daemon and groups over the tests of a class.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import sqlite3
 import threading
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import (
     DaemonUnavailable,
+    DocumentExists,
     DocumentNotFound,
     HoldfastError,
     InvalidRequest,
@@ -34,6 +36,13 @@ ROWS = 512  # of a group, over its ranks
 NEW = 6
 
 
+class Degree(NamedTuple):
+    """Of a group: ranks by tokens, and by heads."""
+
+    cp: int
+    tp: int = 1
+
+
 class Stage:
     """A daemon, and the engines that were asked for so far."""
 
@@ -42,17 +51,17 @@ class Stage:
         self._suite = suite
         self._engines = {}
 
-    def engine(self, cp):
-        if cp not in self._engines:
-            self._engines[cp] = self._suite.make(self, cp)
-        return self._engines[cp]
+    def engine(self, degree):
+        if degree not in self._engines:
+            self._engines[degree] = self._suite.make(self, degree)
+        return self._engines[degree]
 
-    def rows(self, cp):
-        return -(-ROWS // cp)
+    def rows(self, degree):
+        return -(-ROWS // degree.cp)
 
-    def session(self, cp):
+    def session(self, degree):
         """A new session with a group whose ranks are all there."""
-        engine = self.engine(cp)
+        engine = self.engine(degree)
         until(lambda: self.is_complete(engine.group), f"{engine.group} has registered")
         return Session(self.client(), engine)
 
@@ -64,8 +73,8 @@ class Stage:
         self.daemon._clients.append(client)
         return client
 
-    def forget(self, cp):
-        engine = self._engines.pop(cp, None)
+    def forget(self, degree):
+        engine = self._engines.pop(degree, None)
         if engine is not None:
             engine.close()
 
@@ -93,11 +102,11 @@ class Stage:
 
 
 class EngineContract:
-    """Inherit, give SETTINGS, VOCABULARY, CPS, `make` and `other_spec`."""
+    """Inherit, give SETTINGS, VOCABULARY, DEGREES, `make` and `other_spec`."""
 
     SETTINGS: ClassVar[dict[str, str]]
     VOCABULARY = 64
-    CPS: ClassVar[tuple[int, ...]]
+    DEGREES: ClassVar[tuple[Degree, ...]]
     _seeds = count(1)
 
     @pytest.fixture(scope="class")
@@ -123,10 +132,10 @@ class EngineContract:
         assert "bug: stopping" not in stage.daemon.events()
 
     @pytest.fixture(params=[0, 1, 2])
-    def cp(self, request):
-        if request.param >= len(self.CPS):
+    def degree(self, request):
+        if request.param >= len(self.DEGREES):
             pytest.skip("fewer degrees")
-        return self.CPS[request.param]
+        return self.DEGREES[request.param]
 
     def tokens(self, number):
         return np.random.default_rng(next(self._seeds)).integers(0, self.VOCABULARY, number).tolist()
@@ -149,8 +158,8 @@ class EngineContract:
 
     # The answer is the recomputed one, from wherever ------------------------------------------
 
-    def test_stored_is_recomputed_moved_once_and_evicted_without_loss(self, stage, cp):
-        session, engine, client = stage.session(cp), stage.engine(cp), stage.client()
+    def test_stored_is_recomputed_moved_once_and_evicted_without_loss(self, stage, degree):
+        session, engine, client = stage.session(degree), stage.engine(degree), stage.client()
         document, question = self.stored(stage, session, "report"), self.tokens(9)
         seen = []
         self.check(session.ask("report", question, NEW), engine, document, question)
@@ -172,35 +181,35 @@ class EngineContract:
 
     def test_every_degree_reads_what_any_degree_stored(self, stage):
         question = self.tokens(7)
-        for writer in self.CPS:
+        for writer in self.DEGREES:
             document = self.stored(stage, stage.session(writer), f"by-{writer}", 150)
-            for reader in self.CPS:
+            for reader in self.DEGREES:
                 reply = stage.session(reader).ask(f"by-{writer}", question, NEW)
                 self.check(reply, stage.engine(reader), document, question)
 
-    def test_a_longer_document_takes_its_front_from_a_shorter_one(self, stage, cp):
-        session = stage.session(cp)
+    def test_a_longer_document_takes_its_front_from_a_shorter_one(self, stage, degree):
+        session = stage.session(degree)
         document, question = self.stored(stage, session, "short", 160), self.tokens(5)
         seen = []
         longer = [*document, *self.tokens(100)]
         session.ingest("long", longer, chunk_tokens=CHUNK, progress=seen.append)
-        self.check(session.ask("long", question, NEW), stage.engine(cp), longer, question)
-        self.check(session.ask("short", question, NEW), stage.engine(cp), document, question)
+        self.check(session.ask("long", question, NEW), stage.engine(degree), longer, question)
+        self.check(session.ask("short", question, NEW), stage.engine(degree), document, question)
         assert seen[-1] == len(longer)
 
-    def test_documents_that_do_not_fit_together_take_turns(self, stage, cp):
+    def test_documents_that_do_not_fit_together_take_turns(self, stage, degree):
         """Each takes over half of the group's rows."""
-        session, question = stage.session(cp), self.tokens(5)
+        session, question = stage.session(degree), self.tokens(5)
         first = self.stored(stage, session, "first", 300)
         second = self.stored(stage, session, "second", 320)
         for name, document in (("first", first), ("second", second), ("first", first)):
             reply = session.ask(name, question, NEW)
             assert reply.swap.moved_bytes > 0 or name == "second"
-            self.check(reply, stage.engine(cp), document, question)
+            self.check(reply, stage.engine(degree), document, question)
 
     def test_sessions_in_turn_from_many_threads_all_get_their_own_answer(self, stage):
-        cp = self.CPS[0]
-        session, engine = stage.session(cp), stage.engine(cp)
+        degree = self.DEGREES[0]
+        session, engine = stage.session(degree), stage.engine(degree)
         documents = {f"d{i}": self.stored(stage, session, f"d{i}", 120) for i in range(3)}
         questions = {name: self.tokens(4) for name in documents}
         turn, wrong = threading.Lock(), []
@@ -222,9 +231,9 @@ class EngineContract:
             thread.join(60)
         assert wrong == []
 
-    def test_a_batch_is_answered_each_over_its_own_document(self, stage, cp):
+    def test_a_batch_is_answered_each_over_its_own_document(self, stage, degree):
         """Several of one document share a receipt; what cannot be attached or asked harms no other; tokens stream."""
-        session, engine, client = stage.session(cp), stage.engine(cp), stage.client()
+        session, engine, client = stage.session(degree), stage.engine(degree), stage.client()
         documents = {name: self.stored(stage, session, name, number) for name, number in (("a", 130), ("b", 60))}
         questions = [self.tokens(9), self.tokens(3), self.tokens(20)]
         client.evict("a", "hbm")
@@ -251,8 +260,8 @@ class EngineContract:
         assert set(heard) == {0, 2, 5}
         assert session.ask_many([]) == []
 
-    def test_an_answer_ends_behind_an_end_token(self, stage, cp):
-        session = stage.session(cp)
+    def test_an_answer_ends_behind_an_end_token(self, stage, degree):
+        session = stage.session(degree)
         self.stored(stage, session, "report", 60)
         question = self.tokens(5)
         whole = session.ask("report", question, NEW).answer.tokens
@@ -260,7 +269,7 @@ class EngineContract:
         short = session.ask("report", question, NEW, eos=[whole[2]], on_token=heard.append).answer
         assert short.tokens == heard == whole[: whole.index(whole[2]) + 1]
 
-    def test_whoever_stops_listening_ends_its_question_only(self, stage, cp):
+    def test_whoever_stops_listening_ends_its_question_only(self, stage, degree):
         """An error in a caller's callback reaches the caller; lease and group are fine."""
 
         class TestError(Exception):
@@ -269,17 +278,101 @@ class EngineContract:
         def fails(_):
             raise TestError
 
-        session, engine = stage.session(cp), stage.engine(cp)
+        session, engine = stage.session(degree), stage.engine(degree)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         with pytest.raises(TestError):
             session.ask("report", question, NEW, on_token=fails)
         assert stage.daemon.leases() == []
         self.check(session.ask("report", question, NEW), engine, document, question)
 
+    # Conversations ------------------------------------------------------------------------------
+
+    def test_a_document_grows_by_question_and_answer_without_prefill(self, stage, degree):
+        """Turn by turn what a fresh prefill of everything gives; other groups read it; the daemon dies between."""
+        session, engine = stage.session(degree), stage.engine(degree)
+        document, seen = self.stored(stage, session, "talk", 130), []
+        for length in (9, 70, 3):
+            question = self.tokens(length)
+            turn = session.converse("talk", document, question, NEW, chunk_tokens=CHUNK, progress=seen.append)
+            self.check(turn.reply, engine, document, question)
+            document = [*document, *question, *turn.reply.answer.tokens]
+            assert (turn.tokens, turn.reason, turn.document.token_count) == (document, "", len(document))
+        assert seen == [], "nothing is prefilled again"
+        assert stage.daemon.leases() == []
+        question = self.tokens(5)
+        again = session.ask("talk", question, NEW)
+        self.check(again, engine, document, question)
+        assert again.swap.moved_bytes == 0, "the grown document is where it was made"
+        for other in self.DEGREES:
+            self.check(stage.session(other).ask("talk", question, NEW), stage.engine(other), document, question)
+        client = stage.client()
+        until(lambda: client.document("talk").durable, "it is durable")
+        client.close()
+        stage.daemon.kill()
+        stage.daemon.cool()
+        stage.daemon.start()
+        session = stage.session(degree)
+        turn = session.converse("talk", document, question, NEW, chunk_tokens=CHUNK)
+        self.check(turn.reply, engine, document, question)
+        assert turn.reason == ""
+        self.check(session.ask("talk", [1], NEW), engine, turn.tokens, [1])
+
+    def test_a_crash_in_the_middle_of_a_turn_leaves_the_version_before(self, stage, degree):
+        """Durable it was, and whole it is."""
+        session, engine = stage.session(degree), stage.engine(degree)
+        document, question = self.stored(stage, session, "talk", 130), self.tokens(9)
+        killed = []
+
+        def kills(_):
+            if not killed:
+                killed.append(stage.daemon.kill())
+
+        with pytest.raises(Unavailable):  # the receipt cannot be had
+            session.converse("talk", document, question, NEW, on_token=kills)
+        assert killed
+        stage.daemon.start()
+        session = stage.session(degree)
+        assert stage.client().document("talk").token_count == 130
+        self.check(session.ask("talk", question, NEW), engine, document, question)
+
+    def test_without_room_for_both_versions_what_is_missing_is_prefilled(self, stage, degree):
+        session, engine = stage.session(degree), stage.engine(degree)
+        document, question, seen = self.stored(stage, session, "talk", 300), self.tokens(9), []
+        turn = session.converse("talk", document, question, NEW, chunk_tokens=CHUNK, progress=seen.append)
+        assert turn.reason == "no-capacity"
+        assert seen[-1] == turn.document.token_count == len(turn.tokens)
+        self.check(turn.reply, engine, document, question)
+        self.check(session.ask("talk", question, NEW), engine, turn.tokens, question)
+
+    def test_a_tail_that_is_gone_is_prefilled_again(self, stage, degree):
+        """The ranks did something else between the answer and its growth."""
+        session, engine = stage.session(degree), stage.engine(degree)
+        document, question, seen = self.stored(stage, session, "talk", 100), self.tokens(9), []
+
+        def loses(into, old, tail, from_token):
+            return grow(into, old, replace(tail, call=tail.call - 1), from_token)
+
+        grow, engine.grow = engine.grow, loses
+        try:
+            turn = session.converse("talk", document, question, NEW, chunk_tokens=CHUNK, progress=seen.append)
+        finally:
+            del engine.grow
+        assert (turn.reason, seen[-1]) == ("claim-not-found", len(turn.tokens))
+        self.check(session.ask("talk", question, NEW), engine, turn.tokens, question)
+
+    def test_a_conversation_over_other_tokens_is_refused(self, stage):
+        session = stage.session(self.DEGREES[0])
+        document = self.stored(stage, session, "talk", 60)
+        with pytest.raises(InvalidRequest, match="60 tokens"):
+            session.converse("talk", document[1:], [1], NEW)
+        with pytest.raises(DocumentExists):
+            session.converse("talk", [*document[:-1], (document[-1] + 1) % self.VOCABULARY], [1], NEW)
+        assert stage.client().document("talk").token_count == 60
+
     # Refusals -----------------------------------------------------------------------------------
 
-    def test_bad_questions_are_refused_and_the_group_goes_on(self, stage, cp):
-        session, engine = stage.session(cp), stage.engine(cp)
+    def test_bad_questions_are_refused_and_the_group_goes_on(self, stage, degree):
+        session, engine = stage.session(degree), stage.engine(degree)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         for bad in ([self.VOCABULARY], [-1], [2**40]):
             with pytest.raises(TokenOutOfRange):
@@ -296,7 +389,7 @@ class EngineContract:
         self.check(session.ask("report", question, NEW), engine, document, question)
 
     def test_a_document_of_another_model_is_refused(self, stage):
-        session, client = stage.session(self.CPS[0]), stage.client()
+        session, client = stage.session(self.DEGREES[0]), stage.client()
         other = client.register_spec(self.other_spec())
         opened = client.begin_ingest("foreign", other, [1, 2, 3], write_policy=WritePolicy.MEMORY)
         client.commit_ingest(opened.ingest)
@@ -305,14 +398,14 @@ class EngineContract:
         with pytest.raises(SpecMismatch):
             session.ask_or_recompute("foreign", [1, 2, 3], [1], NEW)
 
-    def test_a_failing_prefill_leaves_nothing(self, stage, cp):
+    def test_a_failing_prefill_leaves_nothing(self, stage, degree):
         class TestError(Exception):
             pass
 
         def fails(_):
             raise TestError
 
-        session, client = stage.session(cp), stage.client()
+        session, client = stage.session(degree), stage.client()
         with pytest.raises(TestError):
             session.ingest("report", self.tokens(100), chunk_tokens=CHUNK, progress=fails)
         assert client.documents() == []
@@ -320,8 +413,8 @@ class EngineContract:
 
     # A daemon that dies -------------------------------------------------------------------------
 
-    def test_a_killed_daemon_costs_a_recompute_and_the_group_comes_back(self, stage, cp):
-        session, engine = stage.session(cp), stage.engine(cp)
+    def test_a_killed_daemon_costs_a_recompute_and_the_group_comes_back(self, stage, degree):
+        session, engine = stage.session(degree), stage.engine(degree)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         stage.daemon.kill()
         with pytest.raises(DaemonUnavailable):
@@ -330,23 +423,23 @@ class EngineContract:
         assert (reply.swap, reply.reason) == (None, "daemon-unavailable")
         self.check(reply, engine, document, question)
         stage.daemon.start()
-        session = stage.session(cp)
+        session = stage.session(degree)
         self.check(session.ask("report", question, NEW), engine, document, question)
 
     @pytest.mark.parametrize("comes_back", [False, True])
-    def test_a_daemon_killed_in_the_middle_of_a_question_is_noticed(self, stage, cp, comes_back):
+    def test_a_daemon_killed_in_the_middle_of_a_question_is_noticed(self, stage, degree, comes_back):
         """Even when another daemon is up, and the ranks with it, before the question reaches them."""
-        session, engine = stage.session(cp), stage.engine(cp)
+        session, engine = stage.session(degree), stage.engine(degree)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         with session.attached("report") as attached:
             stage.daemon.kill()
             if comes_back:
                 stage.daemon.start()
-                stage.session(cp).ask("report", question, NEW)
+                stage.session(degree).ask("report", question, NEW)
             until(lambda: self.refuses(engine, attached.shard, question), "the ranks notice", 0 if comes_back else 20)
         if not comes_back:
             stage.daemon.start()
-        self.check(stage.session(cp).ask("report", question, NEW), engine, document, question)
+        self.check(stage.session(degree).ask("report", question, NEW), engine, document, question)
 
     def refuses(self, engine, shard, question):
         """Rows whose daemon has just died are still good until their ranks notice; those of another opening never."""
@@ -357,8 +450,8 @@ class EngineContract:
         return False
 
     def test_a_daemon_killed_at_any_time_gives_the_right_answer_or_an_error(self, stage):
-        cp = self.CPS[-1]
-        session, engine = stage.session(cp), stage.engine(cp)
+        degree = self.DEGREES[-1]
+        session, engine = stage.session(degree), stage.engine(degree)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         wanted = engine.recompute(document, question, NEW, CHUNK).tokens
         for delay_questions in (1, 3):
@@ -380,11 +473,11 @@ class EngineContract:
             assert not thread.is_alive(), "the question hangs"
             assert all(tokens == wanted for tokens in outcomes)
             stage.daemon.start()
-            session = stage.session(cp)
+            session = stage.session(degree)
         self.check(session.ask("report", question, NEW), engine, document, question)
 
-    def test_a_daemon_killed_in_the_middle_of_an_ingest_leaves_nothing_visible(self, stage, cp):
-        session, document, question = stage.session(cp), self.tokens(200), self.tokens(5)
+    def test_a_daemon_killed_in_the_middle_of_an_ingest_leaves_nothing_visible(self, stage, degree):
+        session, document, question = stage.session(degree), self.tokens(200), self.tokens(5)
         killed = []
 
         def kills(done):
@@ -396,19 +489,19 @@ class EngineContract:
             session.ingest("report", document, chunk_tokens=CHUNK, progress=kills)
         assert killed
         stage.daemon.start()
-        session = stage.session(cp)
+        session = stage.session(degree)
         assert stage.client().documents() == []
         session.ingest("report", document, chunk_tokens=CHUNK)
-        self.check(session.ask("report", question, NEW), stage.engine(cp), document, question)
+        self.check(session.ask("report", question, NEW), stage.engine(degree), document, question)
 
-    def test_corruption_is_an_error_or_a_recompute_never_an_answer(self, stage, cp):
-        session, engine = stage.session(cp), stage.engine(cp)
+    def test_corruption_is_an_error_or_a_recompute_never_an_answer(self, stage, degree):
+        session, engine = stage.session(degree), stage.engine(degree)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         stage.daemon.kill()
         stage.daemon.cool()  # else it is found in memory, and nobody reads the disk
         stage.flip()
         stage.daemon.start()
-        session = stage.session(cp)
+        session = stage.session(degree)
         with pytest.raises(HoldfastError):
             session.ask("report", question, NEW)
         reply = session.ask_or_recompute("report", document, question, NEW)
@@ -419,13 +512,13 @@ class EngineContract:
         self.check(session.ask("report", question, NEW), engine, document, question)
 
     def test_a_closed_group_frees_its_memory_and_its_name(self, stage):
-        cp = self.CPS[-1]
-        session = stage.session(cp)
+        degree = self.DEGREES[-1]
+        session = stage.session(degree)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         session.ask("report", question, NEW)
-        name = stage.engine(cp).group
-        stage.forget(cp)
+        name = stage.engine(degree).group
+        stage.forget(degree)
         until(lambda: not stage.is_complete(name), "the group is gone")
         assert stage.daemon.used("hbm") == 0
-        session = stage.session(cp)
-        self.check(session.ask("report", question, NEW), stage.engine(cp), document, question)
+        session = stage.session(degree)
+        self.check(session.ask("report", question, NEW), stage.engine(degree), document, question)

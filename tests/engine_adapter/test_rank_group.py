@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import pytest
 from driver_process import CONFIG, drives, group
-from engine_contract import CHUNK, NEW, EngineContract
+from engine_contract import CHUNK, NEW, Degree, EngineContract
 from holdfast.engine_adapter.engine import Question
 from holdfast.kvstore.errors import GroupFailed, SpecMismatch
 from holdfast.ring_attention.identity import spec_of
@@ -18,6 +18,8 @@ from holdfast.ring_attention.synthetic import Scales, write_checkpoint
 
 from daemon_clients import client_process
 from daemon_process import until
+
+BY_HEADS, BY_TOKENS = Degree(1, 2), Degree(2, 1)
 
 
 def runs(pid):
@@ -28,7 +30,7 @@ def runs(pid):
 
 
 class TestRankGroup(EngineContract):
-    CPS = (1, 2)
+    DEGREES = (BY_HEADS, BY_TOKENS)
     # Extents are of the standard size here: 8 MiB, so a document is one.
     SETTINGS: ClassVar = {
         "ddr__capacity_bytes": "48 MiB",
@@ -44,9 +46,10 @@ class TestRankGroup(EngineContract):
             write_checkpoint(path, CONFIG, scales=Scales(attention=1.0))
         return path
 
-    def make(self, stage, cp):
+    def make(self, stage, degree):
         # A chunk's shares may differ by two tokens between ranks, and a document has up to seven chunks.
-        return group(self.directory(stage), f"ranks-{cp}", cp, stage.daemon.socket, stage.rows(cp) + 16)
+        name, rows = f"ranks-{degree.cp}-{degree.tp}", stage.rows(degree) + 16
+        return group(self.directory(stage), name, degree.cp, stage.daemon.socket, rows, tp=degree.tp)
 
     def other_spec(self):
         return replace(spec_of(CONFIG, "another"), adapter="a LoRA")
@@ -54,8 +57,8 @@ class TestRankGroup(EngineContract):
     # Ranks and drivers that die ----------------------------------------------------------------
 
     def test_a_killed_rank_ends_the_group_at_once_and_frees_its_place(self, stage):
-        session = stage.session(2)
-        engine = stage.engine(2)
+        session = stage.session(BY_TOKENS)
+        engine = stage.engine(BY_TOKENS)
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         with session.attached("report") as attached:
             os.kill(engine.pids[1], signal.SIGKILL)
@@ -66,24 +69,24 @@ class TestRankGroup(EngineContract):
         with pytest.raises(GroupFailed):
             engine.answer_many([Question(attached.shard, question, NEW)])
         until(lambda: not any(runs(pid) for pid in engine.pids), "no rank is left waiting")
-        until(lambda: not stage.is_complete("ranks-2"), "the daemon has given the group up")
+        until(lambda: not stage.is_complete("ranks-2-1"), "the daemon has given the group up")
         assert stage.daemon.used("hbm") == 0
         assert stage.daemon.leases() == []
-        stage.forget(2)
-        session = stage.session(2)
-        self.check(session.ask("report", question, NEW), stage.engine(2), document, question)
+        stage.forget(BY_TOKENS)
+        session = stage.session(BY_TOKENS)
+        self.check(session.ask("report", question, NEW), stage.engine(BY_TOKENS), document, question)
 
     def test_a_rank_that_dies_while_nobody_asks_is_found_by_looking(self, stage):
-        stage.session(2)
-        engine = stage.engine(2)
+        stage.session(BY_TOKENS)
+        engine = stage.engine(BY_TOKENS)
         assert engine.failure == ""
         os.kill(engine.pids[0], signal.SIGKILL)
         assert until(lambda: engine.failure, "the death is seen") == "rank 0 died (signal 9)"
         until(lambda: not any(runs(pid) for pid in engine.pids), "no rank is left")
-        stage.forget(2)
+        stage.forget(BY_TOKENS)
 
     def test_a_rank_killed_during_an_ingest_leaves_nothing(self, stage):
-        session, engine = stage.session(2), stage.engine(2)
+        session, engine = stage.session(BY_TOKENS), stage.engine(BY_TOKENS)
 
         def kills(_):
             with suppress(ProcessLookupError):
@@ -91,7 +94,7 @@ class TestRankGroup(EngineContract):
 
         with pytest.raises(GroupFailed):
             session.ingest("report", self.tokens(200), chunk_tokens=CHUNK, progress=kills)
-        stage.forget(2)
+        stage.forget(BY_TOKENS)
         assert stage.client().documents() == []
         until(stage.is_idle, "nothing is held")
 
@@ -107,7 +110,7 @@ class TestRankGroup(EngineContract):
         until(lambda: not any(found["name"] == "driven" for found in stage.daemon.groups()), "its group ends")
 
     def test_a_group_that_cannot_start_says_why(self, stage):
-        stage.session(1)
+        stage.session(BY_HEADS)
         with pytest.raises(SpecMismatch):
-            group(self.directory(stage), "ranks-1", 2, stage.daemon.socket, 100)
-        assert stage.is_complete("ranks-1")
+            group(self.directory(stage), "ranks-1-2", 2, stage.daemon.socket, 100)
+        assert stage.is_complete("ranks-1-2")
