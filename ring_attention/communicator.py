@@ -22,7 +22,7 @@ class Work(Protocol):
 
 
 class Communicator(Protocol):
-    """One rank's end of the group. Ranks call the same operations in the same order."""
+    """One rank's end of the group. Ranks call the same operations in the same order, parts' and the whole's alike."""
 
     @property
     def name(self) -> str:

@@ -92,12 +92,6 @@ class _Part(Collectives):
         if not tensor.is_contiguous():
             tensor.copy_(whole)
 
-    def barrier(self) -> None:
-        """See Communicator."""
-        super().barrier()
-        if self.name == "nccl":
-            torch.cuda.synchronize(self.device)  # its waits order streams, not the caller
-
     def split(self, parts: Sequence[Sequence[int]]) -> _Part:
         """See Communicator."""
         assert self._index == 0, "only a whole group splits"
@@ -138,6 +132,8 @@ class DistributedCommunicator(_Part):
             # Without it gloo resolves the host name, which in containers may lead to an interface
             # nobody hears.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        # Otherwise NCCL's waits only order streams, and at a deadline its watchdog ends the process.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
         deadline = timedelta(seconds=deadline_s)
         with _peer_errors(rank, "joining"):
             dist.init_process_group(

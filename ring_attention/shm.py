@@ -54,7 +54,10 @@ class _Group:
             self._give_up(str(error))
 
     def finish(self, transfers: Sequence[Transfer]) -> None:
-        """Return when these are done; everything else goes on meanwhile. Raises GroupFailed."""
+        """Return when these are done; everything else goes on meanwhile.
+
+        Raises GroupFailed, at the deadline if nothing comes any more.
+        """
         deadline_ns = self._clock.monotonic_ns() + int(self.deadline_s * 1e9)
         try:
             while True:
@@ -63,9 +66,9 @@ class _Group:
                 if not any(transfer.left_bytes for transfer in transfers):
                     return
                 left_ns = deadline_ns - self._clock.monotonic_ns()
-                if left_ns <= 0:
+                # What came while this process was itself suspended still counts, however late it is.
+                if not self._listen(max(0, left_ns // 1_000_000 + 1)) and left_ns <= 0:
                     self._give_up(f"rank {self.rank} waited {self.deadline_s} s for {self._awaited()}")
-                self._listen(left_ns // 1_000_000 + 1)
         except LinkLost as error:
             self._give_up(str(error))
 
@@ -75,12 +78,15 @@ class _Group:
         while links:
             links = [link for link in links if link.advance()]
 
-    def _listen(self, timeout_ms: int) -> None:
-        for descriptor, _ in self._poll.poll(timeout_ms):
+    def _listen(self, timeout_ms: int) -> bool:
+        """Take a frame of each peer that sent one, waiting for the first; whether there was any."""
+        events = self._poll.poll(timeout_ms)
+        for descriptor, _ in events:
             link = self._polled[descriptor]
             link.read()
             if link.left:
                 self._poll.unregister(descriptor)
+        return bool(events)
 
     def _awaited(self) -> str:
         peers = [str(peer) for peer, link in self.links.items() if link.sends or link.receives]
