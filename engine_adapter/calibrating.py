@@ -15,7 +15,7 @@ from ..ring_attention.group_measure import choose_by, measure_prefills, measure_
 from ..ring_attention.runner import ContextParallelRunner
 from .control import Measured
 
-STEADY: Final = 0.5  # a wider spread, and the machine was too busy: the next group measures again
+STEADY: Final = 1.0  # a wider spread, and the machine was too busy: the next group measures again
 PREFILL_NS: Final = 5_000_000_000
 
 

@@ -1,15 +1,16 @@
 """Ring measure: what a group's ranks do to each other's attention, measured by all of them together.
 
 Over their real communicator, kernel, device and dtype. Every rank must call it; all get the same result, made of each
-round's slowest rank, so that all decide alike. Of the rounds the lower quartile counts, because what else the machine
-does only ever adds: where a rank waits for a core, every message looks slow. Shapes: H query heads, Hkv kv heads, D key
-dim, Dv value dim.
+round's slowest rank, so that all decide alike. Of the rounds the fastest counts, because what else the machine does
+only ever adds: where a rank waits for a core, every message looks slow, and differences of times mean nothing. Shapes:
+H query heads, Hkv kv heads, D key dim, Dv value dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from statistics import median
 from typing import Final
 
@@ -29,7 +30,8 @@ BUDGET_NS: Final = 2_500_000_000  # no round begins after that
 TRIES: Final = 4
 PROBE_NS: Final = 6_000_000  # long against latency, short against what a scheduler gives to another program
 QUERIES: Final = 512
-KEYS: Final = (512, 1 << 17)  # the fewest and the most tokens to try
+LEAST_KEYS: Final = 512
+KV_BYTES: Final = 1 << 28  # at most, of the keys and values to attend to
 MESSAGE_BYTES: Final = (1 << 16, 1 << 26)
 SMALL_BYTES: Final = 1 << 12
 STEP_BYTES: Final = 256  # messages are multiples of it, whatever the number of ranks
@@ -42,9 +44,10 @@ Round = Mapping[str, int]  # nanoseconds of each probe, the slowest rank's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What was timed: key tokens of an attention call, bytes that a rank sends, bytes packed."""
+    """What was timed: key tokens of calls with many queries and with one, bytes that a rank sends."""
 
     keys: int
+    reads: int
     shift_bytes: int
     exchange_bytes: int
 
@@ -75,12 +78,12 @@ def shared(communicator: Communicator, speed: RingSpeed | None, device: torch.de
 
 def speed_of(shape: AttentionShape, sizes: Sizes, rounds: Sequence[Round]) -> RingSpeed:
     """What the rounds say. Computing bounds an attention call with many queries, reading KV one with a single query."""
-    samples = {probe: sorted(one[probe] for one in rounds) for probe in rounds[0]}
-    seconds = {probe: values[len(values) // 4] / 1e9 for probe, values in samples.items()}
+    samples = {probe: [one[probe] for one in rounds] for probe in rounds[0]}
+    seconds = {probe: min(values) / 1e9 for probe, values in samples.items()}
     spreads = [median(samples[probe]) / 1e9 / seconds[probe] - 1 for probe in ("many", "shift", "exchange", "both")]
     return RingSpeed(
         flops_per_second=QUERIES * sizes.keys * shape.pair_flops / seconds["many"],
-        key_bytes_per_second=sizes.keys * shape.kv_token_bytes / seconds["one"],
+        key_bytes_per_second=sizes.reads * shape.kv_token_bytes / seconds["one"],
         bytes_per_second=sizes.shift_bytes / _left(seconds["shift"], seconds["small shift"]),
         latency_ns=seconds["small shift"] * 1e9,
         exchange_bytes_per_second=sizes.exchange_bytes / _left(seconds["exchange"], seconds["small exchange"]),
@@ -118,10 +121,12 @@ class _Measurement:
     def speed(self) -> RingSpeed:
         """Grow each probe until it takes long enough, then go round them."""
         began_ns = self._clock.monotonic_ns()
-        keys = self._grown(KEYS, self._attention)
+        limits = (LEAST_KEYS, max(LEAST_KEYS, KV_BYTES // self._shape.kv_token_bytes // LEAST_KEYS * LEAST_KEYS))
+        keys = self._grown(limits, self._attention)
+        reads = self._grown(limits, partial(self._attention, queries=1))
         shift_bytes = self._grown(MESSAGE_BYTES, self._shift)
         exchange_bytes = self._grown(MESSAGE_BYTES, self._exchange)
-        many, one = self._attention(keys), self._attention(keys, 1)
+        many, one = self._attention(keys), self._attention(reads, queries=1)
         probes: dict[str, Callable[[], None]] = {
             "many": many,
             "one": one,
@@ -138,7 +143,7 @@ class _Measurement:
             taken = [self._timed(probe) for probe in probes.values()]
             *agreed, taken_ns = self._slowest([*taken, self._clock.monotonic_ns() - began_ns])
             rounds.append(dict(zip(probes, agreed, strict=True)))
-        sizes = Sizes(keys=keys, shift_bytes=shift_bytes, exchange_bytes=exchange_bytes)
+        sizes = Sizes(keys=keys, reads=reads, shift_bytes=shift_bytes, exchange_bytes=exchange_bytes)
         return speed_of(self._shape, sizes, rounds)
 
     def _grown(self, limits: tuple[int, int], probe_of: Callable[[int], Callable[[], None]]) -> int:
@@ -151,7 +156,7 @@ class _Measurement:
             probe = probe_of(size)
             if min(self._slowest([self._timed(probe) for _ in range(TRIES)])) >= PROBE_NS:
                 break
-            size *= 2
+            size = min(2 * size, most)
         return size
 
     def _timed(self, probe: Callable[[], None]) -> int:
@@ -177,8 +182,10 @@ class _Measurement:
     def _attention(self, keys: int, queries: int = QUERIES) -> Callable[[], None]:
         shape = self._shape
         query = self._queries[:, :queries]
-        key = self._random(shape.kv_heads, keys, shape.head_dim)
-        value = self._random(shape.kv_heads, keys, shape.value_dim)
+        key, value = (
+            self._random(shape.kv_heads, LEAST_KEYS, dim).repeat(1, keys // LEAST_KEYS, 1)
+            for dim in (shape.head_dim, shape.value_dim)
+        )
         return lambda: _ignore(attend(self._kernel, query, key, value, FULL))
 
     def _shift(self, size_bytes: int, beside: Callable[[], None] = lambda: None) -> Callable[[], None]:
