@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from ..kvstore.views import DocumentView
 from ..ring_attention.text_stream import TextStream
 from .engine import Answer
 from .runner_queue import Job
@@ -13,7 +14,10 @@ from .runner_wire import AskRequest, Piece
 
 @dataclass(slots=True)
 class Answering:
-    """A question on its way. `document` are the tokens of one that is to grow; `heard` tokens were told already."""
+    """A question on its way. `heard` tokens of its answer were told already.
+
+    `document` are the tokens of one that is to grow, and `grown` is how it is stored when it has.
+    """
 
     job: Job
     request: AskRequest
@@ -22,6 +26,7 @@ class Answering:
     stream: TextStream
     heard: int = 0
     text: str = ""
+    grown: DocumentView | None = None
 
     def hear(self, token: int) -> None:
         """The next token."""

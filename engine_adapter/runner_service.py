@@ -14,7 +14,6 @@ from typing import Final, TypeVar
 
 from ..kvstore.client import Client
 from ..kvstore.clock import Clock
-from ..kvstore.document import WritePolicy
 from ..kvstore.errors import (
     DaemonUnavailable,
     DocumentNotFound,
@@ -294,12 +293,24 @@ class RunnerService:
             if all(answer.job.abandoned for answer in answers):
                 raise AbandonedError
 
+        if answers and answers[0].document is not None:  # it comes alone
+            return [self._turn(session, answers[0], partial(hear, 0))]
         wanted = [(answer.request.document, answer.question, answer.request.new_tokens) for answer in answers]
         replies = session.ask_many(wanted, eos=self._parts.eos, on_token=hear)
         for reply in replies:
             if isinstance(reply, GroupNotFound):
                 raise reply
         return replies
+
+    def _turn(self, session: Session, answering: Answering, hear: Callable[[int], None]) -> Reply:
+        """What the cache makes of it; the document grows by it."""
+        request, document = answering.request, answering.document
+        assert document is not None
+        turn = session.converse(
+            request.document, document, answering.question, request.new_tokens, eos=self._parts.eos, on_token=hear
+        )
+        answering.grown = turn.document
+        return turn.reply
 
     def _final(self, answering: Answering, reply: Reply | HoldfastError) -> Answered:
         """What was answered; where the cache could not, from the document's tokens. Raises why there is no answer."""
@@ -325,8 +336,7 @@ class RunnerService:
         """Question and answer become part of the document; returns how many tokens it has now."""
         assert answering.document is not None
         name, tokens = answering.request.document, [*answering.document, *answering.question, *answer]
-        policy = WritePolicy(self._client.document(name).write_policy.partition(":")[0])
-        view = self._connected().ingest(name, tokens, write_policy=policy)
+        view = answering.grown or self._connected().ingest(name, tokens)
         self._parts.texts.put(name, tokens, view.created_wall_ns)
         return view.token_count
 

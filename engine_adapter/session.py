@@ -13,7 +13,6 @@ from typing import Final
 from ..kvstore.client import Client
 from ..kvstore.document import WritePolicy
 from ..kvstore.errors import (
-    ClaimNotFound,
     CorruptExtent,
     DocumentIncomplete,
     DocumentNotFound,
@@ -206,11 +205,11 @@ class Session:
             tokens = [*document, *question, *answer.tokens]
             try:
                 return Turn(reply, tokens, self._grown(name, tokens, attached.shard, answer))
-            except (ClaimNotFound, *FALLBACK) as error:
+            except HoldfastError as error:
                 reason = error.code
         try:
             return Turn(reply, tokens, self.ingest(name, tokens, chunk_tokens=chunk_tokens, progress=progress), reason)
-        except FALLBACK as error:
+        except HoldfastError as error:  # the reply is worth having all the same
             return Turn(reply, tokens, None, error.code)
 
     def _grown(self, name: str, tokens: Sequence[int], document: ShardMessage, answer: Answer) -> DocumentView:

@@ -57,6 +57,11 @@ def client_process(job: Callable, path: Path, *arguments: object) -> Iterator[Cl
         ours.close()
 
 
+def awaits(_: Connection, path: Path, name: str) -> None:
+    """Asks for a document that does not come."""
+    Client(path).attach(name, wait_seconds=60.0)
+
+
 def reads(pipe: Connection, path: Path, tenant: str, name: str) -> None:
     """Say what a document holds."""
     client = Client(path, tenant)

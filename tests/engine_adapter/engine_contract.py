@@ -20,7 +20,6 @@ from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import (
     DaemonUnavailable,
-    DocumentExists,
     DocumentNotFound,
     HoldfastError,
     InvalidRequest,
@@ -365,8 +364,8 @@ class EngineContract:
         document = self.stored(stage, session, "talk", 60)
         with pytest.raises(InvalidRequest, match="60 tokens"):
             session.converse("talk", document[1:], [1], NEW)
-        with pytest.raises(DocumentExists):
-            session.converse("talk", [*document[:-1], (document[-1] + 1) % self.VOCABULARY], [1], NEW)
+        turn = session.converse("talk", [*document[:-1], (document[-1] + 1) % self.VOCABULARY], [1], NEW)
+        assert (turn.document, turn.reason) == (None, "document-exists")
         assert stage.client().document("talk").token_count == 60
 
     # Refusals -----------------------------------------------------------------------------------
