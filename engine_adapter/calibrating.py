@@ -15,7 +15,7 @@ from ..ring_attention.group_measure import choose_by, measure_prefills, measure_
 from ..ring_attention.runner import ContextParallelRunner
 from .control import Measured
 
-STEADY: Final = 1.0  # a wider spread, and the machine was too busy: the next group measures again
+STEADY: Final = 1.0  # a wider spread, and the machine was busy: the next group tries to do better
 PREFILL_NS: Final = 5_000_000_000
 
 
@@ -28,17 +28,20 @@ class Calibrating:
         self._clock = clock
 
     def choose(self, runner: ContextParallelRunner) -> None:
-        """Let the runner decide by what groups in its setting were measured to do; measure if none was.
+        """Let the runner decide by what groups in its setting did on a quiet machine; measure where that is not known.
 
         A daemon that does not answer costs a measurement and no more. Raises GroupFailed.
         """
         setting = setting_of(runner, Machine().hardware())
-        if choose_by(runner, self._found(setting) if runner.group.rank == 0 else None):
+        known = self._found(setting) if runner.group.rank == 0 else None
+        if choose_by(runner, known if known is not None and known.speed.spread <= STEADY else None):
             return
         rate = measure_rate(runner, setting, self._clock)
-        choose_by(runner, rate)
-        if runner.group.rank == 0 and rate.speed.spread <= STEADY:
+        if known is not None and known.speed.spread <= rate.speed.spread:
+            rate = known
+        elif runner.group.rank == 0:
             self._keep(rate)
+        choose_by(runner, rate)
 
     def measure(self, runner: ContextParallelRunner) -> Measured:
         """Measure, whatever is known, and keep nothing. Raises GroupFailed."""

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from holdfast.engine_adapter import calibrating
@@ -100,23 +101,32 @@ def group(model, socket, act, cp=2):
     return run_ranks(cp, rank)
 
 
-def test_what_is_measured_at_a_start_is_kept_if_the_machine_was_quiet(place, quick, monkeypatch, tiny):
+def test_a_start_measures_until_the_machine_was_quiet_once(place, quick, monkeypatch, tiny):
     daemon, _ = place
-    known = len(rings(daemon))
 
     def choose(calibrating, runner):
         calibrating.choose(runner)
         return runner.choice.speed
 
-    monkeypatch.setattr(calibrating, "STEADY", -1.0)
-    first, second = group(tiny, daemon.socket, choose)
-    assert first == second is not None
-    assert len(rings(daemon)) == known
-    monkeypatch.setattr(calibrating, "STEADY", float("inf"))
-    first, second = group(tiny, daemon.socket, choose)
-    assert len(rings(daemon)) == known + 1
+    def start(spread):
+        """A group starts, and would measure itself with that spread."""
+        monkeypatch.setattr(calibrating, "measure_rate", lambda *given: spreading(measure(*given), spread))
+        first, second = group(tiny, daemon.socket, choose)
+        assert first == second
+        kept = [rate["speed"]["spread"] for rate in rings(daemon) if rate["setting"]["communicator"] == "local"]
+        return first.spread, kept
+
+    measure = calibrating.measure_rate
+    assert start(3.0) == (3.0, [3.0])
+    assert start(5.0) == (3.0, [3.0])  # no better: what is known is used, and stays
+    assert start(2.0) == (2.0, [2.0])
+    assert start(0.25) == (0.25, [0.25])
     monkeypatch.setattr(calibrating, "measure_rate", lambda *_: pytest.fail("it is known"))
-    assert group(tiny, daemon.socket, choose) == [first, second]
+    assert [speed.spread for speed in group(tiny, daemon.socket, choose)] == [0.25, 0.25]
+
+
+def spreading(rate, spread):
+    return replace(rate, speed=replace(rate.speed, spread=spread))
 
 
 def test_a_daemon_that_does_not_answer_costs_a_measurement_and_no_more(quick, tiny, tmp_path):
