@@ -201,7 +201,7 @@ class Breaking(Hasty):
     ("name", "nth"), [("all_gather", 0), ("pass_kv", 0), ("pass_kv", 1), ("pass_q", 0), ("pass_q", 1)]
 )
 def test_a_rank_that_raises_ends_all(name, nth):
-    """Wherever it raises: the others fail too, long before their deadline, and the cause is what is raised."""
+    """Wherever it raises: who waits for it fails, long before the deadline, and the cause is what is raised."""
     case = Case(3, 2, 4, 32, torch.float32, 1.0, None, [Sequence(90, 150, zigzag(150, 3), zigzag(150, 3))])
     failed = []
 
@@ -215,7 +215,7 @@ def test_a_rank_that_raises_ends_all(name, nth):
 
     with pytest.raises(ZeroDivisionError):
         run_ranks(3, rank, deadline_s=20)
-    assert sorted(failed) == [0, 2]
+    assert 2 in failed  # rank 0 may have all that it needs already
 
 
 class Counting:
