@@ -137,7 +137,7 @@ class Prefilled(Report, frozen=True):
 
 
 class AnswerMessage(msgspec.Struct, frozen=True, array_like=True):
-    """An answer; `logits` float32 [tokens, vocabulary] from rank 0, empty from the others.
+    """An answer; `logits` float32 [tokens, vocabulary] from rank 0, of the first tokens; empty from the others.
 
     `strategy` is how the ranks exchanged KV for the question, and `strategy_reason` why. `tail`: who has which tokens
     of question and answer, if they are kept.

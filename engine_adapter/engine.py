@@ -61,8 +61,9 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Greedy tokens; row i of `logits` (float32 [tokens, vocabulary]) predicted token i. Times in nanoseconds.
+    """Greedy tokens; row i of `logits` (float32 [n, vocabulary]) predicted token i. Times in nanoseconds.
 
+    Logits are of the first n tokens: of all, unless those of a long answer would take hundreds of MiB.
     `exposed_ns` is the part of `prefill_ns` spent waiting for layers of the document. Times are those of the batch.
     `strategy` is how the ranks exchanged KV for the question, and `strategy_reason` why; empty if they did not say.
     `tail` is there if the question asked for it.

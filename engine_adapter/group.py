@@ -225,7 +225,7 @@ class RankGroup:
         """One answer of all ranks': their tokens must agree, and the slowest rank's times count."""
         first = answers[0]
         assert all(answer.tokens == first.tokens for answer in answers), "ranks decoded different tokens"
-        logits = np.frombuffer(first.logits, dtype=np.float32).reshape(len(first.tokens), -1)
+        logits = np.frombuffer(first.logits, dtype=np.float32).reshape(-1, self._spec.vocabulary_size)
         return Answer(
             tokens=first.tokens,
             logits=logits,

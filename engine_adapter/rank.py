@@ -60,6 +60,7 @@ from .launch import joined
 from .rank_config import RankConfig
 
 JOIN_SECONDS: Final = 120.0
+LOGITS_BYTES: Final = 128 << 20  # of one report, whose frame is limited; a large vocabulary takes half a MiB a token
 
 
 class Rank:
@@ -190,7 +191,10 @@ class Rank:
         return Prefilled(points)
 
     def _ask(self, order: Ask) -> AnyReport:
-        asks = [self._question(index, asked, order.deadline_seconds) for index, asked in enumerate(order.questions)]
+        limit = logits_limit(self._model.config.vocabulary_size, len(order.questions))
+        asks = [
+            self._question(index, asked, order.deadline_seconds, limit) for index, asked in enumerate(order.questions)
+        ]
         answers = self._runner.answer_batch(asks)
         self._call = order.call
         for index, (asked, ask, answer) in enumerate(zip(order.questions, asks, answers, strict=True)):
@@ -198,7 +202,7 @@ class Rank:
                 self._tails[index] = self._runner.complete_tail(ask.shard, answer)
         return Answered([self._answered(answer, self._tails.get(index)) for index, answer in enumerate(answers)])
 
-    def _question(self, index: int, asked: Asked, deadline_seconds: float) -> Question:
+    def _question(self, index: int, asked: Asked, deadline_seconds: float, logits_limit: int) -> Question:
         def tell(token: int) -> None:
             if self._config.rank == 0:
                 self._channel.send(Token(index, token))
@@ -210,6 +214,7 @@ class Rank:
             eos=asked.eos,
             on_token=tell,
             cancelled=self._is_cancelled,
+            logits_limit=logits_limit,
         )
 
     def _grow(self, order: Grow) -> AnyReport:
@@ -229,7 +234,13 @@ class Rank:
         layout = self._runner.prefill(shard, token_list(order.tokens), order.chunk_tokens).layout
         prefill_ns = self._clock.monotonic_ns() - started_ns
         filled = KVShard(arena=shard.arena, layout=layout)
-        answer = self._runner.answer(filled, order.question, order.new_tokens)
+        ask = Question(
+            shard=filled,
+            question=order.question,
+            max_new_tokens=order.new_tokens,
+            logits_limit=logits_limit(self._model.config.vocabulary_size, 1),
+        )
+        answer = self._runner.answer_batch([ask])[0]
         return Answered([self._answered(answer, document_prefill_ns=prefill_ns)])
 
     def _answered(self, answer: Answer, tail: KVShard | None = None, document_prefill_ns: int = 0) -> AnswerMessage:
@@ -245,6 +256,11 @@ class Rank:
             reason,
             LayoutMessage.of(tail.layout) if tail is not None else None,
         )
+
+
+def logits_limit(vocabulary_size: int, answers: int) -> int:
+    """How many tokens' logits of each of so many answers are reported."""
+    return max(1, LOGITS_BYTES // (4 * vocabulary_size * max(1, answers)))
 
 
 def _chosen(decisions: Sequence[Decision]) -> tuple[str, str]:

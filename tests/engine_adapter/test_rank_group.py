@@ -11,7 +11,9 @@ from typing import ClassVar
 import pytest
 from driver_process import CONFIG, drives, group
 from engine_contract import CHUNK, NEW, Degree, EngineContract
+from holdfast.engine_adapter.control import FRAME_LIMIT
 from holdfast.engine_adapter.engine import Question
+from holdfast.engine_adapter.rank import logits_limit
 from holdfast.kvstore.errors import GroupFailed, SpecMismatch
 from holdfast.ring_attention.identity import spec_of
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
@@ -114,3 +116,10 @@ class TestRankGroup(EngineContract):
         with pytest.raises(SpecMismatch):
             group(self.directory(stage), "ranks-1-2", 2, stage.daemon.socket, 100)
         assert stage.is_complete("ranks-1-2")
+
+
+@pytest.mark.parametrize(("vocabulary_size", "answers"), [(256, 1), (128_256, 1), (128_256, 64), (262_144, 100)])
+def test_the_logits_of_a_report_fit_into_its_frame(vocabulary_size, answers):
+    """However long the answers are."""
+    rows = logits_limit(vocabulary_size, answers)
+    assert 1 <= rows * answers * vocabulary_size * 4 <= FRAME_LIMIT // 2
