@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..kvstore.views import DocumentView
 from ..ring_attention.text_stream import TextStream
 from .engine import Answer
 from .runner_queue import Job
@@ -14,19 +13,14 @@ from .runner_wire import AskRequest, Piece
 
 @dataclass(slots=True)
 class Answering:
-    """A question on its way. `heard` tokens of its answer were told already.
-
-    `document` are the tokens of one that is to grow, and `grown` is how it is stored when it has.
-    """
+    """A question on its way; `heard` tokens of the answer were told already."""
 
     job: Job
     request: AskRequest
     question: list[int]
-    document: list[int] | None
     stream: TextStream
     heard: int = 0
     text: str = ""
-    grown: DocumentView | None = None
 
     def hear(self, token: int) -> None:
         """The next token."""

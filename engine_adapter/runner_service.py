@@ -40,7 +40,7 @@ from .runner_wire import (
     RunnerFacts,
     RunnerStatus,
 )
-from .session import CHUNK_TOKENS, FALLBACK, Reply, Session
+from .session import CHUNK_TOKENS, FALLBACK, Reply, Session, Turn
 from .texts import Texts
 
 POLL_SECONDS: Final = 1.0  # how soon the death of a rank is noticed while nobody asks
@@ -137,11 +137,14 @@ class RunnerService:
         self._client.close()
 
     def _carry_out(self, jobs: Sequence[Job]) -> None:
-        """One ingest, or questions that are answered together. Each job is told its last."""
-        ingests = [(job, job.request) for job in jobs if isinstance(job.request, IngestRequest)]
+        """One ingest, one turn of a conversation, or questions that are answered together. Each job hears its last."""
         asked = [(job, job.request) for job in jobs if isinstance(job.request, AskRequest)]
-        for job, ingest in ingests:
-            self._end(job, partial(self._ingest, job, ingest))
+        for job in jobs:
+            if isinstance(job.request, IngestRequest):
+                self._end(job, partial(self._ingest, job, job.request))
+            elif job.request.extend:
+                self._end(job, partial(self._converse, job, job.request))
+                return
         if asked:
             self._ask(asked)
 
@@ -268,10 +271,33 @@ class RunnerService:
             self._end(answer.job, partial(self._final, answer, reply))
 
     def _begun(self, job: Job, request: AskRequest) -> Answering:
-        """Raises what is wrong with the request, or GroupFailed and the like when nobody can say."""
+        """Raises EmptyDocument when there is no question."""
         question = self._tokens(request.question, "question")
-        document = self._extensible(request) if request.extend else None
-        return Answering(job, request, question, document, TextStream(self._parts.tokenizer))
+        return Answering(job, request, question, TextStream(self._parts.tokenizer))
+
+    def _converse(self, job: Job, request: AskRequest) -> Answered:
+        """The question and its answer become part of the document."""
+        answering = self._begun(job, request)
+        document = self._extensible(request)
+        try:
+            turn = self._when_registered(
+                lambda session: session.converse(
+                    request.document,
+                    document,
+                    answering.question,
+                    request.new_tokens,
+                    eos=self._parts.eos,
+                    on_token=partial(_hear, [answering], 0),
+                )
+            )
+        except FALLBACK as error:
+            reply = self._recomputed(answering, error)
+            tokens = [*document, *answering.question, *reply.answer.tokens]
+            answering.ended(reply.answer.tokens)  # whatever becomes of the document
+            turn = Turn(reply, tokens, self._connected().ingest(request.document, tokens))
+        if turn.document is not None:
+            self._parts.texts.put(request.document, turn.tokens, turn.document.created_wall_ns)
+        return self._answered(answering, turn.reply, turn)
 
     def _extensible(self, request: AskRequest) -> list[int]:
         """The tokens of a document that is to grow. Raises InvalidRequest when nobody knows them, or as the daemon."""
@@ -287,41 +313,22 @@ class RunnerService:
 
     def _replies(self, session: Session, answers: Sequence[Answering]) -> list[Reply | HoldfastError]:
         """What the cache makes of each. Raises GroupNotFound while the ranks are not registered."""
-
-        def hear(index: int, token: int) -> None:
-            answers[index].hear(token)
-            if all(answer.job.abandoned for answer in answers):
-                raise AbandonedError
-
-        if answers and answers[0].document is not None:  # it comes alone
-            return [self._turn(session, answers[0], partial(hear, 0))]
         wanted = [(answer.request.document, answer.question, answer.request.new_tokens) for answer in answers]
-        replies = session.ask_many(wanted, eos=self._parts.eos, on_token=hear)
+        replies = session.ask_many(wanted, eos=self._parts.eos, on_token=partial(_hear, answers))
         for reply in replies:
             if isinstance(reply, GroupNotFound):
                 raise reply
         return replies
 
-    def _turn(self, session: Session, answering: Answering, hear: Callable[[int], None]) -> Reply:
-        """What the cache makes of it; the document grows by it."""
-        request, document = answering.request, answering.document
-        assert document is not None
-        turn = session.converse(
-            request.document, document, answering.question, request.new_tokens, eos=self._parts.eos, on_token=hear
-        )
-        answering.grown = turn.document
-        return turn.reply
-
     def _final(self, answering: Answering, reply: Reply | HoldfastError) -> Answered:
         """What was answered; where the cache could not, from the document's tokens. Raises why there is no answer."""
-        if isinstance(reply, HoldfastError):
-            reply = self._recomputed(answering, reply)
+        return self._answered(answering, reply if isinstance(reply, Reply) else self._recomputed(answering, reply))
+
+    def _answered(self, answering: Answering, reply: Reply, turn: Turn | None = None) -> Answered:
         answer, swap = reply.answer, reply.swap
-        text = answering.ended(answer.tokens)
         self._counts["answered"] += 1
-        grown = self._extended(answering, answer.tokens) if answering.document is not None else None
         return Answered(
-            text=text,
+            text=answering.ended(answer.tokens),
             tokens=answer.tokens,
             swap=swap,
             reason=reply.reason,
@@ -329,16 +336,10 @@ class RunnerService:
             prefill_ns=answer.prefill_ns,
             decode_ns=answer.decode_ns,
             exposed_ns=answer.exposed_ns,
-            document_tokens=grown,
+            strategy=answer.strategy_reason or answer.strategy,
+            document_tokens=turn.document.token_count if turn is not None and turn.document is not None else None,
+            turn_reason=turn.reason if turn is not None else "",
         )
-
-    def _extended(self, answering: Answering, answer: Sequence[int]) -> int:
-        """Question and answer become part of the document; returns how many tokens it has now."""
-        assert answering.document is not None
-        name, tokens = answering.request.document, [*answering.document, *answering.question, *answer]
-        view = answering.grown or self._connected().ingest(name, tokens)
-        self._parts.texts.put(name, tokens, view.created_wall_ns)
-        return view.token_count
 
     def _recomputed(self, answering: Answering, error: HoldfastError) -> Reply:
         """The answer without the cache, where that cannot serve. Raises `error` where it says something else.
@@ -375,6 +376,13 @@ class RunnerService:
         if not tokens:
             raise EmptyDocument(f"the {what} is empty")
         return tokens
+
+
+def _hear(answers: Sequence[Answering], index: int, token: int) -> None:
+    """The next token of one of them. Raises AbandonedError when nobody listens to any."""
+    answers[index].hear(token)
+    if all(answer.job.abandoned for answer in answers):
+        raise AbandonedError
 
 
 def _joins(first: Job, other: Job) -> bool:

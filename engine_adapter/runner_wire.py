@@ -92,8 +92,9 @@ class Piece(RunnerEvent, frozen=True, kw_only=True):
 class Answered(RunnerEvent, frozen=True, kw_only=True):
     """The whole answer. `swap` is None, and `reason` an error's code, when it was computed without the cache.
 
-    `first_token_ns` is from the start of the attach to the first token; `document_tokens` what the document has now, if
-    it grew.
+    `first_token_ns` is from the start of the attach to the first token. `strategy` says how the ranks exchanged KV for
+    the question, and why. `document_tokens` is what the document has now, if it grew; `turn_reason` is the code of an
+    error: why it did not, or why its end was prefilled again.
     """
 
     text: str
@@ -104,7 +105,9 @@ class Answered(RunnerEvent, frozen=True, kw_only=True):
     prefill_ns: int
     decode_ns: int
     exposed_ns: int
-    document_tokens: int | None = None
+    strategy: str
+    document_tokens: int | None
+    turn_reason: str
 
 
 class Refused(RunnerEvent, frozen=True, kw_only=True):

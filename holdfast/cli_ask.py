@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from .cli_session import Session, session_of, split
-from .kvstore.errors import EmptyDocument, InvalidRequest, NotFound
+from .kvstore.errors import EmptyDocument, HoldfastError, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from .engine_adapter.runner_client import RunnerClient
@@ -64,6 +64,8 @@ def ask(
                     write(event.text)
                 case Answered():
                     finish(session, event, written)
+                    if extend and event.document_tokens is None:
+                        raise HoldfastError(f"{document} did not grow ({event.turn_reason}); the answer stands above")
 
 
 def finish(session: Session, answer: Answered, written: str) -> None:
@@ -91,8 +93,8 @@ def receipt(answer: Answered) -> str:
     decoded = len(answer.tokens) - 1  # the first token comes of the prefill
     if decoded and answer.decode_ns:
         parts.append(f"then {decoded / answer.decode_ns * 1e9:.3g} tokens/s")
-    if answer.swap is not None and answer.swap.strategy:
-        parts.append(answer.swap.strategy_reason or answer.swap.strategy)
+    if answer.strategy:
+        parts.append(answer.strategy)
     if answer.document_tokens is not None:
         parts.append(f"the document has {answer.document_tokens} tokens now")
     return ", ".join(parts)

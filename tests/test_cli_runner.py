@@ -37,6 +37,7 @@ class Place:
     def __init__(self, daemon):
         self.daemon = daemon
         self.model = daemon.directory / "model"
+        self.light = ""  # what two cp ranks answer to "What is Light?"
         self.text = daemon.directory / "design.txt"
         write_checkpoint(self.model, CONFIG, scales=Scales(attention=1.0))
         self.text.write_text(TEXT)
@@ -123,6 +124,7 @@ def place():
 def runner(place):
     with place.runner() as found:
         place.ok("ingest", place.text, "--name", "design", "--write-policy", "write-through")
+        place.light = place.ok("ask", "design", "What is Light?", "--new-tokens", 8).stdout
         yield found
 
 
@@ -145,6 +147,7 @@ def test_a_question_is_answered_and_its_receipt_stands_beside_it(place, runner):
     assert len(found["tokens"]) == 12
     assert found["swap"]["document"] == "default/design"
     assert found["reason"] == ""
+    assert found["strategy"]
 
 
 def test_the_same_text_again_is_quick_and_says_so(place, runner):
@@ -193,25 +196,23 @@ def test_the_write_policies_that_can_be_typed_are_those_there_are():
 
 
 def test_it_outlives_a_daemon_that_is_killed(place, runner):
-    wanted = place.ok("ask", "design", "What is Light?", "--new-tokens", 8).stdout
     until(lambda: place.daemon.client().document("design").durable, "it is durable")
     place.daemon.kill()
     away = place.ok("ask", "design", "What is Light?", "--new-tokens", 8)
     assert "recomputed without the cache (daemon-unavailable)" in away.stderr
-    assert away.stdout == wanted
+    assert away.stdout == place.light
     assert "no daemon answers" in place.refused(5, "ask", "nobody", "Who?")
     place.daemon.start()
     back = place.ok("ask", "design", "What is Light?", "--new-tokens", 8)
     assert "reattached" in back.stderr
-    assert back.stdout == wanted
+    assert back.stdout == place.light
 
 
 def test_it_outlives_a_rank_that_is_killed(place, runner):
-    wanted = place.ok("ask", "design", "What is Light?", "--new-tokens", 8).stdout
     os.kill(runner.ranks()[0], signal.SIGKILL)
     until(lambda: "the group is back" in runner.log, "the group is started anew", START_SECONDS)
     assert "died (signal 9); the group is being started anew" in runner.log
-    assert place.ok("ask", "design", "What is Light?", "--new-tokens", 8).stdout == wanted
+    assert place.ok("ask", "design", "What is Light?", "--new-tokens", 8).stdout == place.light
 
 
 def test_ctrl_c_ends_it_in_order(place, runner):
@@ -226,17 +227,17 @@ def test_ctrl_c_ends_it_in_order(place, runner):
     assert "no runner runs" in place.refused(5, "ask", "design", "Who?")
 
 
-def test_torchrun_starts_its_ranks(place):
-    """Each process of torchrun's becomes its rank; that of RANK 0 drives."""
+def test_torchrun_starts_its_ranks(place, runner):
+    """Each process of torchrun's becomes its rank; RANK 0's drives. Two tp ranks read what two cp ranks stored."""
     entry = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "holdfast")
-    command = place.command("runner", "--model", place.model, "--cp", 2, "--rows", 2000, "--threads", 1, entry=entry)
-    with place.runner(start=command) as found:
-        (name,) = [group["name"] for group in place.daemon.groups()]
-        assert name == "main"
-        place.ok("ingest", place.text, "--name", "torchrun")
-        assert place.ok("ask", "torchrun", "What is Light?", "--new-tokens", 8).stdout
-        assert found.process.poll() is None
-    until(lambda: not place.daemon.groups(), "its group has left")
+    words = ("--model", place.model, "--cp", 1, "--tp", 2, "--rows", 2000, "--threads", 1, "--name", "torch")
+    with place.runner(start=place.command("runner", *words, entry=entry)) as found:
+        assert "cp 1 x tp 2" in found.said
+        ask = ("ask", "design", "What is Light?", "--new-tokens", 8, "--group", "torch", "--json")
+        again = json.loads(place.ok(*ask).stdout)
+        assert again["swap"]["group"] == "torch"
+        assert again["text"] + "\n" == place.light
+    until(lambda: not any(group["name"] == "torch" for group in place.daemon.groups()), "its group has left")
 
 
 def test_torchrun_over_several_machines_or_for_other_ranks_is_refused(place):

@@ -25,6 +25,7 @@ from holdfast.engine_adapter.runner_wire import (
     frame_of,
     request_of,
 )
+from holdfast.engine_adapter.session import Session
 from holdfast.engine_adapter.texts import Texts
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.clock import SystemClock
@@ -38,6 +39,7 @@ from holdfast.kvstore.errors import (
     GroupFailed,
     InvalidRequest,
     MalformedFrame,
+    NoCapacity,
     RunnerBusy,
     RunnerUnavailable,
     TokenOutOfRange,
@@ -266,6 +268,18 @@ def test_a_document_grows_by_what_was_asked_and_answered(stage):
     with pytest.raises(InvalidRequest, match="tokens are needed"):
         stage.ask(extend=True, content=TEXT)  # that is how it was before it grew
     assert stage.ask(extend=True, content=text).document_tokens > len(text)
+
+
+def test_a_document_grows_also_by_what_the_cache_could_not_answer(stage, monkeypatch):
+    stage.ingest()
+
+    def refuses(*_, **__):
+        raise NoCapacity("full")
+
+    monkeypatch.setattr(Session, "converse", refuses)
+    answer = stage.ask(extend=True)
+    assert (answer.tokens, answer.reason) == (wanted(stage), "no-capacity")
+    assert answer.document_tokens == stage.daemon.client().document("report").token_count == len(TEXT) + 4 + NEW
 
 
 def test_an_answer_ends_with_its_end_token(stage):
