@@ -8,7 +8,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 
 from .cli_runner import Device, Transport
@@ -68,6 +67,8 @@ def calibrate(
 
 def measure_group_and_show(session: Session, config: Config, options: RunnerOptions) -> None:
     """Measure a group, and show what the daemon keeps of it. Raises HoldfastError."""
+    import msgspec
+
     from .calibrate_group import calibrate_group
 
     measured = calibrate_group(options, config, lambda step: note(session, step))
@@ -117,6 +118,8 @@ def show_stored(session: Session, config: Config) -> None:
 
 def stored(config: Config, measured: Calibration) -> dict[str, Any]:
     """Give it to the daemon of that data directory, or to its catalog where none runs."""
+    import msgspec
+
     from .kvstore.orders import PutCalibration
     from .rest import Rest, left_address
 
@@ -149,6 +152,8 @@ def _catalog(config: Config) -> Iterator[Catalog]:
 
 def _said(catalog: Catalog) -> dict[str, Any]:
     """What the catalog keeps, as /v1/calibration says it."""
+    import msgspec
+
     calibration, rings = catalog.measured()
     found = msgspec.to_builtins({"calibration": calibration, "rings": rings[::-1]})
     assert isinstance(found, dict)
