@@ -31,6 +31,18 @@ def messages_have_their_own_lengths(communicator):
         assert (received == (rank - 1) % size).all()
 
 
+def long_messages_arrive_whole(communicator):
+    """Megabytes, every element different, and a short message behind them."""
+    rank, size = communicator.rank, communicator.size
+    elements = torch.arange(1_500_000, dtype=torch.int32)
+    received, short = torch.zeros_like(elements), torch.zeros(1)
+    works = [communicator.shift(elements + rank, received), communicator.shift(torch.full((1,), float(rank)), short)]
+    for work in works:
+        work.wait()
+    assert torch.equal(received, elements + (rank - 1) % size)
+    assert short.item() == (rank - 1) % size
+
+
 def all_gather_is_in_rank_order(communicator):
     """Everyone gets everyone's tensor."""
     for step in range(3):
@@ -155,6 +167,7 @@ def an_answer_equals_the_dense_model(communicator):
 SCENARIOS = (
     shift_moves_messages_one_rank_on,
     messages_have_their_own_lengths,
+    long_messages_arrive_whole,
     all_gather_is_in_rank_order,
     broadcast_overwrites,
     all_to_all_gives_everyone_its_entry,
