@@ -1,12 +1,12 @@
 """What every communicator does: scenarios that each rank runs, over threads and over processes alike."""
 
 import torch
-from holdfast.kvstore.layout import Layout, contiguous, zigzag
+from holdfast.kvstore.layout import Layout, Run, contiguous, zigzag
 from holdfast.ring_attention.arena import HBMArena
-from holdfast.ring_attention.pass_kv import pass_kv
 from holdfast.ring_attention.runner import ContextParallelRunner
 from holdfast.ring_attention.shard import KVShard
 from holdfast.ring_attention.share import SequenceShare
+from holdfast.ring_attention.strategies import STRATEGIES
 from ring_helpers import CPU_FLASH, dense, segments_of, take, tiny_model, tokens_of
 
 
@@ -137,19 +137,25 @@ def barrier_lets_everyone_through(communicator):
     communicator.barrier()
 
 
-def ring_attention_is_exact(communicator):
-    """Pass-KV over this communicator equals float64 dense attention."""
-    rank, size, total = communicator.rank, communicator.size, 157
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(8, total, 32, generator=generator)
-    key, value = torch.randn(2, 2, total, 32, generator=generator)
-    keys, queries = contiguous(total, size), zigzag(total, size)
-    held = [[keys.spans(peer)] for peer in range(size)]
-    asked = [queries.spans(peer) for peer in range(size)]
-    positions = take(asked[rank])
-    share = SequenceShare(asked, segments_of(key, value, held[rank]), held)
-    out = pass_kv(communicator, CPU_FLASH, query[:, positions], [share])
-    assert (out - dense(query[:, positions], positions, key, value)).abs().max() < 5e-6
+def every_strategy_is_exact(communicator):
+    """A batch of two sequences, one with most of its keys on one rank, equals float64 dense attention."""
+    rank, size = communicator.rank, communicator.size
+    keys = [contiguous(157, size), Layout((Run(0, 90, size - 1), Run(90, 93, 0)), size)]
+    queries = [zigzag(157, size), zigzag(93, size)]
+    for dtype, error in ((torch.float32, 5e-6), (torch.bfloat16, 2e-2)):
+        batch, mine, expected = [], [], []
+        for laid, asking in zip(keys, queries, strict=True):
+            generator = torch.Generator().manual_seed(laid.token_count)
+            query = torch.randn(8, laid.token_count, 32, generator=generator).to(dtype)
+            key, value = torch.randn(2, 2, laid.token_count, 32, generator=generator).to(dtype)
+            held, asked = [[laid.spans(peer)] for peer in range(size)], [asking.spans(peer) for peer in range(size)]
+            positions = take(asked[rank])
+            batch.append(SequenceShare(asked, segments_of(key, value, held[rank]), held))
+            mine.append(query[:, positions])
+            expected.append(dense(query[:, positions], positions, key, value))
+        for strategy in STRATEGIES.values():
+            out = strategy(communicator, CPU_FLASH, torch.cat(mine, dim=1), batch, None)
+            assert (out - torch.cat(expected, dim=1)).abs().max() < error
 
 
 def an_answer_equals_the_dense_model(communicator):
@@ -176,6 +182,6 @@ SCENARIOS = (
     parts_work_apart_and_beside_the_whole,
     names_say_what_carries_the_bytes,
     barrier_lets_everyone_through,
-    ring_attention_is_exact,
+    every_strategy_is_exact,
     an_answer_equals_the_dense_model,
 )
