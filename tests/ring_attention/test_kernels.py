@@ -4,9 +4,13 @@ from math import inf, log
 import pytest
 import torch
 from holdfast.kvstore.errors import ConfigError, MissingExtra
-from holdfast.ring_attention.attend import attend
-from holdfast.ring_attention.band import DIAGONAL, FULL, Band
+from holdfast.kvstore.layout import Span
+from holdfast.ring_attention.attend import attend, attend_segment
+from holdfast.ring_attention.band import DIAGONAL, FULL, Band, causal
 from holdfast.ring_attention.kernels.registry import KERNELS, choose_kernel, unfit_kernels
+from holdfast.ring_attention.merge import Accumulator
+from holdfast.ring_attention.positions import Positions
+from holdfast.ring_attention.segment import KVSegment
 
 CPU, REFERENCE = KERNELS["cpu_flash"], KERNELS["reference"]
 BANDS = [FULL, DIAGONAL, Band(-9, 0), Band(-3, 5), Band(first=4), Band(last=-50), Band(last=40), Band(200, 300)]
@@ -120,6 +124,21 @@ def test_what_a_kernel_lacks_is_arranged(changes):
     kernel = replace(CPU, capabilities=replace(CPU.capabilities, **changes))
     for band in BANDS:
         check(kernel, *inputs(6, 2, 40, 40, 70, 90), band)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_query_between_keys_may_see_none(masks):
+    """In a masked call over scattered tokens such a row gets out 0 and lse -inf, not what the kernel says."""
+    query, key, value = inputs(4, 2, 16, 16, 8, 2)
+    positions = Positions([Span(0, 4), Span(10, 14)])
+    segment = KVSegment(key, value, (Span(2, 3), Span(11, 12)))
+    kernel = replace(CPU, capabilities=replace(CPU.capabilities, masks=masks))
+    total = Accumulator(4, 8, 16, query.device)
+    attend_segment(total, 0, kernel, query, positions, segment, causal(3))
+    part = total.result()
+    blind = torch.tensor([True, True, False, False, True, False, False, False])  # 0, 1 and 10
+    assert torch.equal(part.lse == -inf, blind.expand(4, 8))
+    assert torch.equal(part.out == 0, blind[:, None].expand(4, 8, 16))
 
 
 def test_a_base_2_lse_is_converted():
