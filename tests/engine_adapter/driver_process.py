@@ -16,7 +16,8 @@ def spec_in(directory):
 
 
 def group(model, name, cp, socket, rows, launcher=None, **more):
-    more = {"threads": 1, "collective_seconds": 20.0} | more
+    # A group that chooses for itself would first measure.
+    more = {"threads": 1, "collective_seconds": 20.0, "strategy": "pass_kv"} | more
     options = GroupOptions(name=name, model=model, cp=cp, rows=rows, daemon_socket=socket, **more)
     return RankGroup(options, spec_in(model), launcher)
 

@@ -501,6 +501,12 @@ class EngineContract:
         stage.flip()
         stage.daemon.start()
         session = stage.session(degree)
+        good = self.tokens(150)
+        session.ingest("good", good, chunk_tokens=CHUNK)
+        stage.client().evict("good", "hbm")
+        bad, reply = session.ask_many([("report", question, NEW), ("good", question, NEW)])
+        assert isinstance(bad, HoldfastError)
+        self.check(reply, engine, good, question)
         with pytest.raises(HoldfastError):
             session.ask("report", question, NEW)
         reply = session.ask_or_recompute("report", document, question, NEW)

@@ -39,9 +39,14 @@ class Groups:
         write_checkpoint(directory, CONFIG, scales=Scales(attention=1.0))
         self.model = load_model(directory)
         with ThreadPoolExecutor(len(DEGREES)) as pool:  # most of a start is waiting
-            engines = pool.map(lambda d: group(directory, f"g{d.cp}{d.tp}", d.cp, daemon.socket, 400, tp=d.tp), DEGREES)
+            engines = pool.map(lambda degree: self.start(directory, degree), DEGREES)
         self.engines = {degree: stack.enter_context(engine) for degree, engine in zip(DEGREES, engines, strict=True)}
         self.client = stack.enter_context(closing(Client(daemon.socket)))
+
+    def start(self, directory, degree):
+        """Pass-Q where the head ranks share tokens too; the other tests of groups pass KV."""
+        name, strategy = f"g{degree.cp}{degree.tp}", "pass_q" if degree.tp > 1 else "pass_kv"
+        return group(directory, name, degree.cp, self.daemon.socket, 400, tp=degree.tp, strategy=strategy)
 
     def session(self, degree):
         return Session(self.client, self.engines[degree])
