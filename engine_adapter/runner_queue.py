@@ -19,6 +19,7 @@ from .runner_wire import FINAL, AnyEvent, AskRequest, IngestRequest, Waiting
 
 HEARTBEAT_SECONDS: Final = 1.0
 WAITING_LIMIT: Final = 32
+TOGETHER: Final = 8  # jobs that run as one
 
 
 class AbandonedError(Exception):
@@ -125,7 +126,7 @@ class JobQueue:
             self._changed.wait_for(lambda: self._waiting or self._refusal is not None, seconds)
             if self._waiting:
                 first = self._waiting.popleft()
-                self._running = [first, *(job for job in self._waiting if joins(first, job))]
+                self._running = [first, *(job for job in self._waiting if joins(first, job))][:TOGETHER]
                 for job in self._running[1:]:
                     self._waiting.remove(job)
             return list(self._running)

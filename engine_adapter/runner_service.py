@@ -22,6 +22,7 @@ from ..kvstore.errors import (
     GroupNotFound,
     HoldfastError,
     InvalidRequest,
+    NoCapacity,
     Unavailable,
 )
 from ..ring_attention.text_stream import TextStream
@@ -268,7 +269,10 @@ class RunnerService:
         except AbandonedError:
             return
         for answer, reply in zip(answers, replies, strict=True):
-            self._end(answer.job, partial(self._final, answer, reply))
+            if isinstance(reply, NoCapacity) and len(answers) > 1:  # the others had the room, and have left it
+                self._ask([(answer.job, answer.request)])
+            else:
+                self._end(answer.job, partial(self._final, answer, reply))
 
     def _begun(self, job: Job, request: AskRequest) -> Answering:
         """Raises EmptyDocument when there is no question."""

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .engine_adapter.runner_wire import Answered, Ingested, Prefilling
 
 STDIN: Final = "-"
+TIERS: Final = {"ddr": "DDR", "nvme": "NVMe"}
 LINE_SECONDS: Final = 2.0  # between two lines of progress where no terminal shows a bar
 DocumentName = Annotated[str, typer.Argument(metavar="[TENANT/]DOCUMENT", help='The tenant is "default" unless named.')]
 Group = Annotated[str | None, typer.Option("--group", metavar="GROUP", help="Which runner, where several run.")]
@@ -87,7 +88,8 @@ def receipt(answer: Answered) -> str:
     if answer.swap is None:
         parts.append(f"recomputed without the cache ({answer.reason})")
     else:
-        came = "already in HBM" if answer.swap.source_tier == "hbm" else f"from {answer.swap.source_tier.upper()}"
+        tier = answer.swap.source_tier
+        came = "already in HBM" if tier == "hbm" else f"from {TIERS[tier]}"
         parts.append(f"{came}, reattached in {nanoseconds(answer.swap.reattach_ns)}")
     parts.append(f"first token after {nanoseconds(answer.first_token_ns)}")
     decoded = len(answer.tokens) - 1  # the first token comes of the prefill

@@ -118,7 +118,10 @@ def show(session: Session, status: Any) -> None:
             ("shape", facts.shape),
             ("ranks", ranks),
             ("KV", f"{cli_tables.size(facts.kv_bytes_per_token)} per token"),
-            ("rows", f"{facts.rows} per rank ({cli_tables.size(facts.hbm_bytes)}): {facts.capacity_tokens} tokens fit"),
+            (
+                "rows",
+                f"{facts.rows} per rank ({cli_tables.size(facts.hbm_bytes)}): {facts.capacity_tokens} tokens in all",
+            ),
             *status.settings.items(),
         ]
         return [cli_tables.pairs(rows), "ready: holdfast ingest FILE --name DOCUMENT; holdfast ask DOCUMENT QUESTION"]

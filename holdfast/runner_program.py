@@ -23,7 +23,7 @@ from .engine_adapter.texts import Texts
 from .kvstore.client import Client
 from .kvstore.clock import SystemClock
 from .kvstore.config import Config
-from .kvstore.errors import DaemonUnavailable, HoldfastError
+from .kvstore.errors import DaemonUnavailable, GroupFailed, HoldfastError
 from .rest import Rest, left_address
 from .runner_plan import RunnerOptions, RunnerPlan
 from .torchrun import TorchrunLauncher, World, become_rank
@@ -59,7 +59,7 @@ def run_runner(options: RunnerOptions, config: Config, listener: Listener) -> No
         seat = RunnerSeat(config.daemon.data_dir, options.name)
         stack.callback(seat.close)
         ranks = _Ranks(plan, config.daemon.socket, meeting)
-        listener.say(f"starting {plan.facts.cp * plan.facts.tp} ranks")
+        listener.say(f"starting cp {options.cp} x tp {options.tp} ranks")
         service = RunnerService(
             Parts(
                 facts=plan.facts,
@@ -101,7 +101,7 @@ def chosen(data_dir: Path, facts: RunnerFacts) -> dict[str, str]:
     strategy = facts.strategy
     if strategy == "auto":
         strategy += f", by what was measured {moment(rates[0]['measured_wall_ns'])}" if rates else ", not calibrated"
-    return {**found, "strategy": strategy}
+    return {**found, "strategy": strategy} if facts.cp > 1 else found  # one rank has nobody to exchange KV with
 
 
 def await_daemon(path: Path, tenant: str, say: Callable[[str], None], stopped: threading.Event) -> None:
@@ -158,18 +158,19 @@ class _Ranks:
 
 
 class _Worker(threading.Thread):
-    """Runs the service; `error` is what ended it."""
+    """Runs the service; `error` is what ended it, None when it was told to end."""
 
     def __init__(self, service: RunnerService) -> None:
         super().__init__(name="holdfast-runner-worker", daemon=True)
         self._service = service
-        self.error: HoldfastError | None = None
+        self.error: HoldfastError | None = GroupFailed("the runner died of a bug; what it is stands above")
         self.start()
 
     def run(self) -> None:
         """See Thread."""
         try:
             self._service.serve()
+            self.error = None
         except HoldfastError as error:
             self.error = error
 

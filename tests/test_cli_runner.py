@@ -1,5 +1,6 @@
 """`holdfast runner`, `ingest` and `ask` as a person runs them: a real daemon, real ranks, real signals."""
 
+import io
 import json
 import os
 import signal
@@ -9,14 +10,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+from holdfast.engine_adapter.runner_wire import Prefilling
 from holdfast.kvstore.document import WritePolicy
 from holdfast.ring_attention.config import ModelConfig
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
 from typer.testing import CliRunner
 
 from daemon_process import DaemonProcess, until
-from holdfast import cli
-from holdfast.cli_ask import PolicyName
+from holdfast import cli, runner_program
+from holdfast.cli_ask import PolicyName, progress
+from holdfast.cli_session import Session
 
 CONFIG = ModelConfig(
     vocabulary_size=256, hidden_size=32, intermediate_size=64, layers=2, heads=4, kv_heads=2, head_dim=16
@@ -132,7 +135,7 @@ def test_the_runner_says_what_it_is(runner):
     assert "Llama, 2 layers, 4 heads (2 kv) of 16, vocabulary 256, float32" in runner.said
     assert "512 B per token" in runner.said
     assert "2000 per rank" in runner.said
-    assert "4000 tokens fit" in runner.said
+    assert "4000 tokens in all" in runner.said
     assert "strategy" in runner.said
 
 
@@ -189,6 +192,27 @@ def test_wrong_words_get_one_clear_line_each(place, runner, tmp_path):
     usage = CliRunner().invoke(cli.app, [*map(str, start), "0"])
     assert usage.exit_code == 2
     assert "Invalid value for '--cp'" in usage.stderr
+
+
+def test_no_daemon_in_time_ends_it_with_a_word(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner_program, "DAEMON_SECONDS", 0.1)
+    words = ["--data-dir", str(tmp_path), "runner", "--model", str(place.model), "--cp", "1"]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 5
+    assert f"waiting 0.1 s for a daemon at {tmp_path}/holdfast.sock" in result.stderr
+    assert "error: no daemon answers" in result.stderr
+
+
+def test_a_terminal_gets_a_bar_with_speed_and_time_left(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    session = Session(url=None, data_dir=None, as_json=False, color=False)
+    with progress(session) as show:
+        for done in (1000, 2000, 3000, 4000):
+            show(Prefilling(done_tokens=done, cached_tokens=1000, total_tokens=4000))
+    assert "4000/4000" in screen.getvalue()
+    assert "tokens/s" in screen.getvalue()
 
 
 def test_the_write_policies_that_can_be_typed_are_those_there_are():

@@ -310,10 +310,25 @@ def test_questions_that_wait_together_are_answered_together(stage):
     assert stage.engine.calls == 2
 
 
+def test_documents_that_do_not_fit_together_are_answered_one_after_the_other(stage):
+    texts = {name: (name + TEXT) * 3 for name in ("one", "two", "three")}
+    for name, text in texts.items():
+        stage.ingest(name, text)
+    _, thread, _ = busy(stage, "one")
+    clients = [stage.client().ask(AskRequest(document=name, question="who?", new_tokens=NEW)) for name in texts]
+    for client in clients:
+        assert isinstance(next(client), Waiting)
+    stage.engine.gate.set()
+    answers = [[*client][-1] for client in clients]
+    thread.join(20)
+    assert [answer.reason for answer in answers] == [""] * 3
+    assert [answer.tokens for answer in answers] == [wanted(stage, text) for text in texts.values()]
+
+
 # Turns -----------------------------------------------------------------------------------------
 
 
-def busy(stage):
+def busy(stage, document="report"):
     """A question that holds the engine, on a thread; returns what it will have heard."""
     stage.engine.gate.clear()
     stage.engine.reached.clear()
@@ -321,7 +336,7 @@ def busy(stage):
 
     def asks():
         with suppress(RunnerUnavailable):
-            heard.extend(client.ask(AskRequest(document="report", question="first", new_tokens=NEW)))
+            heard.extend(client.ask(AskRequest(document=document, question="first", new_tokens=NEW)))
 
     thread = threading.Thread(target=asks)
     thread.start()
