@@ -33,10 +33,10 @@ def choose_kernel(device: torch.device, dtype: torch.dtype, name: str | None = N
     one that has to be installed.
     """
     if name is None:
-        reasons = unfit_kernels(device, dtype)
-        for fit in (KERNELS[name] for name, reason in reasons.items() if not reason):
-            return fit
-        raise ConfigError(f"no attention kernel is fit: {'; '.join(reasons.values())}")
+        for kernel in KERNELS.values():  # no further than needed: to ask one may import a large package
+            if kernel.unfit(device, dtype) is None:
+                return kernel
+        raise ConfigError(f"no attention kernel is fit: {'; '.join(unfit_kernels(device, dtype).values())}")
     if name not in KERNELS:
         raise ConfigError(f"unknown attention kernel {name!r}; use one of {', '.join(sorted(KERNELS))}")
     if reason := KERNELS[name].unfit(device, dtype):
