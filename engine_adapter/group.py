@@ -49,7 +49,7 @@ from .engine import Answer, OnToken, PrefillPoint, Progress, Question, Tail, ign
 from .launch import Launcher, Member, SpawnLauncher
 from .rank_config import RankConfig
 
-START_SECONDS: Final = 120.0  # importing torch on a busy machine, and loading weights
+START_SECONDS: Final = 1800.0  # reading a large model's weights from a slow disk; a rank that dies is noticed at once
 CALL_SECONDS: Final = 3600.0  # a long prefill
 LAG_SECONDS: Final = 15.0  # ranks end a call together, but for one that waits for the others until its own deadline
 QUIT_SECONDS: Final = 10.0
@@ -256,7 +256,7 @@ class RankGroup:
         init_method = self._new_init_method()
         self._send(Rejoin(init_method))
         try:
-            self._collect(Rejoined, {}, START_SECONDS)
+            self._collect(Rejoined, {}, self._options.collective_seconds + LAG_SECONDS)
         except HoldfastError as error:
             self._fail(self._broken or f"it could not start anew: {error}")
 
