@@ -34,6 +34,7 @@ from .runner_wire import (
 
 READ_BYTES: Final = 1 << 20
 CONNECTIONS: Final = 128
+HEARD_SECONDS: Final = 5.0  # for clients to hear the end of what was answered before we hang up
 SEND_SECONDS: Final = 30.0  # a client that reads nothing for that long is as good as gone
 
 
@@ -84,19 +85,21 @@ class RunnerServer:
     def __init__(self, service: RunnerService, seat: RunnerSeat) -> None:
         self._service = service
         self._listener = seat.bind()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._answering = 0
         self._connections: set[socket.socket] = set()
         self._closing = False
         threading.Thread(target=self._accept, name="holdfast-runner-accept", daemon=True).start()
 
     def close(self) -> None:
-        """Hang up on everybody."""
-        with self._lock:
-            self._closing = True
-            connections = list(self._connections)
+        """Hang up on everybody, after those who are being answered have heard the end."""
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
+        with self._lock:
+            self._closing = True
+            self._lock.wait_for(lambda: not self._answering, HEARD_SECONDS)
+            connections = list(self._connections)
         for connection in connections:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -138,12 +141,18 @@ class RunnerServer:
             self._connections.discard(connection)
 
     def _answer(self, connection: socket.socket, frame: bytes) -> None:
+        with self._lock:
+            self._answering += 1
         try:
             with closing(self._events(frame)) as events:
                 for event in events:
                     connection.sendall(frame_of(event))
         except HoldfastError as error:
             connection.sendall(frame_of(_refused(error)))
+        finally:
+            with self._lock:
+                self._answering -= 1
+                self._lock.notify_all()
 
     def _events(self, frame: bytes) -> Generator[AnyEvent]:
         """What is said of a request."""

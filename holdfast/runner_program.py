@@ -75,10 +75,10 @@ def run_runner(options: RunnerOptions, config: Config, listener: Listener) -> No
             )
         )
         stack.callback(service.close)
+        server = RunnerServer(service, seat)
+        stack.callback(server.close)  # when the worker has ended: its last words are heard
         worker = _Worker(service)
         stack.callback(_end, service, worker, ranks, listener.say, stopped)
-        server = RunnerServer(service, seat)
-        stack.callback(server.close)
         listener.ready(service.status())
         while worker.is_alive() and not stopped.wait(0.5):
             pass

@@ -412,6 +412,23 @@ def test_an_ingest_whose_client_leaves_is_stopped_and_leaves_nothing(stage):
     assert [document.name for document in stage.daemon.client().documents()] == ["report"]
 
 
+def test_what_runs_when_it_is_stopped_is_heard_to_its_end(stage):
+    stage.ingest()
+    _, thread, heard = busy(stage)
+    waits = stage.client().ask(AskRequest(document="report", question="who?", new_tokens=NEW))
+    next(waits)
+    stage.service.stop()
+    with pytest.raises(Unavailable, match="being stopped"):
+        list(waits)
+    stage.engine.gate.set()
+    stage.worker.join(20)
+    stage.server.close()
+    thread.join(20)
+    assert isinstance(heard[-1], Answered)
+    with pytest.raises(RunnerUnavailable):
+        stage.client()
+
+
 def test_the_worker_that_ends_leaves_nobody_waiting():
     jobs = JobQueue(SystemClock())
     heard = []
