@@ -362,6 +362,25 @@ def test_the_table_of_floors_names_every_module_on_its_floor():
         assert set(re.findall(r"\w+", rows[floor])) == here, floor
 
 
+def ring_rows() -> dict[str, int]:
+    """The row of each module of ring_attention in ARCHITECTURE.md's table of that room."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    lines = text[text.index("Inside `ring_attention/`") :].split("\n\n")[1].splitlines()[2:]
+    return {module: row for row, line in enumerate(lines) for module in re.findall(r"\w+", line.split("|")[2])}
+
+
+def test_the_rows_of_ring_attention_use_only_rows_above():
+    rows = ring_rows()
+    room = ROOT / "ring_attention"
+    here = {path.stem for path in room.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(rows) == here - {"__init__"}
+    for module in set(rows) - {"kernels"}:
+        for node in ast.walk(ast.parse((room / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+                used = node.module.partition(".")[0]
+                assert rows[used] <= rows[module], f"{module} uses {used}, which stands below it"
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_house_is_in_order(rule):
     found = [problem for path, source in product().items() for problem in rule(path, source)]
