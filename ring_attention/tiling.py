@@ -46,9 +46,7 @@ class _Cutter:
 
     def cut(self, a: int, b: int, c: int, d: int) -> Iterator[Tile]:
         """Tiles of queries [a, b) over keys [c, d)."""
-        c, d = self._seen(a, b, c, d)
-        if c < d:
-            a, b = self._seeing(a, b, c, d)
+        a, b, c, d = self._narrowed(a, b, c, d)
         if a >= b or c >= d:
             return
         relative = self._relative(a, b, c, d)
@@ -67,6 +65,18 @@ class _Cutter:
             middle = self._queries.middle(a, b)
             yield from self.cut(a, middle, c, d)
             yield from self.cut(middle, b, c, d)
+
+    def _narrowed(self, a: int, b: int, c: int, d: int) -> tuple[int, int, int, int]:
+        """Without the queries at either end that see no key, and the keys that are seen by none; perhaps nothing.
+
+        Keys that only a dropped query reached for are dropped too: kernels take no window that ends before a key.
+        """
+        while True:
+            e, f = self._seen(a, b, c, d)
+            g, h = self._seeing(a, b, e, f) if e < f else (a, a)
+            if g >= h or (g, h, e, f) == (a, b, c, d):
+                return g, h, e, f
+            a, b, c, d = g, h, e, f
 
     def _seen(self, a: int, b: int, c: int, d: int) -> tuple[int, int]:
         """The part of the keys that any of the queries may see."""
