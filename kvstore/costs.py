@@ -21,6 +21,7 @@ from typing import Final
 from .spec import KVSpec
 
 NS_PER_SECOND: Final = 1_000_000_000
+LONGEST_NS: Final = 10**15  # eleven days: a prediction fits into a message, whatever was measured or claimed
 BYTES_PER_GB: Final = 1_000_000_000
 
 
@@ -300,9 +301,9 @@ class PrefillCurve:
         return self.seconds_per_token * new_tokens + self.seconds_per_pair * pairs
 
     def marginal_prefill_ns(self, start: int, stop: int) -> int:
-        """Nanoseconds to recompute tokens [start, stop) when all before them are there."""
+        """Nanoseconds to recompute tokens [start, stop) when all before them are there; LONGEST_NS at most."""
         assert 0 <= start <= stop, (start, stop)
-        return round(self.seconds(start, stop - start) * NS_PER_SECOND)
+        return round(min(self.seconds(start, stop - start) * NS_PER_SECOND, LONGEST_NS))
 
     def fitted(self, points: Sequence[PrefillPoint]) -> PrefillCurve:
         """The non-negative least-squares fit to `points`, with this curve as the prior.
@@ -357,10 +358,10 @@ class LinkSpeed:
         return DEFAULT_LINKS[hop]
 
     def move_ns(self, size_bytes: int) -> int:
-        """Predicted nanoseconds of one move; 0 for no bytes."""
+        """Predicted nanoseconds of one move; 0 for no bytes, LONGEST_NS at most."""
         if size_bytes <= 0:
             return 0
-        return round(self.latency_ns + size_bytes * NS_PER_SECOND / self.bytes_per_second)
+        return round(min(self.latency_ns + size_bytes * NS_PER_SECOND / self.bytes_per_second, LONGEST_NS))
 
     def observed(self, size_bytes: int, duration_ns: int) -> LinkSpeed:
         """The link after one measured move: an exponentially weighted mean.

@@ -61,8 +61,8 @@ class Measurements:
 
         Raises InvalidRequest and changes nothing.
         """
-        if any(rate.bytes_per_second <= 0 or rate.latency_ns < 0 for rate in calibration.rates):
-            raise InvalidRequest("a rate is a positive number of bytes per second, a latency not negative")
+        if any(rate.bytes_per_second < 1 or rate.latency_ns < 0 for rate in calibration.rates):
+            raise InvalidRequest("a rate is at least one byte per second, a latency not negative")
         self._planner.calibrate(calibration)
         self._write(PutCalibration(calibration), done)
 

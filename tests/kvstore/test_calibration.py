@@ -89,7 +89,7 @@ def test_a_calibration_survives_a_restart(tmp_path):
     catalog.close()
 
 
-@pytest.mark.parametrize("bad", [rate("ddr->nvme", 0.0), rate("ddr->nvme", -1.0), rate("ddr", 1e9, -1)])
+@pytest.mark.parametrize("bad", [rate("ddr->nvme", 1e-310), rate("ddr->nvme", -1.0), rate("ddr", 1e9, -1)])
 def test_a_rate_that_cannot_be_is_refused_and_changes_nothing(bad):
     service, effects, _ = tiny_service()
     before = dict(service.planner.links)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 from holdfast.kvstore import costs
-from holdfast.kvstore.costs import DEFAULT_LINKS, LinkSpeed, PrefillCurve, PrefillPoint, Restore
+from holdfast.kvstore.costs import DEFAULT_LINKS, LONGEST_NS, LinkSpeed, PrefillCurve, PrefillPoint, Restore
 from holdfast.kvstore.spec import GroupKind, KVSpec, LayerGroup
 from hypothesis import given
 from hypothesis import strategies as st
@@ -292,6 +292,14 @@ def test_deeper_extents_cost_more_and_marginals_add_up():
     assert curve.marginal_prefill_ns(100_000, 101_000) > curve.marginal_prefill_ns(0, 1000)
     parts = sum(curve.marginal_prefill_ns(i, i + 1000) for i in range(0, 100_000, 1000))
     assert parts == pytest.approx(curve.marginal_prefill_ns(0, 100_000), rel=1e-6)
+
+
+def test_what_is_predicted_from_absurd_measurements_fits_into_a_message():
+    """A group may claim a second a token, or a million: the daemon shows what follows, and must be able to."""
+    curve = PrefillCurve().fitted([PrefillPoint(cached_tokens=0, new_tokens=1, seconds=1e6)])
+    assert curve.marginal_prefill_ns(0, 1 << 31) == LONGEST_NS < 1 << 62
+    for link in (LinkSpeed(bytes_per_second=1.0, latency_ns=0.0), LinkSpeed(bytes_per_second=1e9, latency_ns=1e18)):
+        assert link.move_ns(1 << 50) == LONGEST_NS
 
 
 def test_every_hop_has_a_prior_in_the_range_of_real_hardware():
