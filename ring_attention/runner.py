@@ -133,7 +133,7 @@ class ContextParallelRunner:
                 needed, rows = prompt.shard.row_start + final.length(rank), prompt.shard.arena.rows
                 if needed > rows:  # may differ between ranks, so all must hear of it
                     raise LayoutError(f"rank {self.group.rank} needs {needed} arena rows and has {rows}")
-            live = [LiveSequence([], prompt.shard, rank, self._clock) for prompt in prompts]
+            live = [self._live([], prompt.shard) for prompt in prompts]
             new = [prompt.tokens[prompt.shard.layout.token_count :] for prompt in prompts]
             decisions: list[list[Decision]] = [[] for _ in prompts]
             for step in self._prefilling().run(live, new, chunk_tokens, batch_tokens or chunk_tokens):
@@ -212,7 +212,7 @@ class ContextParallelRunner:
         `shard` is the document that was answered over. Raises GroupFailed.
         """
         with self._in_step():
-            live = LiveSequence([shard], answer.tail, self.grid.cp.rank, self._clock)
+            live = self._live([shard], answer.tail)
             self._forward.token([live.place_token()], answer.tokens[-1:])
         return live.grown
 
@@ -259,6 +259,9 @@ class ContextParallelRunner:
     def _prefilling(self) -> Prefilling:
         return Prefilling(self._forward, self.strategy, self.choice)
 
+    def _live(self, before: Sequence[KVShard], into: KVShard) -> LiveSequence:
+        return LiveSequence(before, into, self.grid.cp.rank, self._clock, self.model.config.window)
+
     def _asked(self, ask: Ask, chunk_tokens: int) -> LiveSequence:
         """The document, and an empty tail with rows for this rank's share of question and answer."""
         ranks, count = self.grid.cp.size, len(ask.question)
@@ -266,7 +269,7 @@ class ContextParallelRunner:
         # Decode fills the shortest tail: one that gets a token had at most its even share before.
         rows = max(asked, (count + ask.max_new_tokens - 1) // ranks + 1)
         tail = KVShard(arena=self._arena(rows), layout=self._nothing(), first_token=ask.shard.end_token)
-        return LiveSequence([ask.shard], tail, self.grid.cp.rank, self._clock)
+        return self._live([ask.shard], tail)
 
 
 def _shape(model: Decoder, cp: int) -> AttentionShape:

@@ -5,6 +5,7 @@ Shapes: Hkv kv heads of this rank, T tokens, D key dim, Dv value dim.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,15 @@ from .waits import LayerWaits
 
 
 class LiveSequence:
-    """Tokens in `before`, which stay as they are, and behind them those of `into`, whose arena takes new ones."""
+    """Tokens in `before`, which stay as they are, and behind them those of `into`, whose arena takes new ones.
 
-    def __init__(self, before: Sequence[KVShard], into: KVShard, cp_rank: int, clock: Clock) -> None:
+    `window` is that of the model's layers which have one.
+    """
+
+    def __init__(
+        self, before: Sequence[KVShard], into: KVShard, cp_rank: int, clock: Clock, window: int | None = None
+    ) -> None:
+        self._window = window
         self._shards = [*(shard for shard in before if shard.layout.runs), into]
         self._rank = cp_rank
         self._cp = into.layout.cp
@@ -70,9 +77,18 @@ class LiveSequence:
         first, row = self.end_token, self._row
         self._add([Run(0, 1, keeper)])
         # Round-robin makes a run of every token. Without a window it only counts that a token stands before the query,
-        # so decode gets them as one run.
-        joined = [*self._joined, _front(self._shards[-1].first_token, self._kept[self._rank])]
-        return Placed(self, first, queries, [], self._spans(self._rank), joined, row, self._row - row)
+        # so decode gets them as one run; with one, that it stands before the window.
+        joined = [*self._joined, self._within(None)]
+        own = [*self._read[self._rank], self._within(self._window)]
+        return Placed(self, first, queries, [], own, joined, row, self._row - row)
+
+    def _within(self, window: int | None) -> tuple[Span, ...]:
+        """This rank's tokens of `into`, those that the last token does not see through `window` joined in front."""
+        spans = self._grown[self._rank]
+        out_of_sight = self.end_token if window is None else self.end_token - window
+        seen = spans[bisect_right(spans, out_of_sight, key=lambda span: span.stop) :]
+        unseen = self._kept[self._rank] - sum(span.stop - span.start for span in seen)
+        return (*_front(self._shards[-1].first_token, unseen), *seen)
 
     @property
     def _row(self) -> int:

@@ -10,7 +10,7 @@ from holdfast.ring_attention.sequence import LiveSequence
 from holdfast.ring_attention.shard import KVShard
 from hypothesis import given
 from hypothesis import strategies as st
-from ring_helpers import tokens_of
+from ring_helpers import take, tokens_of
 from runner_helpers import WINDOWED, check_dense, check_equal, model_of, on_grid, prefilled_shard
 
 DOCUMENT = tokens_of(150)
@@ -118,6 +118,25 @@ def test_shards_stay_even_over_several_turns(cp, document_tokens, turns):
     for question_tokens, answer_tokens in turns:
         document = document.then(turn(document, question_tokens, answer_tokens))
         assert spread(lengths(document)) <= 1
+
+
+@given(st.integers(1, 4), st.integers(0, 30), st.integers(1, 60), st.integers(1, 200), st.integers(1, 50))
+def test_a_decoded_token_sees_its_window_however_long_the_tail(cp, document_tokens, question, answer, window):
+    """Tokens in the window stand where they are; all others only count, and cost nothing however many there are."""
+    layout = zigzag(document_tokens, cp)
+    document = KVShard(arena=HBMArena(SPEC, 0), layout=layout)
+    tail = KVShard(arena=HBMArena(SPEC, 0), layout=Layout((), cp), first_token=document_tokens)
+    live = LiveSequence([document], tail, 0, ManualClock(), window)
+    live.place_chunk(question)
+    for _ in range(answer):
+        placed = live.place_token()
+    before = live.end_token - window
+    true = take([*document.spans(0), *live.grown.spans(0)]).tolist()
+    shown = take([span for spans in placed.own for span in spans]).tolist()
+    assert len(placed.own[-1]) <= window + 1
+    assert [at for at in shown if at >= before] == [at for at in true if at >= before]
+    assert len(shown) == len(set(shown)) == len(true)
+    assert shown == sorted(shown)
 
 
 @given(st.integers(1, 8), st.integers(1, 40), st.integers(1, 60))

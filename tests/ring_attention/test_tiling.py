@@ -82,7 +82,10 @@ def test_keys_before_all_queries_are_one_call():
 
 def test_a_kernel_with_windows_gets_no_key_that_only_a_dropped_query_reached_for():
     """Neither behind its last query nor before its first: a window that ends before a key is, to kernels, no window."""
-    for queries, keys in (([Span(0, 4), Span(1000, 1010)], Span(2, 500)), ([Span(0, 4), Span(1000, 1010)], Span(6, 1005))):
+    for queries, keys in (
+        ([Span(0, 4), Span(1000, 1010)], Span(2, 500)),
+        ([Span(0, 4), Span(1000, 1010)], Span(6, 1005)),
+    ):
         check(Positions(queries), Positions([keys]), causal(3), WINDOWS)
 
 
