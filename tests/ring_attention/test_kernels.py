@@ -98,6 +98,14 @@ class TestCpuFlash(KernelContract):
     name = "cpu_flash"
 
 
+    @pytest.mark.parametrize("tokens", [32, 33, 191, 192])
+    @pytest.mark.parametrize("rows", [2048, 2049, 4500])
+    def test_keys_in_pieces(self, tokens, rows):
+        """As many queries as make float32 go through the keys piece by piece, and one more or less."""
+        for dtype in (torch.float32, torch.bfloat16):
+            check(KERNELS[self.name], *inputs(8, 2, 32, 32, tokens, rows, dtype), FULL)
+
+
 class TestReference(KernelContract):
     name = "reference"
 
