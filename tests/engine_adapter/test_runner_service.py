@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 
 import pytest
-from holdfast.engine_adapter import runner_service
+from holdfast.engine_adapter import runner_queue, runner_service
 from holdfast.engine_adapter.fake import FakeEngine
 from holdfast.engine_adapter.runner_client import RunnerClient, runner_for, running
 from holdfast.engine_adapter.runner_queue import JobQueue
@@ -178,6 +178,8 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch):
     monkeypatch.setattr(runner_service, "AWAY_SECONDS", 0.2)
+    monkeypatch.setattr(runner_service, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(runner_queue, "HEARTBEAT_SECONDS", 0.05)
     with ExitStack() as stack:
         yield Stage(stack)
 
