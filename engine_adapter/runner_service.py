@@ -49,6 +49,7 @@ RESTARTS: Final = 3  # more of them help nobody
 RESTART_WINDOW_SECONDS: Final = 600.0
 REGISTER_SECONDS: Final = 20.0  # for ranks to come back to a daemon that was started again
 AWAY_SECONDS: Final = 5.0  # for a daemon that is being started again, before a question is answered without it
+STILL_AWAY_SECONDS: Final = 2.0  # the same for those who ask when it was found to be away before
 RETRY_SECONDS: Final = 0.05
 T = TypeVar("T")
 
@@ -189,10 +190,11 @@ class RunnerService:
         self._parts.say("the group is back")
 
     def _connect(self) -> None:
-        """Find the daemon again; while it is away, only the first to notice waits for it. Raises DaemonUnavailable."""
+        """Find the daemon again, which may just be starting. Raises DaemonUnavailable."""
         if self._client.is_open:
             return
-        deadline_ns = self._parts.clock.monotonic_ns() + (0 if self._away else int(AWAY_SECONDS * 1e9))
+        patience = STILL_AWAY_SECONDS if self._away else AWAY_SECONDS
+        deadline_ns = self._parts.clock.monotonic_ns() + int(patience * 1e9)
         while True:
             try:
                 client = self._parts.connect([self._client.number])

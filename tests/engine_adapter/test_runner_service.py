@@ -178,6 +178,7 @@ class Stage:
 @pytest.fixture
 def stage(monkeypatch):
     monkeypatch.setattr(runner_service, "AWAY_SECONDS", 0.2)
+    monkeypatch.setattr(runner_service, "STILL_AWAY_SECONDS", 0.05)
     monkeypatch.setattr(runner_service, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(runner_queue, "HEARTBEAT_SECONDS", 0.05)
     with ExitStack() as stack:
