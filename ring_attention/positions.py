@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import accumulate
+from threading import Lock
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from ..kvstore.layout import Span
+
+SPANS_KEPT: Final = 1 << 20  # some 200 bytes each: four documents of the finest layout that there may be
+ENTRY_SPANS: Final = 64  # what a tuple takes beside its spans
 
 
 class Positions:
@@ -69,32 +74,39 @@ class Positions:
         return (torch.arange(len(behind)) + behind).to(device)
 
 
-class _Same:
-    """A tuple of spans, equal to none but itself: comparing thousands of spans would cost what keeping them saves."""
+class KeptPositions:
+    """Positions by the identity of their spans: comparing thousands of spans would cost what keeping them saves.
 
-    __slots__ = ("spans",)
+    Those used last, and no more than bounded memory: a tail that decode dealt over ranks has a span for each token.
+    """
 
-    def __init__(self, spans: tuple[Span, ...]) -> None:
-        self.spans = spans
+    def __init__(self, limit: int) -> None:
+        """At most `limit` spans in all, counting ENTRY_SPANS more for each tuple."""
+        self._left = limit
+        self._lock = Lock()
+        # A tuple that is kept keeps its id to itself.
+        self._entries: OrderedDict[int, tuple[tuple[Span, ...], Positions]] = OrderedDict()
 
-    def __hash__(self) -> int:
-        return id(self.spans)
+    def of(self, spans: tuple[Span, ...]) -> Positions:
+        """Made at most once, as long as they are kept."""
+        with self._lock:
+            found = self._entries.get(id(spans))
+            if found is None:
+                found = self._entries[id(spans)] = (spans, Positions(spans))
+                self._left -= len(spans) + ENTRY_SPANS
+            self._entries.move_to_end(id(spans))
+            while self._left < 0 and len(self._entries) > 1:
+                _, (dropped, _) = self._entries.popitem(last=False)
+                self._left += len(dropped) + ENTRY_SPANS
+        return found[1]
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.spans is other.spans
+
+_KEPT: Final = KeptPositions(SPANS_KEPT)
 
 
 def positions_of(spans: Sequence[Span]) -> Positions:
-    """The positions of `spans`, kept for a while: every layer of a model asks for the same tuples again.
-
-    A tail that decode dealt over ranks has a span for each token.
-    """
-    return _positions(_Same(tuple(spans)))
-
-
-@lru_cache(maxsize=256)
-def _positions(same: _Same) -> Positions:
-    return Positions(same.spans)
+    """The positions of `spans`, kept for a while: every layer of a model asks for the same tuples again."""
+    return _KEPT.of(tuple(spans))
 
 
 def _start(span: Span) -> int:

@@ -97,7 +97,6 @@ class KernelContract:
 class TestCpuFlash(KernelContract):
     name = "cpu_flash"
 
-
     @pytest.mark.parametrize("tokens", [32, 33, 191, 192])
     @pytest.mark.parametrize("rows", [2048, 2049, 4500])
     def test_keys_in_pieces(self, tokens, rows):

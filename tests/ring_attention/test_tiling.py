@@ -2,7 +2,7 @@ import torch
 from holdfast.kvstore.layout import Span, striped
 from holdfast.ring_attention.band import Band, causal
 from holdfast.ring_attention.kernels.registry import KERNELS
-from holdfast.ring_attention.positions import Positions
+from holdfast.ring_attention.positions import ENTRY_SPANS, KeptPositions, Positions
 from holdfast.ring_attention.tiling import MASKED_AREA, tiles
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +66,21 @@ def positions(draw):
 @examples(300)
 def test_tiles_cover_each_pair_once(queries, keys, band, native):
     check(queries, keys, band, native)
+
+
+def test_positions_are_kept_for_the_same_tuples_in_bounded_memory():
+    """A tail dealt over ranks has a span for each token: what is kept is counted in spans, not in tuples."""
+    kept = KeptPositions(2 * (ENTRY_SPANS + 100))
+    first, second, third = (tuple(Span(2 * i, 2 * i + 1) for i in range(100)) for _ in range(3))
+    large = tuple(Span(2 * i, 2 * i + 1) for i in range(1000))
+    made = [kept.of(first), kept.of(second)]
+    assert [kept.of(first), kept.of(second)] == made  # the same objects
+    kept.of(first)
+    kept.of(third)
+    assert kept.of(first) is made[0]
+    assert kept.of(second) is not made[1]
+    assert kept.of(large) is kept.of(large)
+    assert kept.of(first) is not made[0]
 
 
 def run(start, stop):
