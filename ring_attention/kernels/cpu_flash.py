@@ -24,7 +24,7 @@ def _call(query: Tensor, key: Tensor, value: Tensor, sees: Band | Tensor, scale:
     if not rereads or sees is not FULL:
         return _operator(query, key, value, sees, scale)
     total = Accumulator(heads, rows, value.shape[2], query.device)
-    for keys, values in zip(key.split(KEYS_AT_ONCE, 1), value.split(KEYS_AT_ONCE, 1), strict=True):
+    for keys, values in zip(torch.split(key, KEYS_AT_ONCE, 1), torch.split(value, KEYS_AT_ONCE, 1), strict=True):
         total.add(Partial(*_operator(query, keys, values, FULL, scale)), 0)
     whole = total.result()
     return whole.out, whole.lse
