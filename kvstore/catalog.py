@@ -290,11 +290,16 @@ class Catalog:
 
     def look(self) -> Contents:
         """Everything as it is: extents that no document needs are among `extents`. Raises StorageFailed."""
-        with self._lock, self._failures("cannot be read"), self._transaction():
-            try:
-                return self._contents()
-            except NOT_OURS as error:
-                raise StorageFailed(f"catalog {self.path} has a row that is not ours: {error}; restore it") from error
+        with self._lock, self._failures("cannot be read"), self._ours(), self._transaction():
+            return self._contents()
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        """What is no row of ours as StorageFailed."""
+        try:
+            yield
+        except NOT_OURS as error:
+            raise StorageFailed(f"catalog {self.path} has a row that is not ours: {error}; restore it") from error
 
     def _contents(self) -> Contents:
         shared: dict[object, Any] = {}  # one object for equal values: a hundred thousand rows repeat a few
@@ -323,7 +328,7 @@ class Catalog:
 
     def measured(self) -> tuple[Calibration | None, tuple[RingRate, ...]]:
         """The newest calibration, and what groups were measured to do. Raises StorageFailed."""
-        with self._lock, self._failures("cannot be read"):
+        with self._lock, self._failures("cannot be read"), self._ours():
             return self._meta(CALIBRATION, Calibration), self._rings()
 
     def _rings(self) -> tuple[RingRate, ...]:

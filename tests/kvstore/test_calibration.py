@@ -138,6 +138,17 @@ def test_what_groups_were_measured_to_do_survives_a_restart(tmp_path):
     assert service.measurements.rings() == [ring(cp=4), ring()]
 
 
+def test_measurements_that_are_not_ours_are_a_clear_error(tmp_path):
+    """Whoever reads them: the daemon at its start, or `holdfast calibrate --show` without one."""
+    catalog = Catalog(tmp_path / "catalog")
+    catalog.commit([PutRings((ring(),))])
+    catalog._database.execute("UPDATE meta SET value = '[{}]' WHERE name = 'rings'")
+    for read in (catalog.load, catalog.measured):
+        with pytest.raises(StorageFailed, match="a row that is not ours"):
+            read()
+    catalog.close()
+
+
 @pytest.mark.parametrize(
     ("field", "bad"),
     [
