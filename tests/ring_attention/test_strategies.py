@@ -1,7 +1,10 @@
+from unittest.mock import patch
+
 import pytest
 import torch
 from holdfast.kvstore.errors import GroupFailed
 from holdfast.kvstore.layout import Span, chunked, contiguous, striped, zigzag
+from holdfast.ring_attention import pass_q
 from holdfast.ring_attention.decode import decode
 from holdfast.ring_attention.local import run_ranks
 from holdfast.ring_attention.share import SequenceShare
@@ -69,6 +72,14 @@ def test_every_strategy_is_exact(case, name):
 def test_every_strategy_is_exact_in_half_precision(case, name):
     """Partials are merged in float32, however they travel."""
     check_exact(case, name)
+
+
+@given(cases(dtypes=(torch.float32, *HALF)), st.sampled_from([1, 16, 128]))
+@examples(50)
+def test_queries_enough_to_fill_calls_stay_while_the_others_come(case, own_rows):
+    """Some ranks, or all, or none have so many; the one call for all of them is in the tests above."""
+    with patch.object(pass_q, "OWN_ROWS", own_rows):
+        check_exact(case, "pass_q")
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
