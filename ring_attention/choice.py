@@ -16,6 +16,7 @@ from typing import Final
 
 from ..kvstore.calibration import RingSpeed
 from ..kvstore.costs import causal_pairs
+from .pass_q import OWN_ROWS
 
 PASS_KV: Final = "pass_kv"  # noqa: S105 - no password
 PASS_Q: Final = "pass_q"  # noqa: S105 - no password
@@ -128,6 +129,11 @@ class AttentionShape:
         return self.heads * (self.value_dim * (2 if self.element_bytes == 2 else 4) + 4)
 
     @property
+    def filling_tokens(self) -> int:
+        """New tokens of a sequence from which on each rank's own queries fill kernel calls."""
+        return self.cp * ceil(OWN_ROWS * self.kv_heads / self.heads)
+
+    @property
     def pair_flops(self) -> int:
         """FLOPs of one query token and one key token: 2 H (D + Dv)."""
         return 2 * self.heads * (self.head_dim + self.value_dim)
@@ -175,8 +181,9 @@ def decide(
     assert all(new >= 0 and before >= 0 for new, before in sequences), sequences
     if shape.cp == 1:
         return Decision(strategy=LOCAL, reason="local: cp=1", pass_kv_seconds=0.0, pass_q_seconds=0.0)
-    shares: Sequence[Sequence[float]] = cached or [[before / shape.cp] * shape.cp for _, before in sequences]
-    layers = [(_Load.of(shape, sequences, shares, window), count) for window, count in Counter(shape.windows).items()]
+    shares: Sequence[Sequence[float]] = cached or _even(shape, sequences)
+    windows = Counter(shape.windows)
+    layers = [(_Load.of(shape, sequences, shares, window), count) for window, count in windows.items()]
     case = f"T={sum(new for new, _ in sequences)}, P={sum(before for _, before in sequences)}, cp={shape.cp}"
     if len(sequences) != 1:
         case = f"{len(sequences)} sequences, {case}"
@@ -189,7 +196,12 @@ def decide(
             strategy=strategy, reason=f"{reason} (not calibrated; {case})", pass_kv_seconds=None, pass_q_seconds=None
         )
     kv_seconds = _mean([(load.pass_kv_seconds(speed), count) for load, count in layers])
-    q_seconds = _mean([(load.pass_q_seconds(speed), count) for load, count in layers])
+    q_seconds = _mean(
+        [
+            (load.pass_q_seconds(speed, _beside_exchange(shape, speed, sequences, window)), count)
+            for (load, count), window in zip(layers, windows, strict=True)
+        ]
+    )
     strategy, (less, more) = _smaller(kv_seconds, q_seconds)
     reason = f"{strategy}: exposes {less * 1e3:.3g} ms a layer, {_other(strategy)} {more * 1e3:.3g} ms ({case})"
     return Decision(strategy=strategy, reason=reason, pass_kv_seconds=kv_seconds, pass_q_seconds=q_seconds)
@@ -208,6 +220,21 @@ def pass_kv_from(shape: AttentionShape, speed: RingSpeed, cached_tokens: int) ->
         middle = (low + high) // 2
         low, high = (low, middle) if takes(middle) else (middle + 1, high)
     return low
+
+
+def _beside_exchange(shape: AttentionShape, speed: RingSpeed, sequences: Sequences, window: int | None) -> float:
+    """Seconds that a rank's own queries are computed beside the exchange of pass-Q, if cached tokens lie evenly.
+
+    What they take beyond queries that just fill kernel calls, and no more than they would beside a hop of pass-KV: so
+    more new tokens take no more off pass-Q than off pass-KV.
+    """
+    filling = [(min(new, shape.filling_tokens), before) for new, before in sequences]
+    more, less = (_Load.of(shape, some, _even(shape, some), window).beside_hop(speed) for some in (sequences, filling))
+    return more - less
+
+
+def _even(shape: AttentionShape, sequences: Sequences) -> list[list[float]]:
+    return [[before / shape.cp] * shape.cp for _, before in sequences]
 
 
 def _mean(layers: Sequence[tuple[float, int]]) -> float:
@@ -271,16 +298,20 @@ class _Load:
         hops = (self.cp - 1) * speed.exposed_seconds(self.kv_bytes, computing / self.cp)
         return self.kv_bytes / speed.copy_bytes_per_second + hops + self._beyond(computing, speed)
 
-    def pass_q_seconds(self, speed: RingSpeed) -> float:
+    def pass_q_seconds(self, speed: RingSpeed, beside_seconds: float) -> float:
         """Packing and exchanging queries, then partial results, and waiting for the rank with most keys.
 
-        Every rank reads its own KV only, once for all queries.
+        Every rank reads its own KV only, once for all queries. The first exchange has computing of `beside_seconds`
+        beside it.
         """
-        exchanges = [
-            size / speed.copy_bytes_per_second + speed.exchange_seconds(size)
-            for size in (self.query_bytes, self.partial_bytes)
-        ]
-        return sum(exchanges) + self._beyond(max(self._calls(speed, 1)), speed)
+        packing = (self.query_bytes + self.partial_bytes) / speed.copy_bytes_per_second
+        queries, partials = (speed.exchange_seconds(size) for size in (self.query_bytes, self.partial_bytes))
+        exposed = packing + queries - speed.overlap * min(queries, beside_seconds) + partials
+        return exposed + self._beyond(max(self._calls(speed, 1)), speed)
+
+    def beside_hop(self, speed: RingSpeed) -> float:
+        """Seconds that computing and a hop of pass-KV go on beside each other."""
+        return min(speed.shift_seconds(self.kv_bytes), sum(self._calls(speed, self.cp)) / self.cp)
 
     def _calls(self, speed: RingSpeed, share: int) -> list[float]:
         """Seconds that one of `share` parts of the queries takes over each rank's keys: computing or reading bounds it.

@@ -19,8 +19,8 @@ from .packed import PackedQueries
 from .positions import Positions
 from .share import SequenceShare, value_dim_of, within_reach
 
-# From so many rows a kv head on, the mean of the sequences, a rank's own queries fill kernel calls by themselves:
-# on a CPU 1,024 rows are as quick, each, as all ranks' together.
+# From so many rows a kv head on, the mean of the sequences, a rank's own queries fill kernel calls by themselves: on a
+# CPU 1,024 rows are as quick, each, as all ranks' together. They are attended while the others' come.
 OWN_ROWS: Final = 1024
 
 

@@ -101,6 +101,18 @@ def test_with_full_overlap_the_threshold_comes_down():
     assert 1 < hidden_from < exposed_from
 
 
+def test_own_queries_hide_the_exchange_once_they_fill_kernel_calls():
+    """512 new tokens of this shape are 1,024 rows a kv head and rank."""
+    hidden = replace(GLOO, overlap=1.0)
+    for new_tokens, hides in ((64, False), (512, False), (1024, True)):
+        exposed, less = (decide(SHAPE, speed, [(new_tokens, 32_768)]).pass_q_seconds for speed in (GLOO, hidden))
+        assert (less < exposed) == hides
+    exchange = GLOO.exchange_seconds(512 * SHAPE.query_token_bytes)
+    assert exposed - less <= exchange
+    half = decide(SHAPE, replace(GLOO, overlap=0.5), [(1024, 32_768)]).pass_q_seconds
+    assert half == pytest.approx((exposed + less) / 2)
+
+
 def test_a_full_prefill_goes_by_pass_kv():
     assert decide(SHAPE, GLOO, [(8192, 0)]).strategy == PASS_KV
 
