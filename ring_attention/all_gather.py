@@ -28,7 +28,7 @@ def all_gather(
     batch = within_reach(batch, window, communicator.size)
     messages = KVMessages(batch)
     own = messages.pack()
-    gathered = [own if peer == rank else messages.empty(peer) for peer in ranks]
+    gathered = [own if peer == rank else messages.empty(messages.elements(peer)) for peer in ranks]
     communicator.all_to_all([own] * communicator.size, gathered).wait()
     queries = PackedQueries(kernel, query, [share.positions(rank) for share in batch], value_dim_of(batch), window)
     for peer, message in enumerate(gathered):

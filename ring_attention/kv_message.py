@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..kvstore.layout import Span
@@ -34,16 +36,20 @@ class KVMessages:
         planes = [plane for segment in segments for plane in self._planes(segment) if plane.numel()]
         if planes and _adjoin(planes):
             return planes[0].as_strided((sum(plane.numel() for plane in planes),), (1,))
-        message = segments[0].key.new_empty(sum(plane.numel() for plane in planes))
+        message = self.empty(sum(plane.numel() for plane in planes))
         offset = 0
         for plane in planes:  # not torch.cat, which would copy planes of an arena twice
             message[offset : offset + plane.numel()].view(plane.shape).copy_(plane)
             offset += plane.numel()
         return message
 
-    def empty(self, rank: int) -> Tensor:
-        """Room for the message of a rank."""
-        return self._batch[0].segments[0].key.new_empty(self.elements(rank))
+    def empty(self, elements: int) -> Tensor:
+        """Room for a message of that length."""
+        like = self._batch[0].segments[0].key
+        if like.device.type != "cpu":
+            return like.new_empty(elements)
+        # Numpy asks for huge pages: else making the pages of a large message costs more than copying it.
+        return torch.from_numpy(np.empty(elements * like.element_size(), np.uint8)).view(like.dtype)
 
     def elements(self, rank: int) -> int:
         """Length of the message of a rank."""

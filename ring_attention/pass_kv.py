@@ -54,7 +54,7 @@ class _Ring:
             own = self._messages.pack()
             room = max(self._messages.elements(rank) for rank in range(communicator.size))
             # Two receive buffers: one is computed on and sent while the other fills.
-            self._buffers = [own, *(own.new_empty(room) for _ in range(min(2, communicator.size - 1)))]
+            self._buffers = [own, *(self._messages.empty(room) for _ in range(min(2, communicator.size - 1)))]
 
     def _source(self, hop: int) -> int:
         return (self._communicator.rank - hop) % self._communicator.size
