@@ -46,7 +46,7 @@ class KVMessages:
     def empty(self, elements: int) -> Tensor:
         """Room for a message of that length."""
         like = self._batch[0].segments[0].key
-        if like.device.type != "cpu":
+        if like.device.type != "cpu" or not elements:
             return like.new_empty(elements)
         # Numpy asks for huge pages: else making the pages of a large message costs more than copying it.
         return torch.from_numpy(np.empty(elements * like.element_size(), np.uint8)).view(like.dtype)

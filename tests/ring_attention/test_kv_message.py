@@ -64,3 +64,9 @@ def test_latents_travel_once():
     """Their values are columns of the keys."""
     latents = torch.randn(1, 40, 12)
     assert check_round_trip(one(KVSegment.of_latents(latents, 8, SPANS))).numel() == 40 * 12
+
+
+def test_nothing_is_a_message_too():
+    """A rank may hold none of a batch's KV."""
+    nothing = torch.empty(2, 0, 8)
+    assert check_round_trip([SequenceShare([()], [KVSegment(nothing, nothing, ())], [[()]])]).numel() == 0
