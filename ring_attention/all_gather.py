@@ -33,4 +33,4 @@ def all_gather(
     queries = PackedQueries(kernel, query, [share.positions(rank) for share in batch], value_dim_of(batch), window)
     for peer, message in enumerate(gathered):
         queries.attend(messages.unpack(message, peer))
-    return queries.total.result().out
+    return queries.result().out

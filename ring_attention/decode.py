@@ -33,7 +33,7 @@ def decode(
     rank = communicator.rank
     queries = PackedQueries(kernel, query, [share.positions(rank) for share in batch], value_dim_of(batch), window)
     queries.attend([share.segments for share in batch])
-    local = queries.total.result()
+    local = queries.result()
     if communicator.size == 1:
         return local.out
     packed = torch.cat([local.out, local.lse.unsqueeze(-1)], dim=-1)

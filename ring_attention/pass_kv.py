@@ -39,7 +39,7 @@ def pass_kv(
         queries.attend(ring.current(hop))
         if work is not None:
             work.wait()
-    return queries.total.result().out
+    return queries.result().out
 
 
 class _Ring:

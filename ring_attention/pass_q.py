@@ -46,7 +46,7 @@ def pass_q(
     def attended(packed: Tensor, positions: Sequence[Positions]) -> Partial:
         queries = PackedQueries(kernel, packed, positions, value_dim_of(batch), window)
         queries.attend(segments)
-        return queries.total.result()
+        return queries.result()
 
     asking = [share.positions(rank) for share in batch]
     apart = _fill_calls(heads // segments[0][0].key.shape[0], asking)
