@@ -7,10 +7,11 @@ moment it is asked for, so that nothing leaves while it waits for room; several 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .arrivals import Arrivals
 from .demand import Demand
-from .errors import HoldfastError, InUse
+from .errors import HoldfastError, InUse, NoCapacity
 from .ledger import Hop, HopTime
 from .loading import Loading, Phase, incomplete
 from .opening import open_shard
@@ -80,7 +81,7 @@ class Loader:
             source = self._source(loading, record)
             if self._filled_by_others(record):
                 return None
-            if source.tier is Tier.NVME and record.ddr is None:
+            if source.tier is Tier.NVME and (record.ddr is None or loading.gives_way):
                 lacking.append(record)
         kinds = slots_of(record.extent for record in lacking[self.window.outside(loading, lacking) :])
         if loading.group is None or shard is not None:
@@ -110,8 +111,27 @@ class Loader:
         return source
 
     def _refused(self, loading: Loading, error: HoldfastError) -> None:
-        loading.reservation = None
-        self.fail(loading, error)
+        refused, loading.reservation = loading.reservation, None
+        if isinstance(error, NoCapacity) and refused is not None and self._give_way(loading):
+            loading.reservation = replace(refused)
+            self.room.request(loading.reservation)
+        else:
+            self.fail(loading, error)
+
+    def _give_way(self, loading: Loading) -> bool:
+        """Let what it holds in DDR leave before its first move, where NVMe has it too; False where that is nothing.
+
+        Else a document that is larger than DDR would keep itself out: its own front may be all that is there.
+        """
+        if loading.phase is not Phase.WAITING or loading.group is None or loading.gives_way:
+            return False
+        for record in loading.records:
+            source, below = loading.sources.get(record.extent.id), record.nvme
+            if source is not None and source is record.ddr and below is not None and below.readable:
+                loading.sources[record.extent.id] = self.store.hold(below)
+                self.store.unhold(source)
+                loading.gives_way = True
+        return loading.gives_way
 
     # Granted -----------------------------------------------------------------------------------
 

@@ -66,6 +66,7 @@ class Loading:
     queued: list[ExtentRecord] = field(default_factory=list)
     inside: set[ExtentId] = field(default_factory=set)
     passed: deque[ExtentRecord] = field(default_factory=deque)
+    gives_way: bool = False  # its copies in DDR may leave before its first move, so it needs room for them too
     patience_ns: int = 0  # how long it may wait for room, each time that it has to
     in_flight: int = 0
     released: bool = False

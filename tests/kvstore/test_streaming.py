@@ -88,6 +88,36 @@ def test_a_document_larger_than_ddr_streams_into_a_group():
     scene.idle()
 
 
+@pytest.mark.parametrize(("ddr", "extents"), [(4, 10), (5, 10), (4, 5)])
+def test_a_document_does_not_keep_itself_out_of_ddr(ddr, extents):
+    """Its own front may be all that DDR holds, and was held for the next stream: then that makes place."""
+    scene = Narrow(ddr=ddr)
+    document = scene.on_nvme(a=tokens(1, extents))
+    for group in ("g", "h"):
+        (attach,) = scene.attach(document, group)
+        scene.settle()
+        assert attach.loading.phase == "ready"
+        scene.detach(attach)
+    scene.idle()
+
+
+def test_a_document_that_cannot_make_place_is_refused_once():
+    """Others have all of DDR: an error, holding nothing."""
+    scene = Narrow(ddr=4)
+    document = scene.on_nvme(a=tokens(1, 10))
+    (attach,) = scene.attach(document, "g")
+    scene.settle()
+    scene.detach(attach)
+    scene.service.evict(document, Tier.DDR, 0, FAR_NS, lambda _: None)
+    scene.settle()
+    (leased,) = scene.attach(scene.store("r", tokens(2, 4)))
+    scene.settle()
+    (refused,) = scene.attach(document, "h")
+    assert isinstance(refused, NoCapacity)
+    scene.detach(leased)
+    scene.idle()
+
+
 def test_what_others_have_in_ddr_stays_beside_a_stream():
     """It takes one window from them, not all of DDR."""
     scene = Narrow(ddr=6)
