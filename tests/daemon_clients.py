@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.commands import Command, SaveCommand
+from holdfast.kvstore.errors import NoCapacity
 
 from daemon_process import FORKS, PATIENCE_SECONDS, fetch, tokens_of, write
 from fakes import tiny_spec
@@ -58,8 +59,11 @@ def client_process(job: Callable, path: Path, *arguments: object) -> Iterator[Cl
 
 
 def awaits(_: Connection, path: Path, name: str) -> None:
-    """Asks for a document that does not come."""
-    Client(path).attach(name, wait_seconds=60.0)
+    """Asks for a document that does not come; whoever looks whether it waits may be in its place for a moment."""
+    client = Client(path)
+    while True:
+        with suppress(NoCapacity):
+            client.attach(name, wait_seconds=60.0)
 
 
 def reads(pipe: Connection, path: Path, tenant: str, name: str) -> None:
