@@ -86,7 +86,9 @@ class Ingests:
         self.store.records.private[ingest.id] = []
         wanted = {extent.id for extent in ingest.extents} - {extent.id for extent in ingest.missing}
         for extent in wanted:
-            source = self.store.records.extents[extent].source()
+            record = self.store.records.extents[extent]
+            # Not DDR's where NVMe has it: the front would keep out what is behind it.
+            source = record.nvme if record.nvme is not None and record.nvme.readable else record.source()
             assert source is not None
             ingest.held.append(self.store.hold(source))
 

@@ -231,6 +231,21 @@ def test_a_stream_that_ends_early_leaves_nothing_held(end, after):
 # Ingest from a group ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("group", ["h", None])
+def test_a_document_whose_front_fills_ddr_is_ingested_behind_it(group):
+    """What is cached of it is held while it waits for room, but not in DDR."""
+    scene = Narrow(ddr=4)
+    document = scene.on_nvme(a=tokens(1, 10))
+    (attach,) = scene.attach(document, "g")
+    scene.settle()
+    scene.detach(attach)
+    ids = [*tokens(1, 10), *tokens(2, 2)]
+    scene.store("longer", ids, group=group)
+    scene.service.disconnect(CLIENT)
+    scene.settle()
+    scene.idle()
+
+
 def private_bytes(scene):
     """Bytes that open ingests hold, by device."""
     used = {"ddr": 0, "nvme": 0}
