@@ -323,7 +323,7 @@ class RankGroup:
                     for report in self._reports(key.data):
                         if not isinstance(report, PASSING):
                             waiting.discard(key.data)
-                            lag = self._options.collective_seconds + LAG_SECONDS
+                            lag = lag_seconds(report, self._options.collective_seconds)
                             deadline = min(deadline, time.monotonic() + lag)
                         yield key.data, report
 
@@ -354,3 +354,13 @@ class RankGroup:
         self._broken = reason
         for member in self._members:
             member.kill()
+
+
+def lag_seconds(report: AnyReport, collective_seconds: float) -> float:
+    """How long after a rank's last report the others may take to theirs.
+
+    One that gave up the group has waited for the others already, or has heard that another gave up: so have they.
+    """
+    if isinstance(report, Failed) and report.code == GroupFailed.code:
+        return LAG_SECONDS
+    return collective_seconds + LAG_SECONDS

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .engine_adapter.runner_wire import Answered, Ingested, Prefilling
 
 STDIN: Final = "-"
+NEW_TOKENS_MAX: Final = 1 << 20  # runner_wire's, which takes longer to load
 TIERS: Final = {"ddr": "DDR", "nvme": "NVMe"}
 LINE_SECONDS: Final = 2.0  # between two lines of progress where no terminal shows a bar
 DocumentName = Annotated[str, typer.Argument(metavar="[TENANT/]DOCUMENT", help='The tenant is "default" unless named.')]
@@ -39,7 +40,9 @@ def ask(
     ctx: typer.Context,
     document: DocumentName,
     question: Annotated[str, typer.Argument(help="What to ask; it is put behind the document as it is.")],
-    new_tokens: Annotated[int, typer.Option(min=1, help="How long the answer is, in tokens.")] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=NEW_TOKENS_MAX, help="How long the answer is, in tokens.")
+    ] = 128,
     extend: Annotated[bool, typer.Option("--extend", help="Keep question and answer as part of the document.")] = False,
     group: Group = None,
     text: Annotated[

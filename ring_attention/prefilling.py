@@ -60,6 +60,7 @@ class Prefilling:
 
     def _decide(self, chunks: Sequence[Chunk], live: Sequence[LiveSequence]) -> Decision:
         if self._strategy != AUTO:
-            return Decision(strategy=self._strategy, reason="asked for", pass_kv_seconds=None, pass_q_seconds=None)
+            reason = f"{self._strategy}: asked for"
+            return Decision(strategy=self._strategy, reason=reason, pass_kv_seconds=None, pass_q_seconds=None)
         counts = [(chunk.token_count, sequence.end_token) for chunk, sequence in zip(chunks, live, strict=True)]
         return self._choice.decide(counts, [sequence.rank_tokens for sequence in live])

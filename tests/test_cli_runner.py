@@ -10,14 +10,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from holdfast.engine_adapter.runner_wire import Prefilling
+from holdfast.engine_adapter.runner_wire import NEW_TOKENS_MAX, Prefilling
 from holdfast.kvstore.document import WritePolicy
 from holdfast.ring_attention.config import ModelConfig
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
 from typer.testing import CliRunner
 
 from daemon_process import DaemonProcess, until
-from holdfast import cli, runner_program
+from holdfast import cli, cli_ask, runner_program
 from holdfast.cli_ask import PolicyName, progress
 from holdfast.cli_session import Session
 
@@ -213,6 +213,11 @@ def test_a_terminal_gets_a_bar_with_speed_and_time_left(monkeypatch):
             show(Prefilling(done_tokens=done, cached_tokens=1000, total_tokens=4000))
     assert "4000/4000" in screen.getvalue()
     assert "tokens/s" in screen.getvalue()
+
+
+def test_an_answer_may_be_as_long_as_a_runner_takes():
+    """Else the runner's refusal of the message is all that one hears."""
+    assert cli_ask.NEW_TOKENS_MAX == NEW_TOKENS_MAX
 
 
 def test_the_write_policies_that_can_be_typed_are_those_there_are():

@@ -10,10 +10,11 @@ import pytest
 from driver_process import CONFIG, group
 from engine_contract import Degree
 from holdfast.engine_adapter import group as group_module
+from holdfast.engine_adapter.control import Failed
 from holdfast.engine_adapter.engine import Question
 from holdfast.engine_adapter.session import Session
 from holdfast.kvstore.client import Client
-from holdfast.kvstore.errors import GroupFailed, HoldfastError
+from holdfast.kvstore.errors import GroupFailed, HoldfastError, InvalidRequest
 from holdfast.ring_attention.checkpoint import load_model
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
 
@@ -154,5 +155,8 @@ def test_a_rank_that_stalls_ends_the_call_everywhere(groups, monkeypatch):
                 engine.answer_many([Question(attached.shard, [1, 2], NEW)])
         with pytest.raises(GroupFailed):
             engine.recompute([1], [2], 1, CHUNK)
+    gave_up, refused = Failed(GroupFailed.code, "waited for rank 1"), Failed(InvalidRequest.code, "no")
+    assert group_module.lag_seconds(gave_up, 120.0) == 0.5, "the others have waited as long"
+    assert group_module.lag_seconds(refused, 120.0) == 120.5, "the others have only begun to wait"
     until(lambda: not any(found["name"] == "stalls" for found in groups.daemon.groups()), "the group is gone")
     groups.client.delete("stalled")

@@ -197,6 +197,8 @@ def test_auto_decides_step_by_step_and_says_why():
     assert "exposes" in decided["measured"][0].reason
     alone = on_grid(1, 1, lambda runner: runner.answer(runner.no_document(), QUESTION, 1).decisions)[0]
     assert [decision.strategy for decision in alone] == ["local"]
+    told = on_grid(2, 1, lambda runner: runner.answer(runner.no_document(), QUESTION, 1).decisions, strategy="pass_kv")
+    assert told[0][-1].reason == "pass_kv: asked for", "a receipt shows the reason only"
 
 
 def test_a_group_that_does_not_fit_the_model_is_refused():
