@@ -99,15 +99,14 @@ class Answering:
 
         Returns when the first tokens were there. Raises GroupFailed.
         """
-        live = self._take(batch, hidden)
-        first_ns = self._clock.monotonic_ns()
+        first_ns, live = self._take(batch, hidden)
         while live:
             placed = [growing.sequence.place_token() for growing in live]
-            live = self._take(live, self._forward.token(placed, [growing.tokens[-1] for growing in live]))
+            _, live = self._take(live, self._forward.token(placed, [growing.tokens[-1] for growing in live]))
         return first_ns
 
-    def _take(self, live: Sequence[Growing], hidden: Tensor) -> list[Growing]:
-        """Every answer's next token; gives those that go on."""
+    def _take(self, live: Sequence[Growing], hidden: Tensor) -> tuple[int, list[Growing]]:
+        """Every answer's next token; gives when they were there, and the answers that go on."""
         logits = self._forward.model.logits(hidden)
         tokens, ends = self._agreed(live, logits)
         for growing, token, row in zip(live, tokens, logits, strict=True):
@@ -115,7 +114,7 @@ class Answering:
         now_ns = self._clock.monotonic_ns()
         for growing in live:
             growing.ended_ns = now_ns
-        return [growing for growing, end in zip(live, ends, strict=True) if not end]
+        return now_ns, [growing for growing, end in zip(live, ends, strict=True) if not end]
 
     def _agreed(self, live: Sequence[Growing], logits: Tensor) -> list[list[int]]:
         """Greedy tokens and whether they are the last, as rank 0 has it: unlike hardware may round a tie apart."""

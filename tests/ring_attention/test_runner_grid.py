@@ -197,6 +197,8 @@ def test_auto_decides_step_by_step_and_says_why():
     assert "exposes" in decided["measured"][0].reason
     alone = on_grid(1, 1, lambda runner: runner.answer(runner.no_document(), QUESTION, 1).decisions)[0]
     assert [decision.strategy for decision in alone] == ["local"]
+    once = on_grid(1, 1, lambda runner: runner.answer(runner.no_document(), QUESTION, 1).decode_ns)
+    assert once == [0], "no token follows the first: any other number, a negative one above all, is wrong"
     told = on_grid(2, 1, lambda runner: runner.answer(runner.no_document(), QUESTION, 1).decisions, strategy="pass_kv")
     assert told[0][-1].reason == "pass_kv: asked for", "a receipt shows the reason only"
 
