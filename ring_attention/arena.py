@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kvstore.errors import InvalidSpec, NoCapacity
+from ..kvstore.errors import InvalidRequest, InvalidSpec
 from ..kvstore.geometry import Geometry, arena_geometry, extent_geometry
 from ..kvstore.layout import Copy, Span, heads_of
 from ..kvstore.spec import GroupKind, KVSpec
@@ -42,7 +42,7 @@ class HBMArena:
         """Allocate. `value_dim`, the width of the latent in a row, is for MLA only: the store need not know it.
 
         Raises InvalidSpec for KV other than exactly one GQA or MLA group of a plain dtype, and LayoutError for a `tp`
-        over which the heads cannot be dealt, NoCapacity where the device has no memory for the rows.
+        over which the heads cannot be dealt, InvalidRequest where the device has no memory for the rows.
         """
         if len(spec.groups) != 1 or spec.groups[0].kind is GroupKind.SLIDING:
             kinds = ", ".join(group.kind for group in spec.groups)
@@ -126,7 +126,7 @@ class HBMArena:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros. On a CPU numpy makes them, because it asks for huge pages: copies into those are a fifth faster.
 
-    Raises NoCapacity.
+    Raises InvalidRequest.
     """
     size_bytes = prod(shape) * dtype.itemsize
     try:
@@ -134,4 +134,4 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
             return torch.zeros(shape, dtype=dtype, device=device)
         return torch.from_numpy(np.zeros(size_bytes, np.uint8)).view(dtype).view(shape)
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise NoCapacity(f"{device} has no {size_bytes} B for rows of KV; ask for fewer rows per rank") from error
+        raise InvalidRequest(f"{device} has no {size_bytes} B for rows of KV; ask for fewer rows per rank") from error

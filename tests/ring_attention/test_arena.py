@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from holdfast.kvstore.errors import InvalidSpec, LayoutError, NoCapacity
+from holdfast.kvstore.errors import InvalidRequest, InvalidSpec, LayoutError
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.layout import Span, copies, heads_of, scheme, shard_holding
 from holdfast.kvstore.spec import GroupKind
@@ -212,5 +212,5 @@ def test_kv_that_an_arena_does_not_hold_is_refused():
 
 def test_rows_that_no_memory_takes_are_refused_with_a_clear_error():
     """Not by the death of the rank."""
-    with pytest.raises(NoCapacity, match="rows"):
+    with pytest.raises(InvalidRequest, match="for rows"):
         HBMArena(tiny_model().spec, 1 << 50)
