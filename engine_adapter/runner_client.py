@@ -72,7 +72,7 @@ class RunnerClient:
         return self._events(request, SILENCE_SECONDS)
 
     def ask(self, request: AskRequest) -> Iterator[AnyEvent]:
-        """Waiting and Piece, then Answered. Raises what the runner refuses with, or RunnerUnavailable."""
+        """Waiting, Recomputing and Piece, then Answered. Raises what the runner refuses with, or RunnerUnavailable."""
         return self._events(request, SILENCE_SECONDS)
 
     def _events(self, request: AnyRequest, silence_seconds: float) -> Iterator[AnyEvent]:

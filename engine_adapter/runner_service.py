@@ -38,6 +38,7 @@ from .runner_wire import (
     Ingested,
     IngestRequest,
     Prefilling,
+    Recomputing,
     RunnerFacts,
     RunnerStatus,
 )
@@ -113,7 +114,7 @@ class RunnerService:
         return self._queue.events(request)
 
     def ask(self, request: AskRequest) -> Generator[AnyEvent]:
-        """Answer a question: Waiting and Piece, then Answered. Raises what the queue and the session raise."""
+        """Answer a question: Waiting, Recomputing and Piece, then Answered. Raises as the queue and the session do."""
         return self._queue.events(request)
 
     # The worker --------------------------------------------------------------------------------
@@ -365,6 +366,7 @@ class RunnerService:
         tokens = self._document(request, created_wall_ns)
         if tokens is None:
             raise error
+        answering.job.tell(Recomputing(code=error.code, reason=error.message, total_tokens=len(tokens)))
         answer = self._engine.recompute(tokens, answering.question, request.new_tokens, CHUNK_TOKENS)
         self._counts["recomputed"] += 1
         return Reply(ended(answer, self._parts.eos), None, error.code)

@@ -83,6 +83,14 @@ class Ingested(RunnerEvent, frozen=True, kw_only=True):
     elapsed_ns: int
 
 
+class Recomputing(RunnerEvent, frozen=True, kw_only=True):
+    """The cache cannot serve, for the reason given; the answer comes after all of the document was computed again."""
+
+    code: str
+    reason: str
+    total_tokens: int
+
+
 class Piece(RunnerEvent, frozen=True, kw_only=True):
     """More text of the answer."""
 
@@ -156,7 +164,7 @@ class RunnerStatus(RunnerEvent, frozen=True, kw_only=True):
 
 
 AnyRequest = StatusRequest | IngestRequest | AskRequest
-AnyEvent = Waiting | Prefilling | Ingested | Piece | Answered | Refused | RunnerStatus
+AnyEvent = Waiting | Prefilling | Ingested | Recomputing | Piece | Answered | Refused | RunnerStatus
 FINAL: Final = (RunnerStatus, Ingested, Answered, Refused)
 
 _encoder = msgspec.msgpack.Encoder()

@@ -50,7 +50,7 @@ def ask(
     ] = None,
 ) -> None:
     """Ask a stored document a question; the answer comes as it is made."""
-    from .engine_adapter.runner_wire import Answered, AskRequest, Piece, Waiting
+    from .engine_adapter.runner_wire import Answered, AskRequest, Piece, Recomputing, Waiting
 
     session = session_of(ctx)
     tenant, name = split(document)
@@ -63,6 +63,8 @@ def ask(
                 case Waiting() if event.ahead != ahead:
                     ahead = event.ahead
                     note(f"{ahead} before this")
+                case Recomputing():
+                    note(f"computing {event.total_tokens} tokens again: {event.reason}")
                 case Piece() if not session.as_json:
                     written += event.text
                     write(event.text)

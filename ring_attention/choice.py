@@ -229,6 +229,8 @@ def _beside_exchange(shape: AttentionShape, speed: RingSpeed, sequences: Sequenc
     more new tokens take no more off pass-Q than off pass-KV.
     """
     filling = [(min(new, shape.filling_tokens), before) for new, before in sequences]
+    if not speed.overlap or filling == list(sequences):  # deciding takes half as long
+        return 0.0
     more, less = (_Load.of(shape, some, _even(shape, some), window).beside_hop(speed) for some in (sequences, filling))
     return more - less
 

@@ -19,6 +19,7 @@ from holdfast.engine_adapter.runner_wire import (
     Ingested,
     IngestRequest,
     Prefilling,
+    Recomputing,
     RunnerFacts,
     Waiting,
     event_of,
@@ -462,8 +463,12 @@ def test_a_daemon_that_was_killed_is_found_again(stage):
     stage.ingest(write_policy=WritePolicy.THROUGH)
     until(lambda: stage.daemon.client().document("report").durable, "it is durable")
     stage.daemon.kill()
-    away = stage.ask()  # remembered, so computed
-    assert away.tokens == wanted(stage)
+    *before, away = stage.client().ask(AskRequest(document="report", question="who?", new_tokens=NEW))
+    assert isinstance(away, Answered)
+    assert away.tokens == wanted(stage)  # remembered, so computed, and told before it takes its time
+    (told,) = [event for event in before if isinstance(event, Recomputing)]
+    assert (told.code, told.total_tokens) == ("daemon-unavailable", len(TEXT))
+    assert told.reason
     assert (away.swap, away.reason) == (None, "daemon-unavailable")
     assert stage.client().status().problem == "the daemon is away"
     with pytest.raises(DaemonUnavailable):
