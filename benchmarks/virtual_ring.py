@@ -146,7 +146,8 @@ class VirtualRank(Collectives):
         return source, target, self._numbers[source, target]
 
     def split(self, parts: Sequence[Sequence[int]]) -> VirtualRank:
-        raise NotImplementedError("virtual ranks form one group")
+        assert [list(part) for part in parts] == [list(range(self.size))], "virtual ranks form one group"
+        return self
 
     def abort(self, reason: str) -> None:
         self._stage.failed = True

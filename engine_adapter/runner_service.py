@@ -362,7 +362,7 @@ class RunnerService:
         except DocumentNotFound:  # perhaps it was deleted: then it is not to be had from here either
             self._parts.texts.forget(request.document)
         except HoldfastError:
-            pass  # the daemon is away
+            pass  # the daemon is away, or unable to say: what is remembered serves
         tokens = self._document(request, created_wall_ns)
         if tokens is None:
             raise error

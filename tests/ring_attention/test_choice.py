@@ -23,6 +23,8 @@ from holdfast.ring_attention.choice import (
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fakes import RING_SPEED
+
 # arXiv 2411.01783, table 4: (T, pass-KV ms, pass-Q ms), CP4, P + T = 128000, Llama3 405B.
 TABLE_4 = (
     (1280, 1023.39, 898.71),
@@ -76,16 +78,7 @@ def test_a_fit_finds_the_coefficients_of_points_that_lie_on_the_form():
 
 # The room's machine: 8 query heads, 2 kv heads, d=64, float32, 2 ranks of one core on gloo.
 SHAPE = AttentionShape(heads=8, kv_heads=2, head_dim=64, value_dim=64, element_bytes=4, cp=2)
-GLOO = RingSpeed(
-    flops_per_second=80e9,
-    key_bytes_per_second=8e9,
-    bytes_per_second=1.3e9,
-    latency_ns=90_000,
-    exchange_bytes_per_second=1.3e9,
-    exchange_latency_ns=150_000,
-    copy_bytes_per_second=10e9,
-    overlap=0.0,
-)
+GLOO = replace(RING_SPEED, overlap=0.0)
 
 
 @pytest.mark.parametrize(("new_tokens", "best"), [(64, PASS_Q), (320, PASS_Q), (1024, PASS_Q), (16_384, PASS_KV)])
