@@ -26,6 +26,7 @@ from .kvstore.errors import (
     RunnerBusy,
     Unavailable,
 )
+from .kvstore.holders import Holder
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -184,11 +185,23 @@ def exit_code(error: HoldfastError) -> int:
     return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), FAILED)
 
 
+def said(holder: Holder) -> str:
+    """A holder, for a person."""
+    from .cli_tables import duration, size
+
+    whose = f"{holder.tenant}/{holder.document}" if holder.document else f"tenant {holder.tenant}"
+    left = holder.remaining_seconds
+    until = "" if left is None else f", overdue by {duration(-left)}" if left < 0 else f", {duration(left)} left"
+    by = f" by {holder.owner}" if holder.owner else ""
+    return f"{holder.kind} of {whose}{by}: {size(holder.size_bytes)} of {holder.tier}{until}"
+
+
 def fail(error: HoldfastError) -> NoReturn:
     """Say what is wrong and what to do."""
     lines = [f"error: {error.message}"]
     if error.code in ADVICE:
         lines.append(f"  {ADVICE[error.code]}")
+    lines += [f"  held by the {said(holder)}" for holder in error.holders]
     for line in lines:
         print("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line), file=sys.stderr)
     raise typer.Exit(exit_code(error))

@@ -13,8 +13,10 @@ from typing import Any, Final
 from urllib.parse import quote
 
 import aiohttp
+import msgspec
 
 from .kvstore.errors import DaemonUnavailable, HoldfastError, from_code
+from .kvstore.holders import Holder
 
 ADDRESS_FILE: Final = "rest.json"
 TIMEOUT_SECONDS: Final = 10.0
@@ -101,4 +103,8 @@ def _parsed(raw: bytes) -> Json:
 def _problem(answer: Json, status: int, url: str) -> HoldfastError:
     if "code" not in answer:
         raise ValueError(f"HTTP {status} without a problem from {url}")
-    return from_code(str(answer["code"]), str(answer.get("detail", "")))
+    try:
+        holders = msgspec.convert(answer.get("holders", ()), tuple[Holder, ...])
+    except msgspec.ValidationError as error:
+        raise ValueError(f"a problem from {url} whose holders are none: {error}") from error
+    return from_code(str(answer["code"]), str(answer.get("detail", "")), holders)

@@ -112,7 +112,7 @@ class Connection:
                 self._waiting.pop(number, None)
             raise DeadlineExceeded(f"{type(body).__name__} was not answered within {deadline_seconds:g} s") from error
         if isinstance(reply, Refused):
-            raise from_code(reply.code, reply.message)
+            raise from_code(reply.code, reply.message, reply.holders)
         return reply, descriptors
 
     def notify(self, body: Request) -> None:
@@ -156,7 +156,7 @@ class Connection:
                 self._on_command(body)
             return
         if answer.id == 0 and isinstance(body, Refused):
-            self._refusal = from_code(body.code, body.message)
+            self._refusal = from_code(body.code, body.message, body.holders)
             return
         with self._lock:
             future = self._waiting.pop(answer.id, None)

@@ -43,15 +43,25 @@ HoldfastError
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import ClassVar, Final
+
+from .holders import Holder
 
 TOKEN_RANGE: Final = re.compile(r"tokens \[(\d+), (\d+)\)")
 
 
 class HoldfastError(Exception):
-    """Base of every typed error; `code` identifies the class on the wire."""
+    """Base of every typed error; `code` identifies the class on the wire.
+
+    `holders` are those who would have to let go, where that is what is wrong, the largest first; they travel too.
+    """
 
     code: ClassVar[str] = "error"
+
+    def __init__(self, message: str = "", holders: Sequence[Holder] = ()) -> None:
+        super().__init__(message)
+        self.holders = tuple(holders)
 
     @property
     def message(self) -> str:
@@ -287,7 +297,7 @@ def all_errors() -> dict[str, type[HoldfastError]]:
     return found
 
 
-def from_code(code: str, message: str) -> HoldfastError:
-    """Rebuild an error that travelled as (code, message); an unknown code keeps its text."""
+def from_code(code: str, message: str, holders: Sequence[Holder] = ()) -> HoldfastError:
+    """Rebuild an error that travelled as (code, message, holders); an unknown code keeps its text."""
     kind = all_errors().get(code)
-    return kind(message) if kind is not None else HoldfastError(f"{code}: {message}")
+    return kind(message, holders) if kind is not None else HoldfastError(f"{code}: {message}", holders)

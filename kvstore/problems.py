@@ -14,6 +14,7 @@ from aiohttp import web
 
 from . import errors
 from .errors import DeadlineExceeded, HoldfastError, InvalidRequest
+from .holders import Holder
 
 BODY_SECONDS_MAX: Final = 10.0
 
@@ -43,8 +44,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
 
 
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """RFC 9457, and the code once more on its own."""
+class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """RFC 9457, and the code once more on its own. `holders`: who would have to let go, where that is the reason."""
 
     type: str
     title: str
@@ -52,6 +53,7 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
     detail: str
     instance: str
     code: str
+    holders: tuple[Holder, ...] = ()
 
 
 def status_of(kind: type[HoldfastError]) -> int:
@@ -64,7 +66,9 @@ def reply(value: object, status: int = 200) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), status=status, content_type="application/json")
 
 
-def problem(request: web.Request, status: int, code: str, title: str, detail: str) -> web.Response:
+def problem(
+    request: web.Request, status: int, code: str, title: str, detail: str, holders: tuple[Holder, ...] = ()
+) -> web.Response:
     """Answer with a problem document."""
     body = Problem(
         type=f"urn:holdfast:error:{code}",
@@ -73,6 +77,7 @@ def problem(request: web.Request, status: int, code: str, title: str, detail: st
         detail=detail,
         instance=request.rel_url.raw_path,
         code=code,
+        holders=holders,
     )
     return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/problem+json")
 
@@ -84,7 +89,7 @@ async def problems(request: web.Request, handler: Handler) -> web.StreamResponse
         return await handler(request)
     except HoldfastError as error:
         title = error.code.replace("-", " ").capitalize()
-        response = problem(request, status_of(type(error)), error.code, title, error.message)
+        response = problem(request, status_of(type(error)), error.code, title, error.message, error.holders)
         if response.status == 503:
             response.headers["Retry-After"] = "1"
         return response

@@ -352,7 +352,7 @@ class Server:
                 if isinstance(body, BeginIngest | NextSlots | DeleteDocument):
                     await self._handout.settled()
         except HoldfastError as error:
-            reply = Refused(error.code, error.message)
+            reply = Refused(error.code, error.message, list(error.holders))
         connection.send(_Frame(encode(Answer(envelope.id, reply)), descriptors, is_reply=True))
 
     async def _map(self, connection: Connection, slabs: Sequence[int]) -> tuple[Reply, tuple[int, ...]]:

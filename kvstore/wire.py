@@ -12,6 +12,7 @@ import msgspec
 
 from .calibration import RingRate, RingSetting
 from .document import WritePolicy
+from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
 from .runs import Parts, RunMessage
 from .spec import KVSpec
@@ -297,10 +298,11 @@ class Done(Message, frozen=True):
 
 
 class Refused(Message, frozen=True):
-    """It is not, and why."""
+    """It is not, and why; `holders` are those who would have to let go, where that is the reason."""
 
     code: str
     message: str
+    holders: list[Holder] = []
 
 
 class Welcome(Message, frozen=True):

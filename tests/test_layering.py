@@ -40,6 +40,7 @@ FLOOR_OF = {
     "errors": "nouns",
     "extent": "nouns",
     "geometry": "nouns",
+    "holders": "nouns",
     "keys": "nouns",
     "calibration": "nouns",
     "layout": "nouns",

@@ -1,12 +1,22 @@
 """The tree of errors is what its docstring says, and nothing in it is dead."""
 
 import ast
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import holdfast.kvstore.errors as module
-from holdfast.kvstore.errors import HoldfastError, all_errors, from_code
+import msgspec
+import pytest
+from holdfast.kvstore.errors import HoldfastError, NoCapacity, all_errors, from_code
+from holdfast.kvstore.frames import Answer, decode_answer, encode
+from holdfast.kvstore.holders import HOLDERS_MAX, Holder, Kind, largest
+from holdfast.kvstore.wire import Refused
+
+from holdfast.rest import _problem
 
 ROOT = Path(__file__).resolve().parents[2]
+SIZES = (("a", 1), ("b", 6), ("c", 2), ("d", 5))
 ROOMS = ("kvstore", "eviction", "engine_adapter", "ring_attention", "holdfast")
 
 
@@ -44,6 +54,32 @@ def test_codes_are_unique_and_lead_back():
         assert type(rebuilt) is kind
         assert rebuilt.message == "why"
     assert from_code("novel", "why").message == "novel: why"
+
+
+def test_holders_travel_with_their_error():
+    """Over the socket as in a problem: whoever is refused can say who has to let go."""
+    holder = Holder(
+        kind=Kind.PIN, owner="ops", tenant="t", document="a", tier="ddr", size_bytes=5, remaining_seconds=1.5
+    )
+    refusal = Answer(
+        7, Refused("no-capacity", "full", [holder, replace(holder, kind=Kind.LEASE, remaining_seconds=None)])
+    )
+    assert decode_answer(encode(refusal)[4:]) == refusal
+    with pytest.raises(NoCapacity) as raised:
+        raise from_code(refusal.body.code, refusal.body.message, refusal.body.holders)
+    assert raised.value.holders == tuple(refusal.body.holders)
+    told = _problem(json.loads(msgspec.json.encode({"code": "no-capacity", "holders": [holder]})), 507, "x")
+    assert told.holders == (holder,)
+
+
+def test_the_largest_holders_are_named_first_and_no_more_than_it_takes():
+    """Enough to make room, in an order that does not change."""
+    holders = [Holder(kind=Kind.PIN, owner="o", tenant="t", document=d, tier="ddr", size_bytes=b) for d, b in SIZES]
+    assert [h.document for h in largest(holders)] == ["b", "d", "c", "a"]
+    assert [h.document for h in largest(holders, 1)] == ["b"]
+    assert [h.document for h in largest(holders, 10)] == ["b", "d"]
+    assert largest(holders, 0) == ()
+    assert len(largest(holders * HOLDERS_MAX)) == HOLDERS_MAX
 
 
 def test_every_leaf_is_raised_somewhere():
