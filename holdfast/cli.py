@@ -114,18 +114,18 @@ def demo(
 @config_app.command("show")
 def config_show(ctx: typer.Context, config: ConfigFile = None, settings: Settings = None) -> None:
     """The effective configuration, and where each value comes from."""
-    from .kvstore.config import RULES, render
+    from .kvstore.config import render
+    from .kvstore.config import settings as listed
 
     session = session_of(ctx)
     found = configuration(ctx, config, settings)
     if not session.as_json:
         print(render(found), end="")
         return
-    values: dict[str, object] = {}
-    for name in RULES:
-        section, _, key = name.partition(".")
-        value = getattr(getattr(found, section), key)
-        values[name] = {"value": str(value) if isinstance(value, Path) else value, "origin": found.origins[name]}
+    values = {
+        name: {"value": str(value) if isinstance(value, Path) else value, "origin": origin}
+        for name, value, origin in listed(found)
+    }
     session.show({"settings": values}, lambda: ())
 
 

@@ -2,232 +2,42 @@
 
 Later sources win: defaults, a TOML file, environment variables HOLDFAST_SECTION__KEY, overrides
 "section.key". A section or key we do not know is refused with its nearest neighbour, a value we
-cannot use with its key, its origin and what is allowed.
+cannot use with its key, its origin and what is allowed. Tenants have a table each: [tenants.NAME] in a file,
+HOLDFAST_TENANTS__NAME__KEY (the name in lower case), "tenants.NAME.key"; "*" is everybody who has none.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Protocol, get_type_hints
+from typing import Any, Final, get_type_hints
 
-from .errors import ConfigError
-from .sizes import GIB, KIB, MIB, TIB, about_size, format_size, parse_size
+from .allowed import AUTO, PathOrAuto, PathText, Rule, Text
+from .document import checked_name
+from .errors import ConfigError, InvalidName
+from .sections import DaemonConfig, DdrConfig, EvictionConfig, LimitsConfig, NvmeConfig, TenantConfig
+from .sizes import GIB, MIB, about_size, format_size
 
-PAGE_BYTES: Final = 4096  # slots are read and written directly, in whole pages
 SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, less its final zero
 ENVIRONMENT_PREFIX: Final = "HOLDFAST_"
-
-
-# What a value may be. A rule turns what a file or a shell says into a value, or raises ValueError.
-
-
-class Rule(Protocol):
-    """How the values of one key are read, described and written."""
-
-    @property
-    def allowed(self) -> str: ...
-
-    def read(self, raw: object) -> object: ...
-
-    def write(self, value: Any) -> str: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Bytes, in multiples of `step`."""
-
-    least: int
-    most: int = 1024 * TIB
-    step: int = 1
-
-    @property
-    def allowed(self) -> str:
-        steps = f" in steps of {format_size(self.step)}" if self.step > 1 else ""
-        limits = f"{format_size(self.least)} to {format_size(self.most)}"
-        return f'bytes or a string such as "64 MiB" or "20 GB", {limits}{steps}'
-
-    def read(self, raw: object) -> int:
-        value = parse_size(raw)
-        if not self.least <= value <= self.most or value % self.step:
-            raise ValueError("out of range")
-        return value
-
-    def write(self, value: int) -> str:
-        return f'"{format_size(value)}"'
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """An integer."""
-
-    least: int
-    most: int
-
-    @property
-    def allowed(self) -> str:
-        return f"a whole number from {self.least} to {self.most}"
-
-    def read(self, raw: object) -> int:
-        if isinstance(raw, bool) or not isinstance(raw, int | str):
-            raise ValueError("not a whole number")  # noqa: TRY004 - one kind of refusal
-        value = int(raw)
-        if not self.least <= value <= self.most:
-            raise ValueError("out of range")
-        return value
-
-    def write(self, value: int) -> str:
-        return str(value)
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """A duration in seconds, fractions welcome."""
-
-    least: float
-    most: float
-
-    @property
-    def allowed(self) -> str:
-        return f"seconds from {self.least:g} to {self.most:g}"
-
-    def read(self, raw: object) -> float:
-        if isinstance(raw, bool) or not isinstance(raw, int | float | str):
-            raise ValueError("not a number")  # noqa: TRY004 - one kind of refusal
-        value = float(raw)
-        if not self.least <= value <= self.most:  # refuses NaN too
-            raise ValueError("out of range")
-        return value
-
-    def write(self, value: float) -> str:
-        return repr(value)
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A string that is not empty; one of `choices` where there are any."""
-
-    choices: tuple[str, ...] = ()
-
-    @property
-    def allowed(self) -> str:
-        return f"one of {', '.join(self.choices)}" if self.choices else "a string, not empty"
-
-    def read(self, raw: object) -> str:
-        if not isinstance(raw, str) or not raw or "\0" in raw:
-            raise ValueError("not a string")
-        if self.choices and raw not in self.choices:
-            raise ValueError("not a choice")
-        return raw
-
-    def write(self, value: object) -> str:
-        # A TOML basic string is a JSON one, except that DEL must be escaped as well.
-        return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-@dataclass(frozen=True, slots=True)
-class PathText(Text):
-    """A path; "~/" is the home directory, a relative path starts at the working directory."""
-
-    @property
-    def allowed(self) -> str:
-        return "a path, not empty"
-
-
-AUTO: Final = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class PathOrAuto(PathText):
-    """A path, or "auto": the daemon chooses."""
-
-    @property
-    def allowed(self) -> str:
-        return f'a path, or "{AUTO}"'
-
-
-# The tree. Keys without a default here get one in `_derived`, from other keys or the environment.
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DaemonConfig:
-    """The process: where it keeps its state and how it is reached. Port 0 is any free port."""
-
-    data_dir: Annotated[Path, PathText()]
-    socket: Annotated[Path, PathText()]
-    rest_host: Annotated[str, Text()] = "127.0.0.1"
-    rest_port: Annotated[int, Whole(0, 65535)] = 8470
-    log_level: Annotated[str, Text(("debug", "info", "warning", "error"))] = "info"
-    drain_seconds: Annotated[float, Seconds(0, 3600)] = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DdrConfig:
-    """The DDR tier: shared-memory slabs, all made at start; a clean stop leaves or frees them, as `on_stop` says.
-
-    What is larger passes through in windows of `window_bytes`.
-    """
-
-    capacity_bytes: Annotated[int, Size(MIB)]
-    slab_bytes: Annotated[int, Size(64 * KIB, 64 * GIB, PAGE_BYTES)] = 64 * MIB
-    window_bytes: Annotated[int, Size(0)]
-    directory: Annotated[Path | Literal["auto"], PathOrAuto()] = AUTO
-    on_stop: Annotated[str, Text(("keep", "free"))] = "keep"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NvmeConfig:
-    """The NVMe tier: preallocated segment files, read and written by `threads`.
-
-    `backlog_bytes` bounds what waits to be written through; `when_behind` says what happens to a document beyond that:
-    it stays in "memory" until the disk has caught up, or its commit has to "wait".
-    """
-
-    capacity_bytes: Annotated[int, Size(MIB)] = 4 * GIB
-    segment_bytes: Annotated[int, Size(64 * KIB, TIB, PAGE_BYTES)] = 256 * MIB
-    directory: Annotated[Path, PathText()]
-    threads: Annotated[int, Whole(1, 64)] = 6
-    backlog_bytes: Annotated[int, Size(0)]
-    when_behind: Annotated[str, Text(("memory", "wait"))] = "memory"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvictionConfig:
-    """Who leaves. The daemon knows which policies there are; ghosts are remembered accesses."""
-
-    policy: Annotated[str, Text()] = "popularity"
-    half_life_seconds: Annotated[float, Seconds(1, 31_536_000)] = 90.0
-    ghost_entries: Annotated[int, Whole(1, 100_000_000)] = 65_536
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LimitsConfig:
-    """A limit on everything that can grow."""
-
-    frame_bytes: Annotated[int, Size(64 * KIB, GIB)] = 16 * MIB
-    connections: Annotated[int, Whole(1, 65_536)] = 256
-    requests_per_connection: Annotated[int, Whole(1, 65_536)] = 64
-    lease_seconds: Annotated[float, Seconds(0.001, 86_400)] = 300.0
-    pin_bytes: Annotated[int, Size(0)]
-    pending_reservations: Annotated[int, Whole(1, 1_000_000)] = 256
-    swap_records: Annotated[int, Whole(1, 10_000_000)] = 1000
-    documents: Annotated[int, Whole(1, 100_000_000)] = 100_000
+TENANTS: Final = "tenants"
+OTHERS: Final = "*"  # the table of tenants that have none of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The whole tree. `origins` maps "section.key" to where the value came from."""
+    """The whole tree. `origins` maps "section.key", and "tenants.NAME.key", to where the value came from."""
 
     daemon: DaemonConfig
     ddr: DdrConfig
     nvme: NvmeConfig
     eviction: EvictionConfig
     limits: LimitsConfig
+    tenants: Mapping[str, TenantConfig] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -240,17 +50,16 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
 }
 
 
-def _rules() -> dict[str, Rule]:
-    """The rule of every "section.key", in the order of the tree."""
-    found: dict[str, Rule] = {}
-    for section, kind in SECTIONS.items():
-        hints = get_type_hints(kind, include_extras=True)
-        for entry in fields(kind):
-            found[f"{section}.{entry.name}"] = hints[entry.name].__metadata__[0]
-    return found
+def _rules(kind: type[Any]) -> dict[str, Rule]:
+    """The rule of every field, in order."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {entry.name: hints[entry.name].__metadata__[0] for entry in fields(kind)}
 
 
-RULES: Final[Mapping[str, Rule]] = _rules()
+RULES: Final[Mapping[str, Rule]] = {
+    f"{section}.{name}": rule for section, kind in SECTIONS.items() for name, rule in _rules(kind).items()
+}
+TENANT_RULES: Final[Mapping[str, Rule]] = _rules(TenantConfig)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,21 +99,47 @@ def load_config(
         section: kind(**{entry.name: values[f"{section}.{entry.name}"] for entry in fields(kind)})
         for section, kind in SECTIONS.items()
     }
-    config = Config(**tree, origins={key: origins[key] for key in RULES})
+    tables: dict[str, dict[str, Any]] = {}
+    for key in values.keys() - RULES.keys():
+        tenant, name = _in_table(key)
+        tables.setdefault(tenant, {})[name] = values[key]
+    tenants = {tenant: TenantConfig(**tables[tenant]) for tenant in sorted(tables)}
+    known = [*RULES, *sorted(values.keys() - RULES.keys())]
+    config = Config(**tree, tenants=tenants, origins={key: origins[key] for key in known})
     _cross_check(config)
     return config
 
 
+def _in_table(key: str) -> tuple[str, str]:
+    """Tenant and name of "tenants.NAME.key"; a tenant's name may have dots."""
+    tenant, _, name = key.partition(".")[2].rpartition(".")
+    return tenant, name
+
+
+def settings(config: Config) -> Iterator[tuple[str, object, str]]:
+    """Every setting with its value and its origin, in the order of the tree; of tenants what was said of them."""
+    for key in [*RULES, *sorted(config.origins.keys() - RULES.keys())]:
+        section, _, name = key.partition(".")
+        if section == TENANTS:
+            tenant, name = _in_table(key)
+            value = getattr(config.tenants[tenant], name)
+        else:
+            value = getattr(getattr(config, section), name)
+        yield key, value, config.origins.get(key, "default")
+
+
 def render(config: Config) -> str:
     """The effective configuration as TOML, each value with its origin; loads to an equal Config."""
-    lines = [f"# {len(RULES)} settings; the origin of each value stands behind it."]
-    for section, kind in SECTIONS.items():
-        lines += ["", f"[{section}]"]
-        for entry in fields(kind):
-            key = f"{section}.{entry.name}"
-            value = RULES[key].write(getattr(getattr(config, section), entry.name))
-            origin = config.origins.get(key, "default").replace("\n", " ")
-            lines.append(f"{entry.name} = {value}  # {origin}")
+    found = list(settings(config))
+    lines = [f"# {len(found)} settings; the origin of each value stands behind it."]
+    last = ""
+    for key, value, origin in found:
+        table, _, name = key.rpartition(".")
+        if table != last:
+            last, tenant = table, table.partition(".")[2]
+            lines += ["", f"[{TENANTS}.{Text().write(tenant)}]" if tenant else f"[{table}]"]
+        rule = RULES.get(key) or TENANT_RULES[name]
+        lines.append(f"{name} = {rule.write(value)}  # {origin.replace(chr(10), ' ')}")
     return "\n".join(lines) + "\n"
 
 
@@ -328,28 +163,44 @@ def _from_file(path: Path) -> Iterator[_Setting]:
     for section, content in table.items():
         if not isinstance(content, dict):
             raise ConfigError(f"{section!r} in {path} stands outside a section; sections are {', '.join(SECTIONS)}")
-        if section not in SECTIONS:
-            raise _unknown("section", section, str(path), list(SECTIONS))
+        if section not in (*SECTIONS, TENANTS):
+            raise _unknown("section", section, str(path), [*SECTIONS, TENANTS])
         for key, raw in content.items():
-            yield _Setting(key=f"{section}.{key}", raw=raw, origin=str(path))
+            if section == TENANTS and isinstance(raw, dict):
+                yield from (_Setting(key=f"{section}.{key}.{name}", raw=raw[name], origin=str(path)) for name in raw)
+            else:
+                yield _Setting(key=f"{section}.{key}", raw=raw, origin=str(path))
 
 
 def _from_environment(environment: Mapping[str, str]) -> Iterator[_Setting]:
     """HOLDFAST_SECTION__KEY; other HOLDFAST_ variables (without "__") are not settings."""
     for name in sorted(environment):
-        section, separator, key = name.removeprefix(ENVIRONMENT_PREFIX).partition("__")
-        if name.startswith(ENVIRONMENT_PREFIX) and separator:
-            yield _Setting(key=f"{section}.{key}".lower(), raw=environment[name], origin=f"environment {name}")
+        parts = name.removeprefix(ENVIRONMENT_PREFIX).lower().partition("__")
+        if name.startswith(ENVIRONMENT_PREFIX) and parts[1]:
+            if parts[0] == TENANTS:
+                parts = parts[0], ".", ".".join(parts[2].rsplit("__", 1))
+            yield _Setting(key=f"{parts[0]}.{parts[2]}", raw=environment[name], origin=f"environment {name}")
 
 
 def _value(setting: _Setting, environment: Mapping[str, str]) -> object:
     section, _, _ = setting.key.partition(".")
-    if section not in SECTIONS:
-        raise _unknown("section", section, setting.origin, list(SECTIONS))
-    rule = RULES.get(setting.key)
+    if section not in (*SECTIONS, TENANTS):
+        raise _unknown("section", section, setting.origin, [*SECTIONS, TENANTS])
+    rules: Mapping[str, Rule] = {key: rule for key, rule in RULES.items() if key.startswith(f"{section}.")}
+    if section == TENANTS:
+        tenant, _ = _in_table(setting.key)
+        if tenant != OTHERS:
+            try:
+                checked_name(tenant, "tenant")
+            except InvalidName as error:
+                raise ConfigError(
+                    f"{setting.key} from {setting.origin}: say {TENANTS}.NAME.KEY, or {TENANTS}.{OTHERS}.KEY for all "
+                    f"others ({error})"
+                ) from error
+        rules = {f"{TENANTS}.{tenant}.{name}": rule for name, rule in TENANT_RULES.items()}
+    rule = rules.get(setting.key)
     if rule is None:
-        keys = [key for key in RULES if key.startswith(f"{section}.")]
-        raise _unknown("key", setting.key, setting.origin, keys)
+        raise _unknown("key", setting.key, setting.origin, list(rules))
     try:
         value = rule.read(setting.raw)
     except ValueError as error:
@@ -430,8 +281,38 @@ def _cross_check(config: Config) -> None:
     at_most("nvme.segment_bytes", nvme.segment_bytes, "nvme.capacity_bytes", nvme.capacity_bytes)
     everything = ddr.capacity_bytes + nvme.capacity_bytes
     at_most("limits.pin_bytes", config.limits.pin_bytes, "ddr plus nvme capacity", everything)
+    for section, tier in (("ddr", ddr), ("nvme", nvme)):
+        if tier.low_watermark > tier.high_watermark:
+            raise ConfigError(
+                f"{section}.low_watermark = {tier.low_watermark} ({config.origins[f'{section}.low_watermark']}) is "
+                f"more than {section}.high_watermark = {tier.high_watermark}"
+            )
+    _check_guarantees(config, "ddr", ddr.capacity_bytes, ddr.slab_bytes)
+    _check_guarantees(config, "nvme", nvme.capacity_bytes, 1)
     if len(os.fsencode(config.daemon.socket)) > SOCKET_PATH_BYTES:
         raise ConfigError(
             f"daemon.socket = {config.daemon.socket} ({config.origins['daemon.socket']}) "
             f"is longer than the {SOCKET_PATH_BYTES} bytes of a unix socket path"
+        )
+
+
+def _check_guarantees(config: Config, tier: str, capacity_bytes: int, step_bytes: int) -> None:
+    """Guarantees have to be kept all at once. In DDR each takes whole slabs, because a slab has one tenant."""
+    wanted_bytes = 0
+    for tenant, table in config.tenants.items():
+        guaranteed_bytes = getattr(table, f"{tier}_guaranteed_bytes")
+        maximum_bytes = getattr(table, f"{tier}_maximum_bytes")
+        if tenant == OTHERS and guaranteed_bytes:
+            raise ConfigError(f"tenants.{OTHERS}.{tier}_guaranteed_bytes: only tenants by name can have a guarantee")
+        if maximum_bytes is not None and guaranteed_bytes > maximum_bytes:
+            raise ConfigError(
+                f"tenants.{tenant}.{tier}_guaranteed_bytes = {format_size(guaranteed_bytes)} is more than "
+                f"tenants.{tenant}.{tier}_maximum_bytes = {format_size(maximum_bytes)}"
+            )
+        wanted_bytes += -(-guaranteed_bytes // step_bytes) * step_bytes
+    if wanted_bytes > capacity_bytes // step_bytes * step_bytes:
+        whole = f", in whole slabs of {format_size(step_bytes)}," if step_bytes > 1 else ""
+        raise ConfigError(
+            f"{tier}_guaranteed_bytes of all tenants are {format_size(wanted_bytes)} together{whole} and more than "
+            f"{tier}.capacity_bytes = {format_size(capacity_bytes)}"
         )

@@ -19,7 +19,6 @@ from typing import Final
 
 from .arena import Arena
 from .commands import Command
-from .config import LimitsConfig
 from .document import checked_name
 from .errors import ConfigError, Draining, HoldfastError, InUse, ProtocolError, Unavailable, VersionMismatch
 from .frames import Answer, Envelope, FrameBuffer, decode_request, encode
@@ -27,6 +26,7 @@ from .handout import Handout, Receiver, close_all
 from .processes import started
 from .ranks import Ranks
 from .requests import Requests
+from .sections import LimitsConfig
 from .service import Service
 from .state import Backend
 from .warm import WarmIndex

@@ -33,6 +33,7 @@ ROOMS = {
 FLOORS = ("nouns", "rules", "effects", "service", "edges")  # an arrow may point to its own floor and below
 APART = {("service", "effects")}  # except these: the service hands out orders and moves no byte
 FLOOR_OF = {
+    "allowed": "nouns",
     "clock": "nouns",
     "config": "nouns",
     "costs": "nouns",
@@ -45,6 +46,7 @@ FLOOR_OF = {
     "calibration": "nouns",
     "layout": "nouns",
     "seal": "nouns",
+    "sections": "nouns",
     "sizes": "nouns",
     "spec": "nouns",
     "arrivals": "rules",

@@ -27,9 +27,13 @@ GOLDEN_KEYS = [
     "ddr.capacity_bytes",
     "ddr.slab_bytes",
     "ddr.window_bytes",
+    "ddr.high_watermark",
+    "ddr.low_watermark",
     "ddr.directory",
     "ddr.on_stop",
     "nvme.capacity_bytes",
+    "nvme.high_watermark",
+    "nvme.low_watermark",
     "nvme.segment_bytes",
     "nvme.directory",
     "nvme.threads",
@@ -289,3 +293,47 @@ def test_the_example_loads_with_its_commented_settings_too(tmp_path):
     config = load_config(written(tmp_path, text), {}, {})
     assert config.daemon.data_dir == Path("/var/lib/holdfast")
     assert config.limits.pin_bytes == load_config(None, HOME, {}).limits.pin_bytes
+
+
+def test_tenants_have_tables_and_a_default_for_the_others(tmp_path):
+    text = """[tenants.acme]
+ddr_maximum_bytes = "64 MiB"
+nvme_guaranteed_bytes = "1 GiB"
+[tenants."*"]
+ddr_maximum_bytes = 0
+"""
+    path = written(tmp_path, text)
+    environment = HOME | {"HOLDFAST_TENANTS__ACME__DDR_GUARANTEED_BYTES": "32 MiB"}
+    config = load_config(path, environment, {"tenants.a.corp.nvme_maximum_bytes": "2 GiB"})
+    acme = config.tenants["acme"]
+    assert (acme.ddr_guaranteed_bytes, acme.ddr_maximum_bytes) == (32 << 20, 64 << 20)
+    assert (acme.nvme_guaranteed_bytes, acme.nvme_maximum_bytes) == (1 << 30, None)
+    assert config.tenants["*"].ddr_maximum_bytes == 0
+    assert config.tenants["a.corp"].nvme_maximum_bytes == 2 << 30
+    assert config.origins["tenants.acme.ddr_maximum_bytes"] == str(path)
+    shown = render(config)
+    assert 'nvme_maximum_bytes = "2 GiB"  # flag tenants.a.corp.nvme_maximum_bytes' in shown
+    assert load_config(written(tmp_path, shown), {}, {}) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        ({"tenants.acme.ddr_maximun_bytes": "1 GiB"}, "did you mean 'tenants.acme.ddr_maximum_bytes'"),
+        ({"tenants.acme": "1 GiB"}, "say tenants.NAME.KEY"),
+        ({"tenants.a/b.ddr_maximum_bytes": "1 GiB"}, "no slashes"),
+        ({"tenants.acme.ddr_maximum_bytes": "-1"}, "expected bytes"),
+        ({"tenants.*.ddr_guaranteed_bytes": "1 GiB"}, "only tenants by name"),
+        ({"tenants.a.nvme_guaranteed_bytes": "2 GiB", "tenants.a.nvme_maximum_bytes": "1 GiB"}, "is more than"),
+        ({"tenants.a.nvme_guaranteed_bytes": "3 GiB", "tenants.b.nvme_guaranteed_bytes": "2 GiB"}, "5 GiB together"),
+        ({f"tenants.t{i}.ddr_guaranteed_bytes": "1" for i in range(17)}, "in whole slabs of 64 MiB"),
+        ({"ddr.low_watermark": "0.96"}, "ddr.high_watermark = 0.95"),
+        ({"nvme.high_watermark": "0"}, "a fraction"),
+    ],
+)
+def test_tenants_and_watermarks_that_cannot_be(overrides, part):
+    assert part in refusal(overrides=overrides)
+
+
+def test_a_table_of_a_tenant_has_no_keys_outside_of_tenants(tmp_path):
+    assert "say tenants.NAME.KEY" in refusal(written(tmp_path, "[tenants]\nddr_maximum_bytes = 5\n"))
