@@ -238,6 +238,7 @@ class Session:
             answer_tokens=sum(len(answer.tokens) for answer in answers),
             strategy=answers[0].strategy,
             strategy_reason=answers[0].strategy_reason,
+            queries=len(answers),
         )
 
     def ask_many(

@@ -270,9 +270,15 @@ def status(s: Json) -> Table:
             *((("groups", "none"),) if not s["groups"] else ()),
             ("waiting", f"{s['reservations_waiting']} for room, {s['writes_queued']} to be written"),
             ("in flight", f"{s['orders_in_flight']} orders"),
+            ("queries", _amortised(s)),
             ("ddr", s["ddr_backing"]),
         )
     )
+
+
+def _amortised(s: Json) -> str:
+    each = "" if s["amortisation"] is None else f", {s['amortisation']:.3g} for each"
+    return f"{s['queries_answered']} answered, KV was brought near {s['reattaches']} times{each}"
 
 
 def group(g: Json) -> str:
@@ -332,6 +338,7 @@ def swaps(found: Sequence[Json]) -> Table:
         "EXPOSED",
         "PREDICTED",
         "RECOMPUTE",
+        "QUERIES",
         "STRATEGY",
         "OUTCOME",
     )
@@ -347,12 +354,13 @@ def swaps(found: Sequence[Json]) -> Table:
             nanoseconds(s["exposed_ns"]),
             nanoseconds(s["predicted_ns"]),
             nanoseconds(s["recompute_ns"]),
+            s["queries"],
             s["strategy"] or "-",
             s["outcome"],
         )
         for s in found
     )
-    return table(columns, rows, numbers=columns[4:10])
+    return table(columns, rows, numbers=columns[4:11])
 
 
 def swap_details(found: Sequence[Json]) -> Group:
@@ -379,6 +387,7 @@ def _swap(s: Json) -> Table:
             ("exposed", nanoseconds(s["exposed_ns"])),
             ("question", f"{nanoseconds(s['prefill_ns'])}, then {nanoseconds(s['decode_ns'])} of decode"),
             ("answer", "-" if s["answer_tokens"] is None else f"{s['answer_tokens']} tokens"),
+            ("queries", s["queries"]),
             ("strategy", s["strategy_reason"] or s["strategy"] or "-"),
             ("outcome", s["outcome"]),
         )

@@ -152,7 +152,8 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """The daemon at a glance. `not_ready` says why it cannot serve; null when it can.
 
-    `ddr_backing` says what the arena's pages are, and where.
+    `ddr_backing` says what the arena's pages are, and where. `amortisation` is how many queries were answered for each
+    time that KV had to be brought near (`reattaches`); null before the first.
     """
 
     version: str
@@ -169,6 +170,9 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     ddr_backing: str
     tiers: list[views.TierView]
     groups: list[GroupView]
+    queries_answered: int
+    reattaches: int
+    amortisation: float | None
 
 
 def installed_version() -> str:
@@ -274,6 +278,9 @@ class Admin:
             ddr_backing=self.backing,
             tiers=views.tier_views(state),
             groups=[self._group(group) for group in state.groups.values()],
+            queries_answered=state.ledger.counts["queries_answered"],
+            reattaches=state.ledger.counts["reattaches"],
+            amortisation=state.ledger.amortisation,
         )
         return reply(view)
 

@@ -238,7 +238,7 @@ class Attaches:
     def report(self, client: int, lease_id: int, seen: Seen) -> SwapRecord:
         """What the engine saw of an attach, added to its swap record, which is returned."""
         swap = self.claim(client, lease_id).loading.swap
-        swap.add(seen)
+        self.state.ledger.reported(swap, seen)
         return swap
 
     def renew(self, client: int, lease_id: int) -> None:

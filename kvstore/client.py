@@ -263,9 +263,13 @@ class Client:
         answer_tokens: int,
         strategy: str = "",
         strategy_reason: str = "",
+        queries: int = 1,
     ) -> SwapView:
-        """Tell what an attach was like, and how the ranks exchanged KV and why; returns its receipt."""
-        body = Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens, strategy, strategy_reason)
+        """Tell what an attach was like, how the ranks exchanged KV and why, and how many queries it has served.
+
+        Returns its receipt.
+        """
+        body = Report(lease, exposed_ns, prefill_ns, decode_ns, answer_tokens, strategy, strategy_reason, queries)
         return self._ask(Receipt, body).swap
 
     def detach(self, lease: int) -> None:

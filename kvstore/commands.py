@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .layouts import LayoutMessage
+from .message import Message
 from .runs import PartMessage
-from .wire import Message
 
 
 class ShardOpened(Message, frozen=True):

@@ -51,7 +51,10 @@ class HopTime:
 
 
 class Seen(NamedTuple):
-    """What an engine saw of an attach: nanoseconds, tokens of the answer, how the ranks exchanged KV and why."""
+    """What an engine saw of an attach: nanoseconds, tokens of the answers, how the ranks exchanged KV and why.
+
+    `queries` is how many it has answered with it.
+    """
 
     exposed_ns: int
     prefill_ns: int
@@ -59,6 +62,7 @@ class Seen(NamedTuple):
     answer_tokens: int
     strategy: str = ""
     strategy_reason: str = ""
+    queries: int = 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,7 +72,8 @@ class SwapRecord:
     `wait_ns` is the time until room was made, `reattach_ns` from the request until everything had arrived,
     `exposed_ns` the part that the decoder really waited for (reported by the engine; None until then).
     `predicted_ns` and `recompute_ns` are the cost model's words at the time of the request. `strategy` and
-    `strategy_reason` are how the ranks exchanged KV for the question, and why (reported; empty until then).
+    `strategy_reason` are how the ranks exchanged KV for the question, and why (reported; empty until then). `queries`
+    were answered with it: the k over which its cost is amortised.
     """
 
     id: int
@@ -89,6 +94,7 @@ class SwapRecord:
     answer_tokens: int | None = None
     strategy: str = ""
     strategy_reason: str = ""
+    queries: int = 0
     outcome: str = "moving"
 
     def add(self, seen: Seen) -> None:
@@ -97,6 +103,7 @@ class SwapRecord:
         self.prefill_ns = (self.prefill_ns or 0) + seen.prefill_ns
         self.decode_ns = (self.decode_ns or 0) + seen.decode_ns
         self.answer_tokens = (self.answer_tokens or 0) + seen.answer_tokens
+        self.queries += seen.queries
         if seen.strategy:
             self.strategy, self.strategy_reason = seen.strategy, seen.strategy_reason
 
@@ -177,6 +184,19 @@ class Ledger:
         """Account one move in the totals."""
         self.hops.setdefault(hop, HopTime()).add(size_bytes, busy_ns, started_ns, ended_ns)
         self.counts["moves"] += 1
+
+    def reported(self, swap: SwapRecord, seen: Seen) -> None:
+        """An engine tells of an attach that has ended: once, or once for each batch of queries that it served."""
+        if not swap.queries and swap.moved_bytes:
+            self.counts["reattaches"] += 1
+        self.counts["queries_answered"] += seen.queries
+        swap.add(seen)
+
+    @property
+    def amortisation(self) -> float | None:
+        """Queries answered for each time that KV had to be brought near (by an attach or a hint); None before that."""
+        loads = self.counts["reattaches"]
+        return self.counts["queries_answered"] / loads if loads else None
 
     def prediction_errors(self) -> list[float]:
         """|predicted - taken| / taken of the remembered swaps that moved bytes, ascending; not their waits for room."""

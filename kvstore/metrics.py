@@ -30,6 +30,8 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "nvme_full": ("holdfast_nvme_full", "Writes given up because NVMe was full of leased or pinned extents."),
     "segments_withdrawn": ("holdfast_segments_withdrawn", "Writes that found the device without room for a segment."),
     "write_through_skipped": ("holdfast_write_through_skipped", "Documents left in memory as the disk was behind."),
+    "queries_answered": ("holdfast_queries", "Queries that engines have reported as answered."),
+    "reattaches": ("holdfast_reattaches", "Attaches and hints that had to move bytes: queries / these = k."),
     "adopted": ("holdfast_adopted", "Extents that an earlier daemon left in DDR, and that were found there."),
     "adopted_verified": ("holdfast_adopted_verified", "Those of them that were as they had been sealed."),
     "not_restored": ("holdfast_not_restored", "Extents given up at a restart, as the NVMe budget has shrunk."),

@@ -157,6 +157,7 @@ class Requests:
                     body.answer_tokens,
                     body.strategy,
                     body.strategy_reason,
+                    body.queries,
                 )
                 return Receipt(swap_view(service.report(client, lease, seen)))
             case ObservePrefill(fingerprint, points, ranks):

@@ -109,7 +109,7 @@ class HopView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SwapView(msgspec.Struct, frozen=True, kw_only=True):
-    """The receipt of an attach."""
+    """The receipt of an attach. `queries` were answered with it."""
 
     id: int
     document: str
@@ -131,6 +131,7 @@ class SwapView(msgspec.Struct, frozen=True, kw_only=True):
     outcome: str
     strategy: str = ""
     strategy_reason: str = ""
+    queries: int = 0
 
 
 class VictimView(msgspec.Struct, frozen=True, kw_only=True):
@@ -347,6 +348,7 @@ def swap_view(swap: SwapRecord) -> SwapView:
         outcome=swap.outcome,
         strategy=swap.strategy,
         strategy_reason=swap.strategy_reason,
+        queries=swap.queries,
     )
 
 

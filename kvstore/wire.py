@@ -14,24 +14,13 @@ from .calibration import RingRate, RingSetting
 from .document import WritePolicy
 from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
+from .message import Count, Line, Message, Nanoseconds, Seconds, Size
 from .runs import Parts, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
 
 PROTOCOL_VERSION: Final = 2
 SLABS_AT_ONCE: Final = 128  # a message carries at most 253 descriptors
-
-# What a peer may claim. No machine has more, and sums of these still fit the 64 bits that a message can carry.
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 31)]
-Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 50)]
-Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=10**15)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=10**6)]
-Line = Annotated[str, msgspec.Meta(max_length=1000)]  # what people are shown
-
-
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Base of all bodies; the class name is the tag."""
-
 
 # Requests ------------------------------------------------------------------------------------------
 
@@ -41,7 +30,7 @@ class Hello(Message, frozen=True):
 
     version: int
     tenant: str
-    resume: list[int] = []
+    resume: list[int] = msgspec.field(default_factory=list)
 
 
 class Goodbye(Message, frozen=True):
@@ -88,7 +77,7 @@ class CommitIngest(Message, frozen=True):
     """Publish an ingest. `seals`: none, or one per extent of IngestOpened; the daemon makes those that are empty."""
 
     ingest: int
-    seals: list[bytes] = []
+    seals: list[bytes] = msgspec.field(default_factory=list)
     deadline_seconds: float = 600.0
 
 
@@ -101,7 +90,7 @@ class NextSlots(Message, frozen=True):
 
     ingest: int
     filled: list[tuple[Count, Count]]
-    seals: list[bytes] = []
+    seals: list[bytes] = msgspec.field(default_factory=list)
 
 
 class AbortIngest(Message, frozen=True):
@@ -139,7 +128,7 @@ class Renew(Message, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """What the engine saw of an attach."""
+    """What the engine saw of an attach, and how many queries it served."""
 
     lease: int
     exposed_ns: Nanoseconds
@@ -148,6 +137,7 @@ class Report(Message, frozen=True):
     answer_tokens: Count
     strategy: Line = ""
     strategy_reason: Line = ""
+    queries: Count = 1
 
 
 class Detach(Message, frozen=True):
@@ -330,7 +320,7 @@ class IngestOpened(Message, frozen=True):
     cached_tokens: int
     runs: list[RunMessage]
     shard: ShardMessage | None
-    waiting: list[tuple[int, int, int]] = []
+    waiting: list[tuple[int, int, int]] = msgspec.field(default_factory=list)
     early: bool = False
 
     @property

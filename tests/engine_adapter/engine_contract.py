@@ -255,6 +255,7 @@ class EngineContract:
             assert np.abs(replies[index].answer.logits - wanted.logits).max() < 1e-4
         assert replies[0].swap == replies[5].swap
         assert (replies[0].swap.answer_tokens, replies[2].swap.answer_tokens) == (2 * NEW, 2)
+        assert (replies[0].swap.queries, replies[2].swap.queries) == (2, 1)
         assert replies[0].swap.source_tier == "ddr"
         assert set(heard) == {0, 2, 5}
         assert session.ask_many([]) == []

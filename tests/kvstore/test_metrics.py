@@ -33,6 +33,8 @@ GOLDEN = {
     "holdfast_pinned_bytes": set(),
     "holdfast_pins": set(),
     "holdfast_prefetches_refused_total": set(),
+    "holdfast_queries_total": set(),
+    "holdfast_reattaches_total": set(),
     "holdfast_quarantined_total": set(),
     "holdfast_reservations_waiting": set(),
     "holdfast_segments_withdrawn_total": set(),
