@@ -292,7 +292,7 @@ class Refused(Message, frozen=True):
 
     code: str
     message: str
-    holders: list[Holder] = []
+    holders: list[Holder] = msgspec.field(default_factory=list)
 
 
 class Welcome(Message, frozen=True):
