@@ -1,0 +1,83 @@
+"""Contest: whose copies may leave a tier for one demand, by the quotas of those who have some there.
+
+Who is above its fair share loses first, and no more than it is above. Only when that is not enough do others lose, down
+to their guarantees. A tenant that would be beyond its maximum first loses of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final
+
+from .quotas import Quotas, fair_shares
+from .residency import Tier
+
+RANK_STEP: Final = 8  # between ranks, for what else tells copies of one tenant apart
+
+Permit = Callable[[str, int], bool]  # tenant and bytes of a copy that is about to be chosen
+
+
+class Contest:
+    """One demand: `wanted_bytes` of a tier for a tenant; for None, room is made that nobody has asked for.
+
+    `held` is what each tenant has there, without what is leaving already.
+    """
+
+    def __init__(
+        self,
+        quotas: Quotas,
+        tier: Tier,
+        capacity_bytes: int,
+        held: Mapping[str, int],
+        tenant: str | None = None,
+        wanted_bytes: int = 0,
+    ) -> None:
+        self.tenant = tenant
+        self._held = dict(held)
+        if tenant is not None:
+            self._held[tenant] = self._held.get(tenant, 0) + wanted_bytes
+        self._quotas = {name: quotas.of(name, tier) for name in self._held}
+        self._fair = fair_shares(capacity_bytes, self._held, self._quotas)
+        most = None if tenant is None else self._quotas[tenant].maximum_bytes
+        self.over_bytes = 0 if tenant is None or most is None else max(0, self._held[tenant] - most)
+
+    def rank(self, tenant: str) -> int:
+        """Of that tenant's copies; lower ranks leave first."""
+        if tenant == self.tenant and self.over_bytes:
+            return 0
+        return RANK_STEP if self._held[tenant] > self._fair[tenant] else 2 * RANK_STEP
+
+    def met(self, freed: Iterable[tuple[str, int]]) -> bool:
+        """Whether these copies, as tenant and bytes, are enough of the demanding tenant's own."""
+        return not self.over_bytes or sum(size for name, size in freed if name == self.tenant) >= self.over_bytes
+
+    def permits(self) -> Iterator[Permit]:
+        """What to ask of each copy as it is chosen, one attempt after the other. Each remembers what it has granted."""
+        yield self._down_to_fair()
+        yield self._down_to_guaranteed()
+
+    def _down_to_fair(self) -> Permit:
+        held = dict(self._held)
+
+        def permit(tenant: str, size_bytes: int) -> bool:
+            if held[tenant] <= self._fair[tenant]:
+                return False
+            held[tenant] -= size_bytes
+            return self._keeps(tenant, held[tenant])
+
+        return permit
+
+    def _down_to_guaranteed(self) -> Permit:
+        held = dict(self._held)
+
+        def permit(tenant: str, size_bytes: int) -> bool:
+            if not self._keeps(tenant, held[tenant] - size_bytes):
+                return False
+            held[tenant] -= size_bytes
+            return True
+
+        return permit
+
+    def _keeps(self, tenant: str, left_bytes: int) -> bool:
+        """Whether that much left is nothing that others may not take."""
+        return tenant == self.tenant or left_bytes >= self._quotas[tenant].guaranteed_bytes
