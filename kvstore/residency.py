@@ -86,6 +86,7 @@ class Placement:
     """
 
     extent: ExtentId
+    tenant: str
     tier: Tier
     device: str
     size_bytes: int

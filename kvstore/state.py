@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, NamedTuple
@@ -18,6 +18,7 @@ from .extent import Extent, ExtentId
 from .fronts import Fronts
 from .layout import Layout
 from .ledger import Ledger
+from .quotas import Usage
 from .residency import Placement, Tier
 from .residency import State as Phase
 from .reuse import Decision
@@ -183,6 +184,7 @@ class State:
         self.nvme = nvme
         self.pins = pins
         self.ledger = ledger
+        self.usage = Usage()
         self.specs: dict[bytes, KVSpec] = {}
         self.documents: dict[DocumentId, DocumentRecord] = {}
         self.extents: dict[ExtentId, ExtentRecord] = {}
@@ -281,6 +283,7 @@ class State:
             assert len(set(slots)) == len(slots), f"two copies share a slot on {device}"
         for device in {*used, DDR, NVME, *self.ledger.bytes_in}:
             assert used[device] == self.ledger.occupancy(device), f"ledger differs on {device}"
+        self._check_usage(placements)
         for placement in placements:
             assert placement.state != "gone", f"a gone copy is still listed: {placement}"
             assert placement.holds >= 0, placement
@@ -308,6 +311,14 @@ class State:
             known = self.documents.get(shard.document)
             is_old = known is not None and shard.layout.token_count < known.document.token_count
             assert is_old == (shard in self.retired), f"an earlier version's shard {shard.id} is forgotten"
+
+    def _check_usage(self, placements: Iterable[Placement]) -> None:
+        """What each tenant has of each tier, counted anew."""
+        counted = {tier: Counter[str]() for tier in Tier}
+        for placement in placements:
+            counted[placement.tier][placement.tenant] += placement.size_bytes
+        for tier, tenants in counted.items():
+            assert tenants == self.usage.of(tier), f"usage of {tier.label} differs"
 
     def _check_group(self, group: Group) -> None:
         for rank, pool in group.pools.items():

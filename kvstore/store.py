@@ -101,44 +101,46 @@ class Store:
 
     def take(self, extent: Extent, tier: Tier) -> Placement | None:
         """A slot in DDR or on NVMe, FILLING, accounted; None when no slot is free."""
-        pool, device = (self.records.ddr, DDR) if tier is Tier.DDR else (self.records.nvme, NVME)
+        pool = self.records.ddr if tier is Tier.DDR else self.records.nvme
         owner = extent.tenant if tier is Tier.DDR else ""
         slot = pool.allocate(SlotClass(owner, extent.slot_bytes))
         if slot is None:
             return None
         if pool.must_retire(slot):
             self.submit(RetireSlab(slab=slot.slab))
-        return self._opened(
-            Placement(extent=extent.id, tier=tier, device=device, size_bytes=extent.slot_bytes, slot=slot)
-        )
+        return self._placed(extent, tier, slot)
 
     def adopt_nvme(self, record: ExtentRecord, slot: Slot) -> None:
         """Restart: the catalog says that the extent lies in this slot."""
         self.records.nvme.claim(SlotClass("", record.extent.slot_bytes), slot)
-        placement = Placement(
-            extent=record.extent.id,
-            tier=Tier.NVME,
-            device=NVME,
-            size_bytes=record.extent.slot_bytes,
-            slot=slot,
-        )
-        record.nvme = self._opened(placement)
-        placement.apply(Event.COMPLETE)
+        record.nvme = self._placed(record.extent, Tier.NVME, slot)
+        record.nvme.apply(Event.COMPLETE)
         record.cataloged = record.stored = True
 
     def adopt_ddr(self, record: ExtentRecord, slot: Slot) -> Placement:
         """Restart: an earlier daemon says that the extent lies in this slot. FILLING, until that is verified."""
         self.records.ddr.claim(SlotClass(record.extent.tenant, record.extent.slot_bytes), slot)
-        size_bytes = record.extent.slot_bytes
-        record.ddr = self._opened(
-            Placement(extent=record.extent.id, tier=Tier.DDR, device=DDR, size_bytes=size_bytes, slot=slot)
-        )
+        record.ddr = self._placed(record.extent, Tier.DDR, slot)
         return record.ddr
+
+    def _placed(self, extent: Extent, tier: Tier, slot: Slot) -> Placement:
+        device, size_bytes = DDR if tier is Tier.DDR else NVME, extent.slot_bytes
+        return self._opened(
+            Placement(
+                extent=extent.id, tenant=extent.tenant, tier=tier, device=device, size_bytes=size_bytes, slot=slot
+            )
+        )
 
     def _opened(self, placement: Placement) -> Placement:
         self.records.ledger.came(placement.device, placement.size_bytes)
+        self.records.usage.came(placement.tier, placement.tenant, placement.size_bytes)
         placement.apply(Event.FILL)
         return placement
+
+    def _released(self, placement: Placement) -> None:
+        placement.apply(Event.RELEASE)
+        self.records.ledger.left(placement.device, placement.size_bytes)
+        self.records.usage.left(placement.tier, placement.tenant, placement.size_bytes)
 
     def filled(self, record: ExtentRecord, placement: Placement, seal: bytes) -> None:
         """The record's DDR copy is complete, with that seal."""
@@ -306,8 +308,7 @@ class Store:
         self.reap(record)
 
     def _gone(self, placement: Placement) -> None:
-        placement.apply(Event.RELEASE)
-        self.records.ledger.left(placement.device, placement.size_bytes)
+        self._released(placement)
         if placement.slot is not None:
             pool = self.records.ddr if placement.tier is Tier.DDR else self.records.nvme
             pool.free(placement.slot)
@@ -358,6 +359,7 @@ class Store:
             shard.copies[extent] = self._opened(
                 Placement(
                     extent=extent,
+                    tenant=shard.document.tenant,
                     tier=Tier.HBM,
                     device=hbm_device(group.name),
                     size_bytes=(upto - before) * group.row_bytes,
@@ -398,8 +400,7 @@ class Store:
             placement.apply(Event.DRAIN)
         elif placement.state is State.FILLING:
             placement.apply(Event.FAIL)
-        placement.apply(Event.RELEASE)
-        self.records.ledger.left(placement.device, placement.size_bytes)
+        self._released(placement)
 
     def fail_group(self, name: str, error: HoldfastError) -> None:
         """A rank died: the group's HBM is gone, and loads into it end. Saves out of it end when the effects say so.
@@ -414,8 +415,7 @@ class Store:
                 placement.holds = 0  # the process that used the bytes is gone with them
                 if placement.state is not State.LOST:
                     placement.apply(Event.FAIL)
-                placement.apply(Event.RELEASE)
-                self.records.ledger.left(placement.device, placement.size_bytes)
+                self._released(placement)
             shard.copies.clear()
         group.shards.clear()
         del self.records.groups[name]

@@ -36,7 +36,7 @@ def test_the_tables_words_exist():
 
 def placement(**fields):
     """A copy in DDR."""
-    return Placement(extent="e", tier=Tier.DDR, device="ddr", size_bytes=1, **fields)
+    return Placement(extent="e", tenant="t", tier=Tier.DDR, device="ddr", size_bytes=1, **fields)
 
 
 def test_a_held_copy_is_never_gone():
