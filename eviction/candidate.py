@@ -4,24 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .use import UnitId
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One resident extent of one tier, as it is now.
+    """One resident of one cache, as it is now.
 
-    Ids are chained hashes, so an extent has exactly one predecessor and residents form a forest:
-    `previous` is the extent before it, None at the front of a chain. An extent whose predecessor is
-    not resident behaves like a front.
+    Ids are chained hashes, so a unit has exactly one predecessor and residents form a forest: `previous` is the id of
+    the one before it, None at the front of a chain. One whose predecessor is not resident behaves like a front. `id` is
+    its name in this cache, `unit` what uses name it by: copies of one unit in two shards have two ids.
 
-    `movable` is False for what is leased or pinned: it stays, and so does all that is in front of
-    it. `frequency` is the decayed count of uses that History reports (0 when it knows none).
-    `restore_ns` predicts the nanoseconds to get it back: reload from the next tier or recompute.
+    `movable` is False for what is leased, pinned or in flight: it stays, and so does all that is in front of it.
+    `restore_ns` predicts the nanoseconds to get it back into this cache: reload from the next tier, or recompute behind
+    what precedes it. Lower ranks leave first, whatever the scores.
     """
 
-    id: str
-    previous: str | None
+    id: UnitId
+    unit: UnitId
+    previous: UnitId | None
     size_bytes: int
     movable: bool
-    last_access_ns: int
-    frequency: float
     restore_ns: int
+    rank: int = 0

@@ -1,30 +1,41 @@
 """What a policy is, and which there are.
 
-A policy is a pure function of one candidate and the time. Memory of the past lives in History and
-reaches it through the candidate, so the same policy decides in the daemon and in a simulation. To
-add one: a class with `name`, `score` and `explain` in a file of its own, a line in POLICIES, and a
-subclass of the contract tests.
+A policy learns from uses, and makes a ranking for each cache that asks it who leaves first: each tier, the HBM of each
+group, a replay. The same policy decides in the daemon and in a simulation. To add one: a class with these methods in a
+file of its own, a line in POLICIES, and a subclass of the contract tests.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from .candidate import Candidate
 from .lru import Lru
 from .popularity import Popularity
+from .use import UnitId, Use
+
+Worth = Callable[[int], float]
+"""Nanoseconds saved by finding the first n tokens of a chain in a cache: monotone, and 0 for no tokens."""
 
 
-class Policy(Protocol):
-    """Ranks candidates: the lowest score leaves first. Pure, deterministic, never raises."""
+class Ranking(Protocol):
+    """What one cache parts with first."""
 
-    @property
-    def name(self) -> str:
-        """What configuration calls it."""
+    def came(self, unit: UnitId, size_bytes: int) -> None:
+        """It is resident from now on. Usually a use has named it before; after a restart none has."""
         ...
 
-    def score(self, candidate: Candidate, now_ns: int) -> float:
-        """How much it is worth keeping; finite. Comparable within one policy and one `now_ns`."""
+    def left(self, unit: UnitId) -> None:
+        """It is not resident any more, whatever the reason."""
+        ...
+
+    def scores(self, candidates: Sequence[Candidate], now_ns: int) -> Sequence[float]:
+        """How much each is worth keeping; finite. The lowest leaves first.
+
+        Looking changes nothing that a later score could show.
+        """
         ...
 
     def explain(self, candidate: Candidate, now_ns: int) -> dict[str, float]:
@@ -32,4 +43,25 @@ class Policy(Protocol):
         ...
 
 
-POLICIES: Final[dict[str, Policy]] = {rule.name: rule for rule in (Lru(), Popularity())}
+class Policy(Protocol):
+    """Learns from uses, and makes rankings. Deterministic, bounded in memory, never raises."""
+
+    @property
+    def name(self) -> str:
+        """What configuration calls it."""
+        ...
+
+    def used(self, use: Use) -> None:
+        """A chain is used. Told before those of its units that are missing come."""
+        ...
+
+    def released(self, chain: Sequence[UnitId], now_ns: int) -> None:
+        """Its user is done, because a lease ended: age counts from here."""
+        ...
+
+    def ranking(self, capacity_bytes: int, worth: Worth) -> Ranking:
+        """For one more cache of that size. `worth` is what a hit saves there."""
+        ...
+
+
+POLICIES: Final[Mapping[str, Callable[[], Policy]]] = MappingProxyType({"lru": Lru, "popularity": Popularity})

@@ -208,7 +208,7 @@ def document(d: Json) -> Table:
             ("write policy", f"{d['write_policy']} ({d['write_reason']})"),
             ("created", moment(d["created_wall_ns"])),
             ("last used", f"{duration(used)} ago" if used is not None else "unknown"),
-            ("frequency", f"{d['frequency']:.3g}"),
+            ("uses", d["use_count"]),
             ("to restore", duration(d["restore_seconds"])),
             ("leases", d["leases"]),
             ("pin", pinned),

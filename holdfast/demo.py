@@ -373,7 +373,7 @@ class Demo:
         view = self.client.document(name)
         mine = [v for v in verdicts if f"default/{name}" in v.documents and v.reason == "pressure"]
         role = "popular" if name == MAIN else "pinned" if view.pin is not None else "cold"
-        why = f"{view.frequency:.1f} uses lately (decayed)"
+        why = f"{view.use_count} uses"
         if view.pin is not None:
             why = f"pinned at {TIER_NAMES[view.pin.tier]}: {view.pin.reason}"
         lowest = max((v for v in mine if v.tier != "hbm"), key=lambda v: v.tier, default=None)

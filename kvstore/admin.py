@@ -25,8 +25,7 @@ from .planner import Victim
 from .problems import body, problems, query, reply
 from .residency import Tier
 from .service import NS, Service
-from .state import Backend, Group
-from .store import hbm_device
+from .state import Backend, Group, hbm_device
 from .wire import PROTOCOL_VERSION
 
 BODY_BYTES_MAX: Final = 64 << 10

@@ -21,6 +21,7 @@ from .orders import Urgency
 from .residency import Placement, Tier
 from .residency import State as Residency
 from .state import ShardKey, State
+from .uses import Chains, Uses
 
 Waiting = Callable[[int | HoldfastError], None]
 
@@ -29,7 +30,7 @@ Waiting = Callable[[int | HoldfastError], None]
 class Attach:
     """A lease, its loading, and who waits for its layers. `answered`: its holder knows the lease, or its refusal.
 
-    `owner` is the version of the document that is leased: it may have grown since.
+    `owner` is the version of the document that is leased: it may have grown since. `chains` are what it uses.
     """
 
     owner: Document
@@ -37,6 +38,7 @@ class Attach:
     loading: Loading
     waiting: list[tuple[int, Waiting]] = field(default_factory=list)
     answered: bool = False
+    chains: Chains = ()
 
 
 def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int, layout: Layout | None) -> Layout:
@@ -58,8 +60,9 @@ def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int
 class Attaches:
     """Begins and ends attaches. `lease_ns` is how long a lease runs before it is overdue."""
 
-    def __init__(self, loader: Loader, lease_ns: int) -> None:
+    def __init__(self, loader: Loader, uses: Uses, lease_ns: int) -> None:
         self.loader = loader
+        self.uses = uses
         self.store = loader.store
         self.state = loader.store.records
         self.lease_ns = lease_ns
@@ -108,6 +111,7 @@ class Attaches:
         if group is not None or not self._is_here(attach.loading):
             self.loader.start(attach.loading, deadline_ns)
             attach.loading.swap.predicted_ns = self._predicted_ns(attach.loading, owner)
+        attach.chains = self.uses.attached(self.state.documents[document], attach.loading.records)
         self.open[lease.id] = attach
         self.state.leases[lease.id] = lease
         self.state.ledger.swaps.append(attach.loading.swap)
@@ -248,6 +252,7 @@ class Attaches:
     def end(self, attach: Attach) -> None:
         """End a lease; its copies stay where they are until eviction wants their room."""
         self._forget(attach)
+        self.uses.released(attach.chains)
         self.loader.release(attach.loading)
         for _, done in attach.waiting:
             done(ClaimNotFound(f"lease {attach.lease.id} ended"))

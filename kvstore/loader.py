@@ -19,6 +19,7 @@ from .orders import CloseShard, LoadShard, Outcome, Part
 from .reads import Reads
 from .residency import Event, Placement, State, Tier
 from .room import Reservation, Room
+from .rows import grow_rows
 from .slots import slots_of
 from .state import ExtentRecord, Shard
 from .store import Store
@@ -72,7 +73,7 @@ class Loader:
         if shard is not None and not shard.complete:
             if any(not copy.readable or copy.holds for copy in shard.copies.values()):
                 return None
-            if self.store.planner.grow_rows(shard) is None:
+            if grow_rows(self.store.records.group(shard.group), shard) is None:
                 replaces, shard = shard.id, None
         lacking = []
         for record in loading.records:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from .demand import Demand
 from .loading import Loading
 from .orders import OpenShard
+from .rows import grow_rows, place_rows
 from .state import Shard
 from .store import Store
 
@@ -21,7 +22,7 @@ def open_shard(store: Store, loading: Loading, demand: Demand) -> None:
     if shard is None:
         shard = _new_shard(store, loading, demand)
     elif not shard.complete:
-        rows = store.planner.grow_rows(shard)
+        rows = grow_rows(store.records.group(shard.group), shard)
         assert rows is not None
         store.open_shard(shard, rows)
     loading.shard = shard
@@ -48,7 +49,7 @@ def open_shard(store: Store, loading: Loading, demand: Demand) -> None:
 def _new_shard(store: Store, loading: Loading, demand: Demand) -> Shard:
     assert loading.layout is not None
     assert loading.group is not None
-    rows = store.planner.place_rows(replace(demand, replaces=None))
+    rows = place_rows(store.records.group(loading.group), replace(demand, replaces=None))
     assert rows is not None, "granted without rows"
     shard = Shard(
         id=store.new_id(),

@@ -6,26 +6,30 @@ prices returns with the cost model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 from ..eviction.candidate import Candidate
-from ..eviction.history import History
 from ..eviction.policy import Policy
-from ..eviction.victims import choose_leaf_first, choose_victims
+from ..eviction.residents import Residents
+from ..eviction.use import UnitId
+from ..eviction.victims import Describe, Satisfied, choose
+from .caches import Cache
 from .calibration import Calibration
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
-from .costs import DEFAULT_LINKS
+from .costs import DEFAULT_LINKS, PrefillCurve
 from .demand import Demand
 from .document import Document
 from .ledger import Hop
+from .precedence import Precedence
 from .prefills import Prefills
 from .residency import Placement, State, Tier
-from .slots import RowPool, Slot, SlotClass
-from .state import ExtentRecord, Group, Shard
+from .rows import draining, place_rows
+from .slots import Slot, SlotClass
+from .state import DDR, NVME, ExtentRecord, Group, Shard, hbm_device
 from .state import State as Store
 
 HOPS: Final = (
@@ -34,6 +38,7 @@ HOPS: Final = (
     Hop(Tier.DDR, Tier.HBM),
     Hop(Tier.HBM, Tier.DDR),
 )
+TOKEN_BYTES: Final = 131_072  # of the model that the prior prefill curve is of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +58,28 @@ class Victim:
 
 
 class Planner:
-    """Reads state; knows the policy, the memory of past uses and the prices."""
+    """Reads state; knows the policy, what each cache holds, and the prices."""
 
-    def __init__(self, state: Store, policy: Policy, history: History, clock: Clock) -> None:
+    def __init__(self, state: Store, policy: Policy, clock: Clock) -> None:
         self.state = state
         self.policy = policy
-        self.history = history
         self.clock = clock
-        self._since_ns = clock.monotonic_ns()  # of earlier uses nothing is known
+        self.precedence = Precedence(state)
         self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
         self.calibration: Calibration | None = None
+        self._ddr = Cache(ranking=policy.ranking(state.ddr.capacity_bytes, self._saved_by_ddr))
+        self._nvme = Cache(ranking=policy.ranking(state.nvme.capacity_bytes, self._saved_by_nvme))
+        state.caches |= {DDR: self._ddr, NVME: self._nvme}
+
+    def open_group(self, group: Group) -> None:
+        """All of its ranks are there: rank what its HBM will hold."""
+        token_bytes = group.row_bytes * group.tp
+
+        def saved(token_count: int) -> float:
+            return self.links[Hop(Tier.DDR, Tier.HBM)].move_ns(token_count * token_bytes) if token_count else 0.0
+
+        self.state.caches[hbm_device(group.name)] = Cache(ranking=self.policy.ranking(group.capacity_bytes, saved))
 
     # Prices ------------------------------------------------------------------------------------
 
@@ -94,6 +110,16 @@ class Planner:
             return self.reload_ns(record, Tier.NVME, Tier.DDR)
         return self.recompute_ns(record)
 
+    def _saved_by_nvme(self, token_count: int) -> float:
+        """By the prior curve: what models have in common."""
+        return PrefillCurve().marginal_prefill_ns(0, token_count)
+
+    def _saved_by_ddr(self, token_count: int) -> float:
+        """A reload, where NVMe is below."""
+        if not self.state.nvme.capacity_bytes:
+            return self._saved_by_nvme(token_count)
+        return self.links[Hop(Tier.NVME, Tier.DDR)].move_ns(token_count * TOKEN_BYTES) if token_count else 0.0
+
     def calibrate(self, calibration: Calibration) -> None:
         """Predict by these measurements; hops that they do not name keep what was learned."""
         self.calibration = calibration
@@ -122,23 +148,25 @@ class Planner:
         """Whether the demand could be granted right now."""
         if not self.state.ddr.fits(demand.slots):
             return False
-        return self._rows_fit(demand, {})
+        return demand.group is None or place_rows(self.state.groups[demand.group], demand) is not None
 
     def draining(self, demand: Demand) -> bool:
         """Whether it will fit once everything on its way out has left."""
         leaving = self._leaving_slots(Tier.DDR)
         if not self.state.ddr.fits(demand.slots, leaving):
             return False
-        return self._rows_fit(demand, self._draining_extents(demand))
+        if demand.group is None:
+            return True
+        group = self.state.groups[demand.group]
+        return place_rows(group, demand, draining(group)) is not None
 
     def make_room(self, demand: Demand) -> tuple[Victim, ...] | None:
         """Who should leave so that the demand fits (what drains already is counted as gone); None: impossible."""
         chosen: list[Victim] = []
         leaving = self._leaving_slots(Tier.DDR)
-        records = self.state.extents
 
         def slots_fit(victims: Sequence[Candidate]) -> bool:
-            freed = _slots(records[victim.id].ddr for victim in victims)
+            freed = _slots(self._record(victim).ddr for victim in victims)
             return self.state.ddr.fits(demand.slots, [*leaving, *freed])
 
         one_by_one = self._choose(Tier.DDR, slots_fit)
@@ -147,7 +175,7 @@ class Planner:
             victims = self._choose_unchained(slots_fit)
         if victims is None:
             return None
-        chosen += [self._victim(records[v.id], records[v.id].ddr, v) for v in victims]
+        chosen += [self._victim(self._record(victim), self._record(victim).ddr, victim) for victim in victims]
         if demand.group is not None:
             more = self._make_rows(demand)
             if more is None:
@@ -158,16 +186,15 @@ class Planner:
     def make_nvme_room(self, wanted: Mapping[SlotClass, int]) -> tuple[Victim, ...] | None:
         """Who should leave NVMe so that these slots fit; None: not enough may."""
         leaving = self._leaving_slots(Tier.NVME)
-        records = self.state.extents
 
         def slot_fits(victims: Sequence[Candidate]) -> bool:
-            freed = _slots(records[victim.id].nvme for victim in victims)
+            freed = _slots(self._record(victim).nvme for victim in victims)
             return self.state.nvme.fits(wanted, [*leaving, *freed])
 
         victims = self._choose(Tier.NVME, slot_fits)
         if victims is None:
             return None
-        return tuple(self._victim(records[v.id], records[v.id].nvme, v) for v in victims)
+        return tuple(self._victim(self._record(victim), self._record(victim).nvme, victim) for victim in victims)
 
     def free_bytes(self, tier: Tier, size_bytes: int) -> tuple[Victim, ...] | None:
         """Who should leave DDR or NVMe to free at least that many bytes; None: not that much may leave."""
@@ -178,7 +205,7 @@ class Planner:
         victims = self._choose(tier, enough)
         if victims is None:
             return None
-        records = [self.state.extents[victim.id] for victim in victims]
+        records = [self._record(victim) for victim in victims]
         copies = [record.ddr if tier is Tier.DDR else record.nvme for record in records]
         return tuple(map(self._victim, records, copies, victims))
 
@@ -215,102 +242,56 @@ class Planner:
         return replace(self._as_victim(record, placement), action="drop")
 
     def _as_victim(self, record: ExtentRecord, placement: Placement) -> Victim:
-        return self._victim(record, placement, self._candidate(record, placement, None))
+        return self._victim(record, placement, self._candidate(record, placement))
 
     def explain(self, record: ExtentRecord, placement: Placement) -> dict[str, float]:
         """The policy's score parts for one copy, now."""
-        candidate = self._candidate(record, placement, None)
-        return self.policy.explain(candidate, self.clock.monotonic_ns())
+        candidate = self._candidate(record, placement)
+        return self.state.caches[placement.device].ranking.explain(candidate, self.clock.monotonic_ns())
 
     # HBM rows ----------------------------------------------------------------------------------
-
-    def place_rows(self, demand: Demand, gone: dict[int, set[str]] | None = None) -> list[tuple[int, int]] | None:
-        """(first row, count) per rank for a new shard, or None when some rank has no room.
-
-        `gone` names extents per shard whose rows are counted as free already.
-        """
-        assert demand.group is not None
-        group = self.state.groups[demand.group]
-        leaving = dict(gone or {})
-        for shard in group.shards.values():
-            if shard.id == demand.replaces:
-                leaving[shard.id] = set(shard.copies)
-        pools = self._pools_after(group, leaving)
-        rows = []
-        for rank, count in enumerate(demand.rows):
-            start = pools[rank].allocate(count)
-            if start is None:
-                return None
-            rows.append((start, count))
-        return rows
-
-    def grow_rows(self, shard: Shard) -> list[tuple[int, int]] | None:
-        """Rows for all of a shard's tokens without moving what it has, or None."""
-        group = self.state.groups[shard.group]
-        rows = []
-        for rank, (start, count) in enumerate(shard.rows):
-            wanted = shard.layout.length(rank // group.tp)
-            if not group.pools[rank].copy().claim(start + count, wanted - count):
-                return None
-            rows.append((start, wanted))
-        return rows
-
-    def _pools_after(self, group: Group, gone: dict[int, set[str]]) -> dict[int, RowPool]:
-        pools = {rank: pool.copy() for rank, pool in group.pools.items()}
-        for shard in group.shards.values():
-            leaving = gone.get(shard.id, set())
-            kept = [extent for extent in shard.copies if extent not in leaving]
-            if len(kept) == len(shard.copies):
-                continue
-            lengths = shard.lengths(shard.spans[kept[-1]][1] if kept else 0)
-            for rank, (start, count) in enumerate(shard.rows):
-                pools[rank].free(start + lengths[rank], count - lengths[rank])
-        return pools
-
-    def _rows_fit(self, demand: Demand, gone: dict[int, set[str]]) -> bool:
-        return demand.group is None or self.place_rows(demand, gone) is not None
-
-    def _draining_extents(self, demand: Demand) -> dict[int, set[str]]:
-        gone: dict[int, set[str]] = {}
-        if demand.group is not None:
-            for shard in self.state.groups[demand.group].shards.values():
-                for extent, copy in shard.copies.items():
-                    if copy.state is State.DRAINING:
-                        gone.setdefault(shard.id, set()).add(extent)
-        return gone
 
     def _make_rows(self, demand: Demand) -> list[Victim] | None:
         """HBM victims of the demanded group; [] when the rows fit anyway."""
         assert demand.group is not None
         group = self.state.groups[demand.group]
-        gone = self._draining_extents(demand)
-        candidates = []
-        owners: dict[str, tuple[Shard, str]] = {}
-        for shard in group.shards.values():
-            previous = None
+        gone = draining(group)
+        owners = self._owners(group)
+        chain: dict[UnitId, UnitId | None] = {}
+        before: dict[int, UnitId] = {}
+        for name, (shard, _) in owners.items():
+            chain[name] = before.get(shard.id)
+            before[shard.id] = name
+        cache = self.state.caches[hbm_device(group.name)]
+        cache.now_holds(chain, {extent: shard.copies[extent].size_bytes for shard, extent in owners.values()})
+
+        def described(name: UnitId) -> Candidate:
+            shard, extent = owners[name]
             stays = shard.id == demand.replaces or not self.state.may_leave_hbm(shard)
-            for extent, copy in shard.copies.items():
-                record = self.state.extents.get(extent)
-                if record is None or copy.state is State.DRAINING:
-                    continue  # an open ingest's, or on its way out
-                name = f"{extent}@{shard.id}"
-                candidate = self._candidate(record, copy, previous, name=name, stays=stays)
-                owners[name] = (shard, extent)
-                candidates.append(candidate)
-                previous = name
+            candidate = self._candidate(self.state.extents[extent], shard.copies[extent], stays=stays)
+            return replace(candidate, id=name, previous=chain[name])
 
         def rows_fit(victims: Sequence[Candidate]) -> bool:
             leaving = {shard: set(extents) for shard, extents in gone.items()}
             for victim in victims:
                 shard, extent = owners[victim.id]
                 leaving.setdefault(shard.id, set()).add(extent)
-            return self.place_rows(demand, leaving) is not None
+            return place_rows(group, demand, leaving) is not None
 
-        victims = choose_victims(candidates, self.policy, self.clock.monotonic_ns(), rows_fit)
+        victims = self._chosen(cache.residents, cache, described, Tier.HBM, rows_fit)
         if victims is None:
             return None
         leaving = [(*owners[victim.id], victim) for victim in victims]
         return [self._victim(self.state.extents[e], shard.copies[e], victim) for shard, e, victim in leaving]
+
+    def _owners(self, group: Group) -> dict[UnitId, tuple[Shard, str]]:
+        """What eviction may look at in the group's HBM, by name: copies that neither drain nor are an open ingest's."""
+        return {
+            f"{extent}@{shard.id}": (shard, extent)
+            for shard in group.shards.values()
+            for extent, copy in shard.copies.items()
+            if extent in self.state.extents and copy.state is not State.DRAINING
+        }
 
     # Candidates --------------------------------------------------------------------------------
 
@@ -321,84 +302,84 @@ class Planner:
             return leaving  # a copy on its way out of NVMe is in no record any more
         return leaving + _slots(copy for copy in self.state.draining.values() if copy.state is State.DRAINING)
 
-    def _chain(self, tier: Tier) -> dict[str, str | None]:
-        """What may be asked to leave DDR or NVMe, and the extent before each.
+    def _cache(self, tier: Tier) -> Cache:
+        """DDR or NVMe, as it is now.
 
-        Of NVMe everything resident anywhere: what only DDR holds cannot leave NVMe, but keeps its front there.
+        The forest of NVMe is of everything resident anywhere: what only DDR holds cannot leave NVMe, but keeps its
+        front there.
         """
-        drains = State.DRAINING
-        if tier is Tier.DDR:
-            return {
-                extent: record.extent.previous
-                for extent, record in self.state.extents.items()
-                if record.ddr is not None and record.ddr.state is not drains
-            }
-        return {
-            extent: record.extent.previous
-            for extent, record in self.state.extents.items()
-            if (copy := record.nvme or record.ddr) is not None and copy.state is not drains
-        }
+        drains, cache = State.DRAINING, self._ddr if tier is Tier.DDR else self._nvme
+        chain: dict[UnitId, UnitId | None] = {}
+        units: dict[UnitId, int] = {}
+        for extent, record in self.state.extents.items():
+            copy = record.ddr if tier is Tier.DDR else record.nvme or record.ddr
+            if copy is not None and copy.state is not drains:
+                chain[extent] = record.extent.previous
+                if copy.tier is tier:
+                    units[extent] = copy.size_bytes
+        cache.now_holds(chain, units)
+        return cache
 
-    def _of(self, tier: Tier, extent: str) -> Candidate:
-        """One of a chain, described."""
-        record = self.state.extents[extent]
+    def _record(self, candidate: Candidate) -> ExtentRecord:
+        return self.state.extents[str(candidate.unit)]
+
+    def _of(self, tier: Tier, extent: UnitId) -> Candidate:
+        """One of DDR or NVMe, described."""
+        record = self.state.extents[str(extent)]
         copy = record.ddr if tier is Tier.DDR else record.nvme or record.ddr
         assert copy is not None
-        return self._candidate(record, copy, record.extent.previous, stays=copy.tier is not tier)
+        return self._candidate(record, copy, stays=copy.tier is not tier)
 
     def _occupants(self) -> Iterator[Occupant]:
         """DDR copies that break no chain when they leave: NVMe has them, or will, or nothing is behind them."""
-        candidates = [self._of(Tier.DDR, extent) for extent in self._chain(Tier.DDR)]
-        now_ns = self.clock.monotonic_ns()
-        inner = {candidate.previous for candidate in candidates}
-        for candidate in candidates:
-            record = self.state.extents[candidate.id]
+        cache = self._cache(Tier.DDR)
+        candidates = [self._of(Tier.DDR, extent) for extent in cache.residents]
+        scores = cache.ranking.scores(candidates, self.clock.monotonic_ns())
+        for candidate, score in zip(candidates, scores, strict=True):
+            record = self._record(candidate)
             stays = self._goes_to_nvme(record) or (record.nvme is not None and record.nvme.readable)
-            if candidate.movable and (stays or candidate.id not in inner):
-                assert record.ddr is not None
-                loss = self.policy.score(candidate, now_ns) * candidate.size_bytes
+            if candidate.movable and (stays or not cache.residents.followers(candidate.id)):
+                loss = score * candidate.size_bytes
                 yield from (Occupant(candidate, slot, loss) for slot in _slots([record.ddr]))
 
-    def _candidate(
-        self,
-        record: ExtentRecord,
-        placement: Placement,
-        previous: str | None,
-        *,
-        name: str | None = None,
-        stays: bool = False,
-    ) -> Candidate:
-        now_ns = self.clock.monotonic_ns()
-        extent = record.extent.id
-        last = self.history.last_access_ns(extent)
+    def _candidate(self, record: ExtentRecord, placement: Placement, *, stays: bool = False) -> Candidate:
+        """One copy, as eviction sees it; in HBM its id and the one before are the group's to say."""
+        extent = record.extent
         return Candidate(
-            id=name or extent,
-            previous=previous,
+            id=extent.id,
+            unit=extent.id,
+            previous=extent.previous,
             size_bytes=placement.size_bytes,
             movable=placement.movable and not stays and self._unpinned(record, placement),
-            last_access_ns=last if last is not None else self._since_ns,
-            frequency=self.history.frequency(extent, now_ns),
             restore_ns=self.restore_ns(record, placement),
+            rank=self.precedence.rank_of(record, placement),
         )
 
     def _unpinned(self, record: ExtentRecord, placement: Placement) -> bool:
         return placement.tier is Tier.HBM or self.state.may_leave(record, placement)
 
-    def _choose(self, tier: Tier, satisfied: Callable[[Sequence[Candidate]], bool]) -> tuple[Candidate, ...] | None:
-        describe = partial(self._of, tier)
-        return choose_leaf_first(self._chain(tier), describe, self.policy, self.clock.monotonic_ns(), satisfied)
+    def _choose(self, tier: Tier, satisfied: Satisfied) -> tuple[Candidate, ...] | None:
+        cache = self._cache(tier)
+        return self._chosen(cache.residents, cache, partial(self._of, tier), tier, satisfied)
 
-    def _choose_unchained(self, satisfied: Callable[[Sequence[Candidate]], bool]) -> tuple[Candidate, ...] | None:
+    def _choose_unchained(self, satisfied: Satisfied) -> tuple[Candidate, ...] | None:
         """In need, what NVMe has too may leave DDR before what lies behind it: nothing becomes useless by that.
 
         A window that moves along a document needs it: its front is over while the rest is leased.
         """
-        chain: dict[str, str | None] = {}
-        for extent, previous in self._chain(Tier.DDR).items():
-            record = self.state.extents.get(previous) if previous is not None else None
+        cache, unchained = self._cache(Tier.DDR), Residents()
+        for extent in cache.residents:
+            previous = cache.residents.previous(extent)
+            record = self.state.extents.get(str(previous))
             is_clean = record is not None and record.nvme is not None and record.nvme.readable
-            chain[extent] = None if is_clean else previous
-        return choose_leaf_first(chain, partial(self._of, Tier.DDR), self.policy, self.clock.monotonic_ns(), satisfied)
+            unchained.came(extent, None if is_clean else previous)
+        return self._chosen(unchained, cache, partial(self._of, Tier.DDR), Tier.DDR, satisfied)
+
+    def _chosen(
+        self, forest: Residents, cache: Cache, describe: Describe, tier: Tier, satisfied: Satisfied
+    ) -> tuple[Candidate, ...] | None:
+        permit = self.precedence.permit(tier)
+        return choose(forest, cache.ranking, describe, self.clock.monotonic_ns(), satisfied, permit)
 
     def _victim(self, record: ExtentRecord, placement: Placement | None, candidate: Candidate) -> Victim:
         assert placement is not None
@@ -419,7 +400,7 @@ class Planner:
             action="demote" if stays else "drop",
             size_bytes=placement.size_bytes,
             restore_ns=candidate.restore_ns,
-            scores=self.policy.explain(candidate, self.clock.monotonic_ns()),
+            scores=self.state.caches[placement.device].ranking.explain(candidate, self.clock.monotonic_ns()),
         )
 
     def _goes_to_nvme(self, record: ExtentRecord) -> bool:

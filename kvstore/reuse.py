@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from .document import DocumentId, WritePolicy
+from .extent import ExtentId
 
 TENANTS_KEPT: Final = 256
 DOCUMENTS_KEPT: Final = 128  # per tenant, whose return is awaited
@@ -37,6 +38,27 @@ class Stake(NamedTuple):
     known: bool
     saved_ns: int
     price_ns: int
+
+
+class Ghosts:
+    """Extents that were here and are forgotten, at most `limit` of them: the ones that left last."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._ids: OrderedDict[ExtentId, None] = OrderedDict()
+
+    def add(self, extent: ExtentId) -> None:
+        """It is gone now."""
+        self._ids[extent] = None
+        self._ids.move_to_end(extent)
+        if len(self._ids) > self._limit:
+            self._ids.popitem(last=False)
+
+    def __contains__(self, extent: ExtentId) -> bool:
+        return extent in self._ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 def decide(stakes: Iterable[Stake], rate: float) -> Decision:

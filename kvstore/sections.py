@@ -64,10 +64,9 @@ class NvmeConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionConfig:
-    """Who leaves. The daemon knows which policies there are; ghosts are remembered accesses."""
+    """Who leaves. The daemon knows which policies there are; ghosts are extents that were here."""
 
     policy: Annotated[str, Text()] = "popularity"
-    half_life_seconds: Annotated[float, Seconds(1, 31_536_000)] = 90.0
     ghost_entries: Annotated[int, Whole(1, 100_000_000)] = 65_536
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from ..eviction.history import History
 from ..eviction.policy import POLICIES
 from .adoption import Adoption
 from .attach import Attach, Attaches, checked_layout
@@ -47,43 +46,44 @@ from .orders import Effects, Outcome, PutSpec, Write
 from .planner import Planner, Victim
 from .prefix import Prefix, longest
 from .residency import Tier
-from .reuse import Comebacks
+from .reuse import Comebacks, Ghosts
 from .room import Room
 from .slots import RowPool, SlabPool, Slot, SlotClass
 from .spec import KVSpec
 from .state import UNSAID, Backend, Group, Left, State
 from .store import Store
 from .upkeep import Upkeep
+from .uses import Uses
 from .writes import Writes
 
 NS = 1_000_000_000
 MODELS_LIMIT = 4096  # of any tenant and adapter; far more than a machine serves
-PATIENCE_HALF_LIVES = 10  # of the eviction policy's memory; who has not come back by then is not expected any more
+PATIENCE_NS = 900 * NS  # who has not come back by then is not expected any more
 
 
 class Service:
     """All commands. `secret` gives a tenant's key secret; `effects` carries out orders."""
 
     def __init__(self, config: Config, clock: Clock, effects: Effects, secret: Callable[[str], bytes]) -> None:
-        policy = POLICIES.get(config.eviction.policy)
-        if policy is None:
+        make_policy = POLICIES.get(config.eviction.policy)
+        if make_policy is None:
             raise ConfigError(f"eviction.policy {config.eviction.policy!r} is unknown; use one of {sorted(POLICIES)}")
         self.config = config
         self.clock = clock
         self._secret = secret
         ddr = SlabPool(config.ddr.capacity_bytes, config.ddr.slab_bytes)
         nvme = SlabPool(config.nvme.capacity_bytes, config.nvme.segment_bytes)
-        self.state = State(ddr, nvme, Pins(config.limits.pin_bytes), Ledger(config.limits.swap_records))
-        self.history = History(config.eviction.ghost_entries, int(config.eviction.half_life_seconds * NS))
-        self.planner = Planner(self.state, policy, self.history, clock)
+        pins, ledger = Pins(config.limits.pin_bytes), Ledger(config.limits.swap_records)
+        self.state = State(ddr, nvme, pins, ledger, Ghosts(config.eviction.ghost_entries))
+        self.planner = Planner(self.state, make_policy(), clock)
         self.store = Store(self.state, self.planner, effects, clock)
-        comebacks = Comebacks(PATIENCE_HALF_LIVES * int(config.eviction.half_life_seconds * NS))
-        self.writes = Writes(self.store, comebacks, config.nvme.backlog_bytes, config.nvme.when_behind)
+        self.writes = Writes(self.store, Comebacks(PATIENCE_NS), config.nvme.backlog_bytes, config.nvme.when_behind)
         self.room = Room(self.store, self.writes, config.limits.pending_reservations)
         self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)
         self.awaiting = Awaiting(self.state, self.ingests.open, config.limits.pending_reservations)
-        self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
+        self.uses = Uses(self.state, self.planner.policy, clock)
+        self.attaches = Attaches(self.loader, self.uses, int(config.limits.lease_seconds * NS))
         self.upkeep = Upkeep(self.loader, self.ingests)
         self.measurements = Measurements(self.store)
         self.adoption = Adoption(self.upkeep)
@@ -194,6 +194,8 @@ class Service:
         group.seats[rank] = client
         group.pools[rank] = RowPool(rows)
         group.backends[rank] = backend
+        if group.complete:
+            self.planner.open_group(group)
 
     def _spec(self, fingerprint: bytes) -> KVSpec:
         spec = self.state.specs.get(fingerprint)
@@ -302,7 +304,7 @@ class Service:
 
         def committed(error: HoldfastError | None) -> None:
             if error is None:
-                self._touch(ingest.document)
+                self.uses.published(self.state.documents[ingest.document.id])
             done(error if error is not None else ingest.document)
 
         self.ingests.commit(ingest, committed, seals, deadline_ns)
@@ -331,9 +333,6 @@ class Service:
         self.ingests.abort(self.ingests.get(ingest_id, client))
         self._pump()
 
-    def _touch(self, document: Document) -> None:
-        self.history.touch_all(document.extents, self.clock.monotonic_ns())
-
     # Attach ------------------------------------------------------------------------------------
 
     def attach(
@@ -347,10 +346,8 @@ class Service:
         granted: Callable[[Attach | HoldfastError], None],
         tokens: tuple[int, int] | None = None,
     ) -> Attach:
-        """See Attaches.attach; a use that the eviction policy learns from."""
+        """See Attaches.attach."""
         attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted, tokens)
-        used = [record.extent.id for record in attach.loading.records]  # all of it, or a range
-        self.history.touch_all(used, self.clock.monotonic_ns())
         self.writes.came_back(self.state.documents[document], "attached again")
         self._pump()
         return attach

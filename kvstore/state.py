@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, NamedTuple
 
+from .caches import Cache
 from .claims import Lease, Pins
 from .document import Document, DocumentId, WritePolicy
 from .errors import DocumentNotFound, GroupNotFound
@@ -21,12 +22,17 @@ from .ledger import Ledger
 from .quotas import Usage
 from .residency import Placement, Tier
 from .residency import State as Phase
-from .reuse import Decision
+from .reuse import Decision, Ghosts
 from .slots import RowPool, SlabPool, Slot
 from .spec import KVSpec
 
 DDR = "ddr"
 NVME = "nvme"
+
+
+def hbm_device(group: str) -> str:
+    """The device name of a group's HBM."""
+    return f"hbm:{group}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,7 +85,8 @@ class DocumentRecord:
 
     `volatile` are the extents that were not yet in the catalog when the document was committed. `decision` says what
     was decided for it at its commit; None after a restart. `behind`: it should be on NVMe, and the disk cannot follow.
-    `before`: extents of a shorter version that the catalog still names.
+    `before`: extents of a shorter version that the catalog still names. `chains` are made when needed (see uses).
+    `use_count` and `last_use_ns` tell of uses since the daemon started.
     """
 
     document: Document
@@ -88,6 +95,9 @@ class DocumentRecord:
     before: tuple[ExtentId, ...] = ()
     decision: Decision | None = None
     behind: bool = False
+    chains: tuple[tuple[ExtentId, ...], ...] = ()
+    use_count: int = 0
+    last_use_ns: int | None = None
 
     @property
     def writes_through(self) -> bool:
@@ -179,7 +189,7 @@ class Group:
 class State:
     """The containers. Keys are ids; no container holds what another can derive."""
 
-    def __init__(self, ddr: SlabPool, nvme: SlabPool, pins: Pins, ledger: Ledger) -> None:
+    def __init__(self, ddr: SlabPool, nvme: SlabPool, pins: Pins, ledger: Ledger, ghosts: Ghosts) -> None:
         self.ddr = ddr
         self.nvme = nvme
         self.pins = pins
@@ -188,6 +198,8 @@ class State:
         self.specs: dict[bytes, KVSpec] = {}
         self.documents: dict[DocumentId, DocumentRecord] = {}
         self.extents: dict[ExtentId, ExtentRecord] = {}
+        self.ghosts = ghosts
+        self.caches: dict[str, Cache] = {}  # by device
         self.fronts = Fronts()  # of these extents
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}

@@ -27,15 +27,10 @@ from .orders import (
 from .planner import Planner, Victim
 from .residency import Event, Placement, State, Tier
 from .slots import Slot, SlotClass
-from .state import DDR, NVME, DocumentRecord, ExtentRecord, Shard
+from .state import DDR, NVME, DocumentRecord, ExtentRecord, Shard, hbm_device
 from .state import State as Records
 
 Then = Callable[[Outcome], None]
-
-
-def hbm_device(group: str) -> str:
-    """The device name of a group's HBM."""
-    return f"hbm:{group}"
 
 
 class Store:
@@ -332,7 +327,8 @@ class Store:
         for placement in record.placements():
             self.settle(placement)
         if not record.placements():
-            self.records.extents.pop(record.extent.id, None)
+            if self.records.extents.pop(record.extent.id, None) is not None:
+                self.records.ghosts.add(record.extent.id)
             self._refused.discard(record.extent.id)
             self.records.fronts.discard(record.extent)
 
@@ -419,6 +415,7 @@ class Store:
             shard.copies.clear()
         group.shards.clear()
         del self.records.groups[name]
+        self.records.caches.pop(hbm_device(name), None)
 
     # Verdicts ----------------------------------------------------------------------------------
 

@@ -18,8 +18,7 @@ from .ledger import SwapRecord, Verdict
 from .planner import Planner, Victim
 from .prefix import Prefix
 from .residency import Tier
-from .state import DDR, NVME, DocumentRecord, ExtentRecord, State
-from .store import hbm_device
+from .state import DDR, NVME, DocumentRecord, ExtentRecord, State, hbm_device
 
 
 class PinView(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +64,7 @@ class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
     pin: PinView | None
     created_wall_ns: int
     last_access_seconds_ago: float | None
-    frequency: float
+    use_count: int
     restore_seconds: float
 
 
@@ -203,7 +202,6 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
             resident[Tier.HBM.label] = resident.get(Tier.HBM.label, 0) + size
     missing = [(r.extent.start, r.extent.stop) for r in records if r.source() is None]
     now_ns = planner.clock.monotonic_ns()
-    touched = [t for e in document.extents if (t := planner.history.last_access_ns(e)) is not None]
     pin = state.pins.get(document.id)
     return DocumentView(
         tenant=document.id.tenant,
@@ -222,8 +220,8 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
         leases=len(state.leased(document.id)),
         pin=pin_view(pin) if pin is not None else None,
         created_wall_ns=document.created_wall_ns,
-        last_access_seconds_ago=(now_ns - max(touched)) / 1e9 if touched else None,
-        frequency=max((planner.history.frequency(e, now_ns) for e in document.extents), default=0.0),
+        last_access_seconds_ago=(now_ns - record.last_use_ns) / 1e9 if record.last_use_ns is not None else None,
+        use_count=record.use_count,
         restore_seconds=sum(_restore_ns(planner, r) for r in records) / 1e9,
     )
 

@@ -76,7 +76,7 @@ class Writes:
         planner, record = self.store.planner, ExtentRecord(extent=extent)
         link = planner.links[Hop(Tier.DDR, Tier.NVME)]
         return Stake(
-            known=planner.history.last_access_ns(extent.id) is not None,
+            known=extent.id in self.state.extents or extent.id in self.state.ghosts,
             saved_ns=planner.recompute_ns(record) - planner.reload_ns(record, Tier.NVME, Tier.DDR),
             price_ns=round(extent.slot_bytes * NS_PER_SECOND / link.bytes_per_second),
         )

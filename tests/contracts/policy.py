@@ -1,87 +1,105 @@
-"""What every eviction policy must do. Inherit, set `policy`, and add what is your own."""
+"""What every eviction policy must do. Inherit, set `make`, and add what is your own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar
 
 from holdfast.eviction.candidate import Candidate
 from holdfast.eviction.policy import POLICIES, Policy
-from holdfast.eviction.victims import choose_victims
+from holdfast.eviction.use import Use
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 SECOND_NS = 10**9
 NOW_NS = 1_700_000_000 * SECOND_NS
+UNIT_BYTES = 8 << 20
+UNIT_TOKENS = 512
 
 candidates = st.builds(
     Candidate,
-    id=st.text("abcdef", min_size=1, max_size=6),
+    id=st.just("x"),
+    unit=st.sampled_from("abcd"),
     previous=st.none(),
     size_bytes=st.sampled_from([0, 1, 4096, 8 << 20, 1 << 50]),
     movable=st.just(value=True),
-    last_access_ns=st.one_of(
-        st.sampled_from([0, NOW_NS, NOW_NS - 1, NOW_NS + 1, NOW_NS + 10**15, 1 << 63]),
-        st.integers(0, 2 * NOW_NS),
-    ),
-    frequency=st.one_of(st.sampled_from([0.0, 1e-300, 1.0, 1e9, 1e300]), st.floats(0, 100)),
     restore_ns=st.one_of(st.sampled_from([0, 1, 10**18]), st.integers(0, 10**12)),
 )
 
-# One test runs in many subclasses: that is the point, and each example depends on `policy` alone.
+# One test runs in many subclasses: that is the point, and each example depends on `make` alone.
 shared = settings(suppress_health_check=[HealthCheck.differing_executors])
 
 
-def candidate(name="x", *, age_seconds=60.0, **changes):
-    """An 8 MiB leaf, used once a minute ago, a second away."""
-    values = {
-        "previous": None,
-        "size_bytes": 8 << 20,
-        "movable": True,
-        "last_access_ns": NOW_NS - round(age_seconds * SECOND_NS),
-        "frequency": 1.0,
-        "restore_ns": SECOND_NS,
-    }
-    return Candidate(id=name, **(values | changes))
+def candidate(name="x", *, unit=None, **changes):
+    """An 8 MiB leaf, a second away."""
+    values = {"previous": None, "size_bytes": UNIT_BYTES, "movable": True, "restore_ns": SECOND_NS}
+    return Candidate(id=name, unit=unit or name, **(values | changes))
+
+
+def use(*chain, age_seconds=0.0, session=None):
+    """All of it, so long ago."""
+    return Use(
+        chain=chain,
+        token_count=UNIT_TOKENS * len(chain),
+        unit_tokens=UNIT_TOKENS,
+        now_ns=NOW_NS - round(age_seconds * SECOND_NS),
+        session=session,
+    )
+
+
+def worth(token_count):
+    """A millisecond a token."""
+    return token_count * 1e6
+
+
+def ranking_of(policy, *units):
+    """Of a cache that is told of these."""
+    ranking = policy.ranking(1 << 30, worth)
+    for unit in units:
+        ranking.came(unit, UNIT_BYTES)
+    return ranking
 
 
 class PolicyContract:
     """Deterministic, finite, explained, and true to its name in the registry."""
 
-    policy: ClassVar[Policy]
+    make: ClassVar[Callable[[], Policy]]
+
+    def taught(self, uses):
+        """A policy that was told of these uses, and its ranking."""
+        policy = type(self).make()
+        ranking = policy.ranking(1 << 30, worth)
+        here = set()
+        for number, chain in enumerate(uses):
+            policy.used(use(*chain, age_seconds=float(len(uses) - number)))
+            for unit in chain:
+                if unit not in here:
+                    ranking.came(unit, UNIT_BYTES)
+                    here.add(unit)
+        return policy, ranking
 
     def test_it_is_registered_under_its_name(self):
-        assert POLICIES[self.policy.name].name == self.policy.name
+        policy = type(self).make()
+        assert type(POLICIES[policy.name]()) is type(policy)
 
     @shared
-    @given(one=candidates)
-    def test_scores_are_finite_and_repeatable(self, one):
-        first = self.policy.score(one, NOW_NS)
-        assert isinstance(first, float)
+    @given(uses=st.lists(st.sampled_from(["a", "ab", "abc", "d"]), max_size=8), one=candidates)
+    def test_scores_are_finite_explained_and_repeatable(self, uses, one):
+        _, ranking = self.taught(uses)
+        (first,) = ranking.scores([one], NOW_NS)
         assert math.isfinite(first)
-        assert self.policy.score(one, NOW_NS) == first
-
-    @shared
-    @given(one=candidates)
-    def test_the_explanation_holds_the_score_and_only_finite_parts(self, one):
-        parts = self.policy.explain(one, NOW_NS)
-        assert parts["score"] == self.policy.score(one, NOW_NS)
-        assert len(parts) > 1
+        assert list(ranking.scores([one, one], NOW_NS)) == [first, first], "looking changes nothing"
+        parts = ranking.explain(one, NOW_NS)
+        assert parts["score"] == first
         assert all(math.isfinite(part) for part in parts.values())
-
-    @shared
-    @given(several=st.lists(candidates, max_size=8, unique_by=lambda one: one.id), data=st.data())
-    def test_the_order_is_total_and_not_that_of_the_question(self, several, data):
-        def everybody(victims):
-            return len(victims) >= len(several)
-
-        shuffled = data.draw(st.permutations(several))
-        order = choose_victims(several, self.policy, NOW_NS, everybody)
-        assert order == choose_victims(shuffled, self.policy, NOW_NS, everybody)
-        assert order is not None
-        ranks = [(self.policy.score(one, NOW_NS), one.id) for one in order]
-        assert ranks == sorted(ranks)
+        _, again = self.taught(uses)
+        assert list(again.scores([one], NOW_NS)) == [first]
 
     def test_at_equal_use_and_cost_the_longer_idle_leaves_first(self):
-        older, newer = candidate(age_seconds=600), candidate(age_seconds=5)
-        assert self.policy.score(older, NOW_NS) < self.policy.score(newer, NOW_NS)
+        policy = type(self).make()
+        policy.used(use("older", age_seconds=600))
+        policy.used(use("newer", age_seconds=5))
+        ranking = ranking_of(policy, "older", "newer")
+        older, newer = ranking.scores([candidate("older"), candidate("newer")], NOW_NS)
+        assert older < newer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from holdfast.eviction.history import UNCOUNTED_MAX, History
+from holdfast.eviction.popularity import UNCOUNTED_MAX, History
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,16 +26,15 @@ def test_a_use_halves_every_half_life(history):
 def test_it_knows_nothing_of_strangers(history):
     assert history.frequency("a", 5) == 0.0
     assert history.last_access_ns("a") is None
-    history.forget("a")
+    history.rest("a", 9)
     assert len(history) == 0
 
 
-def test_forgetting_starts_afresh(history):
+def test_a_rest_is_no_use_but_starts_the_age(history):
     history.touch("a", 0)
-    history.touch("a", 0)
-    history.forget("a")
-    history.touch("a", 0)
-    assert history.frequency("a", 0) == 1.0
+    history.rest("a", HALF_LIFE_NS)
+    assert history.last_access_ns("a") == HALF_LIFE_NS
+    assert history.frequency("a", HALF_LIFE_NS) == 0.5
 
 
 def test_when_full_the_oldest_access_goes(history):

@@ -3,98 +3,135 @@
 from __future__ import annotations
 
 import pytest
-from holdfast.eviction.history import History
+from holdfast.eviction import lru as lru_module
 from holdfast.eviction.lru import Lru
 from holdfast.eviction.policy import POLICIES
-from holdfast.eviction.popularity import Popularity
-from holdfast.eviction.victims import choose_victims
+from holdfast.eviction.popularity import HORIZON_NS, PRIOR_NS, PRIOR_USES, Popularity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from contracts.policy import NOW_NS, PolicyContract, candidate
-
-SECOND_NS = 10**9
+from contracts.policy import NOW_NS, PolicyContract, candidate, ranking_of, use
 
 
 def test_these_policies_exist():
-    assert set(POLICIES) == {"lru", "popularity"}
+    assert {"lru", "popularity"} <= set(POLICIES)
+
+
+def order(ranking, *units):
+    """Who leaves first."""
+    scores = ranking.scores([candidate(unit) for unit in units], NOW_NS)
+    return [unit for _, unit in sorted(zip(scores, units, strict=True))]
 
 
 class TestLru(PolicyContract):
-    policy = Lru()
+    make = Lru
 
-    def test_it_looks_at_nothing_but_age(self):
-        hot = candidate(age_seconds=61, frequency=100.0, restore_ns=10**15)
-        assert self.policy.score(hot, NOW_NS) < self.policy.score(candidate(), NOW_NS)
+    def test_it_looks_at_nothing_but_the_order_of_uses(self):
+        lru = Lru()
+        for _ in range(9):
+            lru.used(use("hot"))
+        lru.used(use("b"))
+        ranking = ranking_of(lru, "hot", "b")
+        dear = candidate("hot", restore_ns=10**15)
+        assert ranking.scores([dear], NOW_NS) < ranking.scores([candidate("b")], NOW_NS)
 
-    def test_it_tells_apart_accesses_a_nanosecond_apart(self):
-        first, second = candidate(last_access_ns=NOW_NS - 2), candidate(last_access_ns=NOW_NS - 1)
-        assert self.policy.score(first, NOW_NS) < self.policy.score(second, NOW_NS)
+    def test_it_tells_apart_uses_of_one_moment(self):
+        lru = Lru()
+        for unit in "bca":
+            lru.used(use(unit))
+        assert order(ranking_of(lru, *"abc"), *"abc") == ["b", "c", "a"]
+
+    def test_what_no_use_has_named_counts_as_oldest_when_it_comes(self):
+        lru = Lru()
+        lru.used(use("a"))
+        ranking = ranking_of(lru, "a", "x", "y")
+        assert order(ranking, *"axy") == ["y", "x", "a"]
+        lru.used(use("y"))
+        assert order(ranking, *"axy") == ["x", "a", "y"]
+
+    def test_what_has_left_and_comes_again_without_a_use_is_old(self):
+        lru = Lru()
+        ranking = ranking_of(lru)
+        for unit in "ab":
+            lru.used(use(unit))
+            ranking.came(unit, 1)
+        ranking.left("b")
+        ranking.came("b", 1)
+        assert order(ranking, *"ab") == ["b", "a"]
+
+    def test_its_memory_is_that_of_all_caches(self):
+        lru = Lru()
+        lru.used(use("a"))
+        upper, lower = ranking_of(lru, "a", "b"), ranking_of(lru, "b", "a")
+        lru.used(use("b"))
+        upper.left("b")
+        assert order(lower, *"ab") == order(upper, *"ab") == ["a", "b"]
+        lower.left("b")
+        upper.left("a")
+        lower.left("a")
+        assert not lru._resident
+        assert not lru._caches
+
+    def test_a_release_starts_the_age(self):
+        lru = Lru()
+        lru.used(use("a", age_seconds=60))
+        lru.used(use("b", age_seconds=50))
+        lru.released(("a",), NOW_NS - 10**9)
+        ranking = ranking_of(lru, "a", "b")
+        assert order(ranking, *"ab") == ["b", "a"]
+        assert ranking.explain(candidate("a"), NOW_NS)["age_seconds"] == 1.0
+
+    def test_what_never_comes_is_forgotten(self, monkeypatch):
+        monkeypatch.setattr(lru_module, "AWAITED_MAX", 3)
+        lru = Lru()
+        lru.used(use(*"abcd"))
+        lru.used(use("b"))
+        lru.used(use("e"))
+        assert list(lru._awaited) == ["d", "b", "e"]
 
 
 class TestPopularity(PolicyContract):
-    policy = Popularity()
+    make = Popularity
 
-    def score(self, **changes):
-        return self.policy.score(candidate(**changes), NOW_NS)
+    def score(self, uses, age_seconds, **changes):
+        """Of what was used so often at once, so long ago."""
+        policy = Popularity()
+        for _ in range(uses):
+            policy.used(use("x", age_seconds=age_seconds))
+        (score,) = ranking_of(policy, "x").scores([candidate("x", **changes)], NOW_NS)
+        return score
 
-    @pytest.mark.parametrize("uses", [3.0, 5.0, 20.0])
+    @pytest.mark.parametrize("uses", [3, 5])
     def test_a_scan_does_not_push_out_what_is_used_again(self, uses):
-        horizon = self.policy.prior_ns / SECOND_NS * (uses - 1) / (1 + self.policy.prior_uses)
-        fresh = self.score(age_seconds=0, frequency=1.0)
-        assert fresh < self.score(age_seconds=horizon / 4, frequency=uses)
-        assert fresh > self.score(age_seconds=horizon * 20, frequency=uses)  # but it forgets
+        horizon = PRIOR_NS / 1e9 * (uses - 1) / (1 + PRIOR_USES)
+        fresh = self.score(1, 0)
+        assert fresh < self.score(uses, horizon / 4)
+        assert fresh > self.score(uses, horizon * 20), "but it forgets"
 
     def test_at_equal_use_the_dearer_to_restore_stays_longer(self):
-        cheap, dear = candidate("a", restore_ns=10**8), candidate("b", restore_ns=10**9)
-        order = choose_victims([dear, cheap], self.policy, NOW_NS, lambda victims: len(victims) >= 1)
-        assert order == (cheap,)
+        assert self.score(1, 5, restore_ns=10**8) < self.score(1, 5, restore_ns=10**9)
 
     def test_at_equal_everything_the_larger_leaves_first(self):
-        assert self.score(size_bytes=16 << 20) < self.score(size_bytes=8 << 20)
+        assert self.score(1, 5, size_bytes=16 << 20) < self.score(1, 5, size_bytes=8 << 20)
 
     def test_cost_multiplies_and_never_replaces_probability(self):
-        dear_and_dead = self.score(age_seconds=86_400, frequency=0.001, restore_ns=10 * SECOND_NS)
-        cheap_and_alive = self.score(age_seconds=5, frequency=4.0, restore_ns=SECOND_NS)
-        assert dear_and_dead < cheap_and_alive
+        assert self.score(1, 86_400, restore_ns=10**10) < self.score(4, 5)
 
-    @given(
-        age=st.floats(0, 1e6),
-        uses=st.floats(0, 50),
-        more=st.floats(0.01, 50),
-        older=st.floats(1, 1e6),
-    )
-    def test_probability_rises_with_use_and_falls_with_age(self, age, uses, more, older):
-        def chance(age_seconds, frequency):
-            one = candidate(age_seconds=age_seconds, frequency=frequency)
-            return self.policy.explain(one, NOW_NS)["reuse_probability"]
+    def test_what_no_use_has_named_leaves_first(self):
+        assert self.score(0, 0) < self.score(1, 3600)
 
-        assert 0 <= chance(age, uses) <= chance(age, uses + more) <= 1
-        assert chance(age + older, uses) <= chance(age, uses)
+    def test_a_release_starts_the_age(self):
+        policy = Popularity()
+        for unit in "ab":
+            policy.used(use(unit, age_seconds=60))
+        policy.released(("a",), NOW_NS)
+        assert order(ranking_of(policy, *"ab"), *"ab") == ["b", "a"]
 
-    @given(age=st.floats(0, 1e6), uses=st.floats(0, 50))
-    def test_the_score_is_the_product_of_its_parts(self, age, uses):
-        parts = self.policy.explain(candidate(age_seconds=age, frequency=uses), NOW_NS)
-        product = parts["restore_ns"] * parts["reuse_probability"] / parts["size_bytes"]
-        assert parts["score"] == pytest.approx(product)
-
-    def test_with_a_history_behind_it_a_scan_leaves_before_the_working_set(self):
-        history = History(capacity=1000, half_life_ns=600 * SECOND_NS)
-        now_ns = NOW_NS
-        for _ in range(4):
-            for name in ("hot-1", "hot-2"):
-                history.touch(name, now_ns)
-            now_ns += 10 * SECOND_NS
-        for number in range(20):
-            history.touch(f"scan-{number:02}", now_ns)
-        residents = [
-            candidate(
-                name,
-                frequency=history.frequency(name, now_ns),
-                last_access_ns=history.last_access_ns(name),
-            )
-            for name in ["hot-1", "hot-2", *(f"scan-{number:02}" for number in range(20))]
-        ]
-        for policy, hot_leaves in [(self.policy, False), (Lru(), True)]:
-            victims = choose_victims(residents, policy, now_ns, lambda chosen: len(chosen) >= 20)
-            assert any(one.id.startswith("hot") for one in victims) is hot_leaves
+    @given(uses=st.integers(0, 9), age=st.integers(0, 10**6))
+    def test_the_score_is_the_product_of_its_parts(self, uses, age):
+        policy = Popularity()
+        for _ in range(uses):
+            policy.used(use("x", age_seconds=age))
+        parts = ranking_of(policy, "x").explain(candidate(), NOW_NS)
+        assert parts["score"] == pytest.approx(parts["restore_ns"] * parts["reuse_probability"] / parts["size_bytes"])
+        assert 0 <= parts["reuse_probability"] <= 1 - (1 + HORIZON_NS / PRIOR_NS) ** -(uses + PRIOR_USES) + 1e-9

@@ -633,15 +633,15 @@ async def test_a_group_says_what_its_ranks_compute_with(api):
 
 async def test_looking_never_perturbs(api):
     document = api.ingest("a")
-    history = api.service.history
-    extents = api.service.state.document(document).document.extents
-    before = [history.last_access_ns(extent) for extent in extents]
-    frequency = [history.frequency(extent, 5 * 10**9) for extent in extents]
+    owner = api.service.state.document(document)
+    records = [api.service.state.extents[extent] for extent in owner.document.extents]
     api.clock.advance(10**9)
+    before = [api.service.planner.explain(record, record.ddr) for record in records]
+    uses = owner.use_count, owner.last_use_ns
     for path in sorted(route.removeprefix("GET ") for route in ROUTES if route.startswith("GET ")):
         async with api.client.get(path.format(tenant="default", name="a")) as response:
             assert response.status == 200, path
-    assert [history.last_access_ns(extent) for extent in extents] == before
-    assert [history.frequency(extent, 5 * 10**9) for extent in extents] == frequency
+    assert [api.service.planner.explain(record, record.ddr) for record in records] == before
+    assert (owner.use_count, owner.last_use_ns) == uses
     assert not api.service.state.leases
     assert not api.effects.orders

@@ -22,9 +22,7 @@ KINDS = [SlotClass(tenant, size) for tenant in "abc" for size in (2, 5, 8, 16, 2
 
 
 def candidate(name, size_bytes, previous=None):
-    return Candidate(
-        id=name, previous=previous, size_bytes=size_bytes, movable=True, last_access_ns=0, frequency=0.0, restore_ns=1
-    )
+    return Candidate(id=name, unit=name, previous=previous, size_bytes=size_bytes, movable=True, restore_ns=1)
 
 
 def occupant(slot, loss=1.0):

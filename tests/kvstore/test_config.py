@@ -40,7 +40,6 @@ GOLDEN_KEYS = [
     "nvme.backlog_bytes",
     "nvme.when_behind",
     "eviction.policy",
-    "eviction.half_life_seconds",
     "eviction.ghost_entries",
     "limits.frame_bytes",
     "limits.connections",
@@ -209,8 +208,8 @@ def test_an_unknown_key_or_section_names_its_neighbour_and_its_origin(tmp_path):
         ("daemon.log_level", "loud", "debug, info, warning, error"),
         ("daemon.rest_host", "", "not empty"),
         ("daemon.socket", "", "a path"),
-        ("eviction.half_life_seconds", "nan", "seconds from 1"),
-        ("eviction.half_life_seconds", "0", "seconds from 1"),
+        ("limits.lease_seconds", "nan", "seconds from"),
+        ("limits.lease_seconds", "0", "seconds from"),
         ("limits.lease_seconds", "soon", "seconds from"),
     ],
 )

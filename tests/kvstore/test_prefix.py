@@ -156,11 +156,12 @@ def test_a_lookup_is_no_use():
     service, effects, clock = tiny_service()
     tokens = stream(0, 1, 96)
     document = store(service, effects, "a", tokens)
-    extent = service.state.documents[document].document.extents[0]
-    before = service.history.last_access_ns(extent)
+    record = service.state.extents[service.state.documents[document].document.extents[0]]
     clock.advance(1000)
+    before = service.planner.explain(record, record.ddr)
     look(service, tokens)
-    assert service.history.last_access_ns(extent) == before
+    assert service.planner.explain(record, record.ddr) == before
+    assert service.state.documents[document].use_count == 1
 
 
 def test_fronts_forget_what_is_gone():

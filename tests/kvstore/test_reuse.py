@@ -1,7 +1,7 @@
 """Expected reuse: what is decided, and what is learned of tenants."""
 
 from holdfast.kvstore.document import DocumentId, WritePolicy
-from holdfast.kvstore.reuse import DOCUMENTS_KEPT, TENANTS_KEPT, Comebacks, Stake, decide
+from holdfast.kvstore.reuse import DOCUMENTS_KEPT, TENANTS_KEPT, Comebacks, Ghosts, Stake, decide
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -107,3 +107,11 @@ def test_a_rate_is_a_share(steps):
         else:
             getattr(tenants, what)(number)
         assert 0 < tenants.rate() <= 1
+
+
+def test_what_left_last_is_remembered():
+    ghosts = Ghosts(2)
+    for extent in ("a", "b", "a", "c"):
+        ghosts.add(extent)
+    assert [extent in ghosts for extent in "abc"] == [True, False, True]
+    assert len(ghosts) == 2

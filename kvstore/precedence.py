@@ -1,0 +1,28 @@
+"""Precedence: whose copies leave before those of others, whatever their scores, and whose must not leave at all now.
+
+The one place where quotas and soft pins speak to eviction: `rank_of` gives Candidate.rank, `permit` goes to `choose`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..eviction.candidate import Candidate
+from ..eviction.victims import anybody
+from .residency import Placement, Tier
+from .state import ExtentRecord, State
+
+
+class Precedence:
+    """Reads state."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def rank_of(self, record: ExtentRecord, placement: Placement) -> int:
+        """Lower ranks leave first. All copies are of one rank."""
+        return 0
+
+    def permit(self, tier: Tier) -> Callable[[Candidate], bool]:
+        """For one decision: asked of each candidate of that tier as it is about to be chosen."""
+        return anybody
