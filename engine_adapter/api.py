@@ -203,16 +203,25 @@ class Store:
         tokens: Sequence[int] | npt.NDArray[np.integer],
         *,
         write_policy: WritePolicy = WritePolicy.AUTO,
+        ttl_seconds: float | None = None,
         deadline_seconds: float = 60.0,
     ) -> Iterator[IngestWriter]:
-        """Store a document: write what is missing inside the block; leaving it publishes, an error leaves no trace."""
+        """Store a document: write what is missing inside the block; leaving it publishes, an error leaves no trace.
+
+        So many seconds later it is deleted; None: never, or when the document of this name would be.
+        """
         if getattr(tokens, "ndim", 1) != 1:
             raise InvalidRequest(f"tokens are one row of token ids, not an array of shape {np.shape(tokens)}")
         if write_policy not in list(WritePolicy):  # it may come as a string
             raise InvalidRequest(f"unknown write policy {write_policy!r}; use one of {', '.join(WritePolicy)}")
         fingerprint = self._client.register_spec(spec)
         opened = self._client.begin_ingest(
-            name, fingerprint, tokens, write_policy=write_policy, deadline_seconds=deadline_seconds
+            name,
+            fingerprint,
+            tokens,
+            write_policy=write_policy,
+            ttl_seconds=ttl_seconds,
+            deadline_seconds=deadline_seconds,
         )
         published = False
         try:

@@ -242,7 +242,13 @@ class RunnerService:
                 done = min(done, len(tokens))
                 job.tell(Prefilling(done_tokens=done, cached_tokens=cached, total_tokens=len(tokens)))
 
-            view = session.ingest(request.name, tokens, write_policy=request.write_policy, progress=progress)
+            view = session.ingest(
+                request.name,
+                tokens,
+                write_policy=request.write_policy,
+                ttl_seconds=request.ttl_seconds,
+                progress=progress,
+            )
             self._parts.texts.put(request.name, tokens, view.created_wall_ns)
             elapsed_ns = self._parts.clock.monotonic_ns() - began_ns
             return Ingested(document=view, cached_tokens=cached, elapsed_ns=elapsed_ns)

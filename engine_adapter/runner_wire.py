@@ -34,12 +34,13 @@ class StatusRequest(RunnerRequest, frozen=True, kw_only=True):
 
 
 class IngestRequest(RunnerRequest, frozen=True, kw_only=True):
-    """Prefill a document and store it under a name."""
+    """Prefill a document and store it under a name; it is deleted `ttl_seconds` after it is published (null: never)."""
 
     name: str
     content: Content
     write_policy: WritePolicy = WritePolicy.AUTO
     wait_seconds: Seconds = WAIT_SECONDS
+    ttl_seconds: float | None = None
 
 
 class AskRequest(RunnerRequest, frozen=True, kw_only=True):

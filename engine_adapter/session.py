@@ -74,6 +74,7 @@ class Session:
         tokens: Sequence[int],
         *,
         write_policy: WritePolicy = WritePolicy.AUTO,
+        ttl_seconds: float | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
         progress: Progress = ignore_progress,
         deadline_seconds: float = ATTACH_SECONDS,
@@ -81,18 +82,20 @@ class Session:
         """Prefill a document and publish it. What other documents share of it, or what is left of it, is reused.
 
         What is left may turn out to be corrupt only when it is read: then it is prefilled too. An error leaves nothing
-        visible.
+        visible. The document is deleted so many seconds after it is published (None: never, or when that of its name
+        would be).
         """
         for _ in range(REPAIRS):
             with suppress(CorruptExtent, DocumentIncomplete):
-                return self._ingest(name, tokens, write_policy, chunk_tokens, progress, deadline_seconds)
-        return self._ingest(name, tokens, write_policy, chunk_tokens, progress, deadline_seconds)
+                return self._ingest(name, tokens, write_policy, ttl_seconds, chunk_tokens, progress, deadline_seconds)
+        return self._ingest(name, tokens, write_policy, ttl_seconds, chunk_tokens, progress, deadline_seconds)
 
     def _ingest(
         self,
         name: str,
         tokens: Sequence[int],
         write_policy: WritePolicy,
+        ttl_seconds: float | None,
         chunk_tokens: int,
         progress: Progress,
         deadline_seconds: float,
@@ -105,6 +108,7 @@ class Session:
             group=self._engine.group,
             chunk_tokens=chunk_tokens,
             deadline_seconds=deadline_seconds,
+            ttl_seconds=ttl_seconds,
         )
         with self._published(opened.ingest) as publish:
             assert opened.shard is not None, "a group was named"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import getpass
 import os
-import re
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -16,14 +15,13 @@ from . import __version__
 from .cli_ask import ask, ingest
 from .cli_calibrate import calibrate
 from .cli_runner import demo_model, runner
-from .cli_session import FAILED, ConfigFile, Holdfast, Session, Settings, configuration, session_of, split
+from .cli_session import FAILED, ConfigFile, Holdfast, Session, Settings, configuration, seconds, session_of, split
 from .kvstore.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 PAGE: Final = 1000
 
 
@@ -71,16 +69,6 @@ def globals_(
     """Read the global options."""
     color = not no_color and not os.environ.get("NO_COLOR")
     ctx.obj = Session(url=url, data_dir=data_dir, as_json=as_json, color=color)
-
-
-def seconds(text: str) -> float | None:
-    """Seconds of "90s", "30m", "1h", "2d" or "90"; None for "never"."""
-    if text == "never":
-        return None
-    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
-    if matched is None:
-        raise InvalidRequest(f'{text!r} is no duration; say 90s, 30m, 1h, 2d or "never"')
-    return float(matched[1]) * DURATIONS[matched[2] or "s"]
 
 
 # Running ---------------------------------------------------------------------------------------
@@ -252,6 +240,28 @@ def doc_rm(ctx: typer.Context, name: Name) -> None:
     tenant, document = split(name)
     session.rest().delete(f"/v1/documents/{document_path(tenant, document)}")
     session.show({"tenant": tenant, "document": document, "state": "deleted"}, lambda: [f"{tenant}/{document} deleted"])
+
+
+@doc_app.command("ttl")
+def doc_ttl(
+    ctx: typer.Context,
+    name: Name,
+    ttl: Annotated[str, typer.Argument(metavar="DURATION", help='From now: 90s, 30m, 1h, 2d or "never".')],
+) -> None:
+    """Let a document be deleted after a time, or never. Leases and pins on it may last longer."""
+    from .rest import document_path
+
+    session = session_of(ctx)
+    tenant, document = split(name)
+    found = session.rest().patch(f"/v1/documents/{document_path(tenant, document)}", {"ttl_seconds": seconds(ttl)})
+
+    def human() -> list[RenderableType]:
+        from .cli_tables import moment
+
+        until = found["document"]["expires_wall_ns"]
+        return [f"{tenant}/{document} ends {moment(until)}" if until is not None else f"{tenant}/{document} has no end"]
+
+    session.show(found, human)
 
 
 @app.command()

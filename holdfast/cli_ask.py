@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from .cli_session import Session, session_of, split
+from .cli_session import Session, seconds, session_of, split
 from .kvstore.errors import EmptyDocument, HoldfastError, InvalidRequest, NotFound
 
 if TYPE_CHECKING:
@@ -113,6 +113,9 @@ def ingest(
     name: Annotated[str, typer.Option(metavar="[TENANT/]DOCUMENT", help="What to call it.")],
     group: Group = None,
     write_policy: Annotated[PolicyName, typer.Option(help="When its KV goes to NVMe.")] = PolicyName.AUTO,
+    ttl: Annotated[
+        str | None, typer.Option(metavar="DURATION", help="Delete it so long after: 90s, 30m, 1h, 2d.")
+    ] = None,
 ) -> None:
     """Prefill a text and store its KV under a name."""
     from .engine_adapter.runner_wire import Ingested, IngestRequest, Prefilling, Waiting
@@ -120,7 +123,12 @@ def ingest(
 
     session = session_of(ctx)
     tenant, document = split(name)
-    request = IngestRequest(name=document, content=read_text(file), write_policy=WritePolicy(write_policy))
+    request = IngestRequest(
+        name=document,
+        content=read_text(file),
+        write_policy=WritePolicy(write_policy),
+        ttl_seconds=seconds(ttl) if ttl is not None else None,
+    )
     ahead = 0
     with connected(session, tenant, group) as runner, progress(session) as show:
         for event in runner.ingest(request):

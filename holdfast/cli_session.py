@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 refused by a pin, a 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -54,6 +55,7 @@ ADVICE: Final = {  # what to do, where the message does not say it already
 }
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]
+DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 GLOBAL_FLAGS: Final = ("--json", "--no-color")
 GLOBAL_VALUES: Final = ("--url", "--data-dir")
 
@@ -124,6 +126,16 @@ def split(name: str) -> tuple[str, str]:
     if not rest or "/" in tenant or name.startswith("/"):
         raise InvalidRequest(f"{name!r} is no document; say NAME or TENANT/NAME")
     return tenant or "default", rest
+
+
+def seconds(text: str) -> float | None:
+    """Seconds of "90s", "30m", "1h", "2d" or "90"; None for "never"."""
+    if text == "never":
+        return None
+    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    if matched is None:
+        raise InvalidRequest(f'{text!r} is no duration; say 90s, 30m, 1h, 2d or "never"')
+    return float(matched[1]) * DURATIONS[matched[2] or "s"]
 
 
 def overrides(settings: Sequence[str], data_dir: Path | None) -> dict[str, str]:

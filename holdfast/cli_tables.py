@@ -207,6 +207,7 @@ def document(d: Json) -> Table:
             ("tokens gone", gone),
             ("write policy", f"{d['write_policy']} ({d['write_reason']})"),
             ("created", moment(d["created_wall_ns"])),
+            ("ends", moment(d["expires_wall_ns"])),
             ("last used", f"{duration(used)} ago" if used is not None else "unknown"),
             ("uses", d["use_count"]),
             ("to restore", duration(d["restore_seconds"])),

@@ -57,6 +57,10 @@ class Rest:
         """The answer to a command. Raises DaemonUnavailable, or the daemon's error."""
         return self._ask("POST", path, body=body, timeout_seconds=timeout_seconds)
 
+    def patch(self, path: str, body: Json) -> Json:
+        """What something is after a change. Raises DaemonUnavailable, or the daemon's error."""
+        return self._ask("PATCH", path, body=body)
+
     def delete(self, path: str) -> Json:
         """The answer to a deletion, empty where there is nothing to say."""
         return self._ask("DELETE", path)

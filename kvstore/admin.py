@@ -36,6 +36,7 @@ DEFAULT_PIN_SECONDS: Final = 3600.0  # a pin has an end unless told otherwise
 
 Near = Literal["hbm", "ddr", "nvme"]
 Note = Annotated[str, msgspec.Meta(max_length=255)]
+Done = Callable[[HoldfastError | None], None]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)]
 
 
@@ -50,6 +51,12 @@ class DocumentsQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     pinned: bool | None = None
     limit: Limit = 100
     cursor: str | None = None
+
+
+class DocumentChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Let a document be deleted so many seconds from now; null: never."""
+
+    ttl_seconds: float | None
 
 
 class LogQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -201,6 +208,18 @@ def named(request: web.Request) -> DocumentId:
     return DocumentId(request.match_info["tenant"], request.match_info["name"])
 
 
+async def ended(start: Callable[[Done], None]) -> HoldfastError | None:
+    """What a command's callback hears."""
+    heard: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
+
+    def done(error: HoldfastError | None) -> None:
+        if not heard.done():  # the handler may have been cancelled
+            heard.set_result(error)
+
+    start(done)
+    return await heard
+
+
 class Admin:
     """The handlers. `ready` says why the daemon cannot serve, or None; `backing` what DDR's pages are."""
 
@@ -221,6 +240,7 @@ class Admin:
             web.get("/v1/status", self.status),
             web.get("/v1/documents", self.documents),
             web.get(f"/v1/documents/{name}", self.document),
+            web.patch(f"/v1/documents/{name}", self.change_document),
             web.delete(f"/v1/documents/{name}", self.delete_document),
             web.get("/v1/pins", self.pins),
             web.post("/v1/pins", self.pin),
@@ -317,17 +337,18 @@ class Admin:
         known = self.service.state, self.service.planner, self.service.state.document(named(request))
         return reply(DocumentDetail(document=views.document_view(*known), extents=views.extent_views(*known)))
 
+    async def change_document(self, request: web.Request) -> web.Response:
+        """Set when a document ends; answered when a restart would know it too."""
+        self._must_be_ready()
+        document, wanted = named(request), await body(request, DocumentChange)
+        if (error := await ended(lambda done: self.service.set_ttl(document, wanted.ttl_seconds, done))) is not None:
+            raise error
+        return await self.document(request)
+
     async def delete_document(self, request: web.Request) -> web.Response:
         """Forget a document; answered when the catalog has forgotten it too."""
         self._must_be_ready()
-        ended: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
-
-        def done(error: HoldfastError | None) -> None:
-            if not ended.done():  # the handler may have been cancelled
-                ended.set_result(error)
-
-        self.service.delete(named(request), done)
-        if (error := await ended) is not None:
+        if (error := await ended(lambda done: self.service.delete(named(request), done))) is not None:
             raise error
         return web.Response(status=204)
 
@@ -363,15 +384,13 @@ class Admin:
         if wanted.dry_run:
             plan = self.service.upkeep.plan_eviction(document, tier, size_bytes)
             return reply(EvictionView.of("planned", plan))
-        ended: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
-
-        def done(error: HoldfastError | None) -> None:
-            if not ended.done():  # the handler may have been cancelled
-                ended.set_result(error)
-
         deadline_ns = self.service.clock.monotonic_ns() + int(wanted.deadline_seconds * NS)
-        plan = self.service.evict(document, tier, size_bytes, deadline_ns, done)
-        error = await ended  # the service keeps the deadline
+        plan: list[Victim] = []
+
+        def start(done: Done) -> None:
+            plan.extend(self.service.evict(document, tier, size_bytes, deadline_ns, done))
+
+        error = await ended(start)  # the service keeps the deadline
         if isinstance(error, DeadlineExceeded):
             return reply(EvictionView.of("running", plan), status=202)
         if error is not None:

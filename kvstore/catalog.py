@@ -60,7 +60,7 @@ from .seal import CHECKSUM_BYTES
 from .slots import Slot
 from .spec import KVSpec
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 CALIBRATION: Final = "calibration"  # names in meta
 RINGS: Final = "rings"
 WEAR: Final = "wear"
@@ -92,6 +92,7 @@ CREATE TABLE documents (
     extents BLOB NOT NULL,
     write_policy TEXT NOT NULL,
     created_wall_ns INTEGER NOT NULL,
+    expires_wall_ns INTEGER,
     PRIMARY KEY (tenant, name)
 ) WITHOUT ROWID;
 CREATE TABLE prefills (fingerprint BLOB PRIMARY KEY, points BLOB NOT NULL) WITHOUT ROWID;

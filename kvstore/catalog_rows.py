@@ -92,12 +92,13 @@ def document_row(document: Document) -> Row:
         msgspec.msgpack.encode(document.extents),
         document.write_policy.value,
         document.created_wall_ns,
+        document.expires_wall_ns,
     )
 
 
 def document_of(row: Row, share: Callable[[str], str]) -> Document:
     """The document; `share` makes equal extent ids one object."""
-    tenant, name, fingerprint, token_count, extents, write_policy, created_wall_ns = row
+    tenant, name, fingerprint, token_count, extents, write_policy, created_wall_ns, expires_wall_ns = row
     return Document(
         id=DocumentId(tenant, name),
         fingerprint=fingerprint,
@@ -105,6 +106,7 @@ def document_of(row: Row, share: Callable[[str], str]) -> Document:
         extents=tuple(map(share, msgspec.msgpack.decode(extents, type=tuple[str, ...]))),
         write_policy=WritePolicy(write_policy),
         created_wall_ns=created_wall_ns,
+        expires_wall_ns=expires_wall_ns,
     )
 
 

@@ -186,14 +186,18 @@ class Client:
         chunk_tokens: int = 2048,
         deadline_seconds: float = 60.0,
         layout: Layout | None = None,
+        ttl_seconds: float | None = None,
     ) -> IngestOpened:
         """Open an ingest: slots to fill, or a shard to prefill into when a group is named.
 
         A document of that name may be there if these tokens continue it. `layout` says who is to have which tokens.
+        So many seconds after it is published the document is deleted; None: never, or when that of this name would be.
         """
         data = token_bytes(tokens)
         wanted = LayoutMessage.of(layout) if layout is not None else None
-        body = BeginIngest(name, fingerprint, data, write_policy, group, chunk_tokens, deadline_seconds, wanted)
+        body = BeginIngest(
+            name, fingerprint, data, write_policy, group, chunk_tokens, deadline_seconds, wanted, ttl_seconds
+        )
         return self._ask(IngestOpened, body, deadline_seconds + MARGIN_SECONDS)
 
     def commit_ingest(self, ingest: int, seals: Sequence[bytes] = (), deadline_seconds: float = 600.0) -> DocumentView:

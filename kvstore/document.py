@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, NamedTuple
 
-from .errors import InvalidName
+from .errors import InvalidName, InvalidRequest
 from .extent import ExtentId
 
 NAME_LIMIT: Final = 255
+TTL_SECONDS_MAX: Final = 1e9  # thirty years
 
 
 class DocumentId(NamedTuple):
@@ -33,7 +34,10 @@ class WritePolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """A committed document. `extents` are in document order, layer group by layer group."""
+    """A committed document. `extents` are in document order, layer group by layer group.
+
+    It is deleted at `expires_wall_ns`, or as soon after as nobody needs it (see expiry); None: never.
+    """
 
     id: DocumentId
     fingerprint: bytes
@@ -41,6 +45,28 @@ class Document:
     extents: tuple[ExtentId, ...]
     write_policy: WritePolicy
     created_wall_ns: int
+    expires_wall_ns: int | None = None
+
+    def expired(self, wall_ns: int) -> bool:
+        """Whether its time is up."""
+        return self.expires_wall_ns is not None and self.expires_wall_ns <= wall_ns
+
+
+def ttl_ns_of(ttl_seconds: float | None) -> int | None:
+    """A time to live in nanoseconds; None: without end. Raises InvalidRequest."""
+    if ttl_seconds is None:
+        return None
+    if not 0 < ttl_seconds <= TTL_SECONDS_MAX:  # refuses NaN too
+        raise InvalidRequest(f"ttl_seconds lies between 0 and {TTL_SECONDS_MAX:g}, not {ttl_seconds}")
+    return max(1, int(ttl_seconds * 1_000_000_000))
+
+
+def dated(document: Document, known: Document | None, ttl_ns: int | None, wall_ns: int) -> Document:
+    """The document, published now with that time to live; without one it keeps what its name had and is not over."""
+    if ttl_ns is not None:
+        return replace(document, expires_wall_ns=wall_ns + ttl_ns)
+    kept = known.expires_wall_ns if known is not None and not known.expired(wall_ns) else None
+    return replace(document, expires_wall_ns=kept)
 
 
 def checked_name(name: str, what: str = "document") -> str:

@@ -8,9 +8,10 @@ each other: the second to commit gives its duplicate copies back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from .demand import Demand
-from .document import Document, WritePolicy
+from .document import Document, WritePolicy, dated
 from .enrol import Enrolled, Enrolment, Enrolments
 from .errors import (
     ClaimNotFound,
@@ -340,7 +341,9 @@ class Ingests:
                 self._end(ingest, DocumentIncomplete(f"{ingest.document.id}: {gone}; ingest it again"))
                 return
         ingest.stage = Stage.ENDED
-        document = ingest.document
+        published = records.documents.get(ingest.document.id)
+        known = published.document if published is not None else None
+        document = ingest.document = dated(ingest.document, known, ingest.ttl_ns, self.store.clock.wall_ns())
         owner = frozenset((document.id,))
         for extent in ingest.extents:
             record = records.extents.setdefault(extent.id, ExtentRecord(extent=extent))
@@ -351,12 +354,14 @@ class Ingests:
             if placement is not None and self.store.offer(record, placement):
                 records.private[ingest.id].remove(placement)  # `_release` gives back what was a duplicate
         self.room.writes.publish_early(ingest.id)
-        published = records.documents.get(document.id)
         if published is None:
             published = records.documents[document.id] = DocumentRecord(document=document)
         elif ingest.grows:
             published = replaced(self.store, published, document)
             self.grew(document)
+        elif published.document.expires_wall_ns != document.expires_wall_ns:
+            published.document = replace(published.document, expires_wall_ns=document.expires_wall_ns)
+            published.durable = False  # its row has to be written again
         published.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
         published.durable = published.durable and not published.volatile
         self.store.notes.add(PutSpec(records.specs[document.fingerprint]))

@@ -56,6 +56,7 @@ class Ingest:
     loading: Loading | None = None
     reservation: Reservation | None = None
     deadline_ns: int | None = None  # of its commit
+    ttl_ns: int | None = None  # of the document, from its publication
     turn: Turn | None = None
     error: HoldfastError | None = None
     granted: Done | None = None

@@ -34,6 +34,7 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "reattaches": ("holdfast_reattaches", "Attaches and hints that had to move bytes: queries / these = k."),
     "adopted": ("holdfast_adopted", "Extents that an earlier daemon left in DDR, and that were found there."),
     "adopted_verified": ("holdfast_adopted_verified", "Those of them that were as they had been sealed."),
+    "documents_expired": ("holdfast_documents_expired", "Documents deleted as their time was up."),
     "not_restored": ("holdfast_not_restored", "Extents given up at a restart, as the NVMe budget has shrunk."),
 }
 

@@ -218,6 +218,7 @@ class Requests:
                 done,
                 keys,
                 body.layout.layout() if body.layout is not None else None,
+                body.ttl_seconds,
             ),
             late=lambda ingest: self._service.abort_ingest(client, ingest.id),
         )

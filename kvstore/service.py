@@ -21,7 +21,7 @@ from .awaiting import Awaiting, Waiter
 from .claims import Pin, Pins
 from .clock import Clock
 from .config import Config
-from .document import Document, DocumentId, WritePolicy, checked_name
+from .document import Document, DocumentId, WritePolicy, checked_name, ttl_ns_of
 from .errors import (
     ConfigError,
     DocumentTooLarge,
@@ -32,6 +32,7 @@ from .errors import (
     NoCapacity,
     SpecMismatch,
 )
+from .expiry import Expiry
 from .extent import Extent, cut
 from .geometry import arena_geometry, extent_geometry
 from .growth import close_retired, continues
@@ -87,6 +88,7 @@ class Service:
         self.upkeep = Upkeep(self.loader, self.ingests)
         self.measurements = Measurements(self.store)
         self.adoption = Adoption(self.upkeep)
+        self.expiry = Expiry(self.upkeep)
 
     # Reports and time --------------------------------------------------------------------------
 
@@ -106,6 +108,7 @@ class Service:
         self.room.expire(self.clock.monotonic_ns())
         self.ingests.spill.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
+        self.expiry.tick()
         self.writes.tick()
         self._pump()
 
@@ -242,6 +245,7 @@ class Service:
         granted: Callable[[Ingest | HoldfastError], None],
         keys: Sequence[bytes] = (),
         layout: Layout | None = None,
+        ttl_seconds: float | None = None,
     ) -> Ingest:
         """Open an ingest. A group prefills in zigzag chunks of `chunk_tokens` behind what is cached, or as `layout`.
 
@@ -283,6 +287,7 @@ class Service:
             group=group,
             layout=placed,
             grows=grows,
+            ttl_ns=ttl_ns_of(ttl_seconds),
         )
         self.ingests.begin(ingest, deadline_ns, lambda error: granted(error if error is not None else ingest))
         self._pump()
@@ -346,7 +351,8 @@ class Service:
         granted: Callable[[Attach | HoldfastError], None],
         tokens: tuple[int, int] | None = None,
     ) -> Attach:
-        """See Attaches.attach."""
+        """See Attaches.attach and Expiry.refuse."""
+        self.expiry.refuse(document)
         attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted, tokens)
         self.writes.came_back(self.state.documents[document], "attached again")
         self._pump()
@@ -424,4 +430,14 @@ class Service:
     def delete(self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None) -> None:
         """See Upkeep.delete."""
         self.upkeep.delete(document, done)
+        self._pump()
+
+    def set_ttl(
+        self,
+        document: DocumentId,
+        ttl_seconds: float | None,
+        done: Callable[[HoldfastError | None], None] = lambda _: None,
+    ) -> None:
+        """See Expiry.set."""
+        self.expiry.set(document, ttl_seconds, done)
         self._pump()

@@ -18,7 +18,7 @@ from .ingest import Ingests
 from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading
-from .orders import DropDocument, DropExtent, DropPin, Outcome, PutPin, Record, Urgency, Write
+from .orders import DropDocument, DropExtent, DropPin, Outcome, PutDocument, PutPin, Record, Urgency, Write
 from .planner import Victim
 from .residency import Placement, State, Tier
 from .slots import Slot, SlotClass
@@ -235,10 +235,13 @@ class Upkeep:
 
     # Deletion ----------------------------------------------------------------------------------
 
-    def delete(self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None) -> None:
+    def delete(
+        self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None, reason: str = ""
+    ) -> None:
         """Forget a document; KV that no other document needs goes too. Raises InUse while it is leased or pinned.
 
         It is invisible at once; `done` hears when the catalog has forgotten it too, so that no restart brings it back.
+        Where nobody has asked for it, the reason is written down for every copy.
         """
         owner = self.state.document(document)
         leases = self.state.leased(document)
@@ -252,6 +255,9 @@ class Upkeep:
         for shard in self.state.shards():
             if shard.document == document and any(copy.holds for copy in shard.copies.values()):
                 raise InUse(f"{document} is being moved; try again")
+        if reason:
+            for victim in self.store.planner.evict_document(owner.document, None):
+                self.store.verdict(victim, reason)
         for shard in self.state.shards():
             if shard.document == document:
                 self.store.close_shard(shard)
@@ -286,8 +292,11 @@ class Upkeep:
         for document in sorted(unsaid):
             pin = self.state.pins.get(document)
             records: list[Record] = [PutPin(pin) if pin is not None else DropPin(*document)]
-            if document not in self.state.documents:  # else its row is, or will be, that of the new one
+            owner = self.state.documents.get(document)
+            if owner is None:
                 records.append(DropDocument(*document))
+            elif owner.durable:  # else its row will be written when all of it is on NVMe
+                records.append(PutDocument(owner.document))
             self.tell(document, *records)
 
     def _write(self, *records: Record) -> None:

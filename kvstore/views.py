@@ -66,6 +66,7 @@ class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
     last_access_seconds_ago: float | None
     use_count: int
     restore_seconds: float
+    expires_wall_ns: int | None = None
 
 
 class ExtentView(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +224,7 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
         last_access_seconds_ago=(now_ns - record.last_use_ns) / 1e9 if record.last_use_ns is not None else None,
         use_count=record.use_count,
         restore_seconds=sum(_restore_ns(planner, r) for r in records) / 1e9,
+        expires_wall_ns=document.expires_wall_ns,
     )
 
 

@@ -60,7 +60,8 @@ class RegisterRank(Message, frozen=True):
 class BeginIngest(Message, frozen=True):
     """Open an ingest. `tokens` are little-endian uint32.
 
-    `layout`: who is to have which tokens in the group; by default zigzag chunks behind what is cached.
+    `layout`: who is to have which tokens in the group; by default zigzag chunks behind what is cached. `ttl_seconds`:
+    the document is deleted so long after it is published; by default never, or when a document of that name would be.
     """
 
     name: str
@@ -71,6 +72,7 @@ class BeginIngest(Message, frozen=True):
     chunk_tokens: Count
     deadline_seconds: float
     layout: LayoutMessage | None = None
+    ttl_seconds: float | None = None
 
 
 class CommitIngest(Message, frozen=True):

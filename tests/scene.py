@@ -60,12 +60,21 @@ class Scene:
         for rank, client in enumerate(RANKS):
             self.service.register_rank(client, "g", rank, 2, 1, FINGERPRINT, rows)
 
-    def begin(self, name, ids, policy=WritePolicy.THROUGH, group=None, deadline_ns=FAR_NS):
+    def begin(self, name, ids, policy=WritePolicy.THROUGH, group=None, deadline_ns=FAR_NS, ttl_seconds=None):
         """Open an ingest; returns it and what was heard of it."""
         heard = []
         document = DocumentId("t", name)
         ingest = self.service.begin_ingest(
-            CLIENT, document, FINGERPRINT, ids, policy, group, 64, deadline_ns, heard.append
+            CLIENT,
+            document,
+            FINGERPRINT,
+            ids,
+            policy,
+            group,
+            64,
+            deadline_ns,
+            heard.append,
+            ttl_seconds=ttl_seconds,
         )
         self.state.check()
         return ingest, heard
@@ -77,9 +86,9 @@ class Scene:
         self.state.check()
         return heard
 
-    def store(self, name, ids, policy=WritePolicy.THROUGH, group=None):
+    def store(self, name, ids, policy=WritePolicy.THROUGH, group=None, ttl_seconds=None):
         """A committed document, everything settled."""
-        ingest, _ = self.begin(name, ids, policy, group)
+        ingest, _ = self.begin(name, ids, policy, group, ttl_seconds=ttl_seconds)
         self.settle()
         heard = self.commit(ingest)
         self.settle()

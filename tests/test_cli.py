@@ -273,6 +273,8 @@ def test_doc_rm(live):
     live.call(lambda: live.service.pin(document, Tier.NVME, None, "ops", ""))
     assert "unpin first" in refused(4, "doc", "rm", "report", live=live)
     live.call(lambda: live.service.unpin(document))
+    assert ok("doc", "ttl", "report", "1h", live=live).startswith("default/report ends ")
+    assert ok("doc", "ttl", "report", "never", live=live) == "default/report has no end\n"
     assert ok("doc", "rm", "report", live=live) == "default/report deleted\n"
     complaint = refused(3, "doc", "rm", "report", live=live)
     assert "no document 'report'" in complaint

@@ -95,6 +95,7 @@ FLOOR_OF = {
     "early": "service",
     "awaiting": "service",
     "enrol": "service",
+    "expiry": "service",
     "growth": "service",
     "ingest": "service",
     "ingesting": "service",

@@ -28,6 +28,7 @@ ROUTES = {
     "GET /v1/documents",
     "GET /v1/documents/{tenant}/{name}",
     "DELETE /v1/documents/{tenant}/{name}",
+    "PATCH /v1/documents/{tenant}/{name}",
     "GET /v1/evictions",
     "POST /v1/evictions",
     "GET /v1/groups",
@@ -279,6 +280,24 @@ async def test_one_document(api):
 async def test_any_allowed_name_can_be_named(api, name):
     api.ingest(name, token_count=10)
     assert (await api.get(f"/v1/documents/default/{quote(name, safe='')}"))["document"]["name"] == name
+
+
+async def test_a_document_gets_an_end_and_loses_it_again(api):
+    api.ingest("a")
+    path = "/v1/documents/default/a"
+    submitted = asyncio.Event()
+    api.effects.submitted = submitted.set
+    changing = asyncio.create_task(api.client.patch(path, json={"ttl_seconds": 10}))
+    await submitted.wait()
+    assert not changing.done(), "answered when a restart would know it too"
+    api.effects.complete_all(api.service)
+    async with await changing as response:
+        assert response.status == 200
+        found = (await response.json())["document"]["expires_wall_ns"]
+    assert found == api.clock.wall_ns() + 10 * 10**9
+    await api.refused("PATCH", path, 400, "invalid-request", json={"ttl_seconds": 0})
+    await api.refused("PATCH", path, 400, "invalid-request", json={})
+    await api.refused("PATCH", "/v1/documents/default/b", 404, "document-not-found", json={"ttl_seconds": 1})
 
 
 async def test_delete_is_answered_when_the_catalog_has_forgotten(api):
