@@ -382,8 +382,7 @@ class Admin:
         wanted = await body(request, EvictionRequest)
         document, tier, size_bytes = wanted.target(), Tier[wanted.tier.upper()], wanted.bytes or 0
         if wanted.dry_run:
-            plan = self.service.upkeep.plan_eviction(document, tier, size_bytes)
-            return reply(EvictionView.of("planned", plan))
+            return reply(EvictionView.of("planned", self.service.upkeep.plan_eviction(document, tier, size_bytes)))
         deadline_ns = self.service.clock.monotonic_ns() + int(wanted.deadline_seconds * NS)
         plan: list[Victim] = []
 
