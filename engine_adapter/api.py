@@ -22,6 +22,7 @@ from ..kvstore.config import load_config
 from ..kvstore.document import WritePolicy
 from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, NoCapacity, Unavailable
 from ..kvstore.geometry import extent_geometry
+from ..kvstore.hint_views import HintView
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PinView, PrefixView, TierView, VictimView
 from ..kvstore.wire import Attached
@@ -330,6 +331,16 @@ class Store:
     def unpin(self, name: str) -> PinView:
         """Let it sink again."""
         return self._client.unpin(name)
+
+    def prefetch(
+        self, name: str, *, group: str | None = None, queries: int = 1, deadline_seconds: float | None = None
+    ) -> HintView:
+        """Say that queries on a document are coming, so that it is in DDR, or in a group, before they are.
+
+        The hint lasts until it is used, until its deadline, or as long as this connection. Raises DocumentNotFound, or
+        NoCapacity when too many hints wait.
+        """
+        return self._client.prefetch(name, group=group, queries=queries, deadline_seconds=deadline_seconds)
 
     def evict(self, name: str, tier: str = "ddr") -> list[VictimView]:
         """Take a document out of `tier` and all nearer ones; returns when it has happened. Raises InUse."""

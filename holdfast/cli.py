@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import sys
 from enum import StrEnum
@@ -14,8 +13,20 @@ import typer
 from . import __version__
 from .cli_ask import ask, ingest
 from .cli_calibrate import calibrate
+from .cli_hints import hints, prefetch
 from .cli_runner import demo_model, runner
-from .cli_session import FAILED, ConfigFile, Holdfast, Session, Settings, configuration, seconds, session_of, split
+from .cli_session import (
+    FAILED,
+    ConfigFile,
+    Holdfast,
+    Session,
+    Settings,
+    configuration,
+    seconds,
+    session_of,
+    split,
+    user,
+)
 from .kvstore.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -50,6 +61,8 @@ app.command()(calibrate)
 app.command()(runner)
 app.command()(ingest)
 app.command()(ask)
+app.command()(prefetch)
+app.command()(hints)
 app.command()(demo_model)
 
 Name = Annotated[str, typer.Argument(metavar="[TENANT/]NAME", help='The tenant is "default" unless named.')]
@@ -292,14 +305,6 @@ def pin(
         return [f"{tenant}/{document} pinned to {found['tier']} until {until} ({size(found['size_bytes'])})"]
 
     session.show(found, human)
-
-
-def user() -> str:
-    """Who asks, as far as the system knows."""
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container without a passwd entry
-        return f"uid {os.getuid()}"
 
 
 @app.command()

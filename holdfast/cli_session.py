@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 not found, 4 refused by a pin, a 
 
 from __future__ import annotations
 
+import getpass
 import os
 import re
 import sys
@@ -118,6 +119,14 @@ def session_of(ctx: typer.Context) -> Session:
     """The global options."""
     assert isinstance(ctx.obj, Session)
     return ctx.obj
+
+
+def user() -> str:
+    """Who asks, as far as the system knows."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a passwd entry
+        return f"uid {os.getuid()}"
 
 
 def split(name: str) -> tuple[str, str]:

@@ -326,6 +326,42 @@ def verdicts(found: Sequence[Json]) -> Table:
     return table(columns, rows, numbers=("SIZE", "RESTORE"))
 
 
+def hints(found: Sequence[Json]) -> Table:
+    """Announced queries."""
+    columns = ("NEXT", "DOCUMENT", "TO", "QUERIES", "PREDICTED", "MOVED", "DISPLACED", "LEFT", "OWNER", "STATE")
+    rows = (
+        (
+            "-" if h["position"] is None else h["position"] + 1,
+            f"{h['tenant']}/{h['document']}",
+            h["target"],
+            h["queries"],
+            nanoseconds(h["predicted_ns"]),
+            size(h["moved_bytes"]),
+            size(h["displaced_bytes"]),
+            duration(h["remaining_seconds"]) if h["remaining_seconds"] > 0 else "-",
+            h["owner"] or "-",
+            f"{h['state']}: {h['reason']}" if h["reason"] else h["state"],
+        )
+        for h in found
+    )
+    return table(columns, rows, numbers=("NEXT", *columns[3:8]))
+
+
+def hint_counts(found: Json) -> Table:
+    """How hints ended, and what was moved for nothing."""
+    c = found["counts"]
+    ended = ", ".join(f"{c[f'hints_{how}']} {how}" for how in ("expired", "evicted", "cancelled", "refused"))
+    return pairs(
+        (
+            ("queries", f"{found['queries_waiting']} announced"),
+            ("hints", f"{c['hints']}, {c['hints_promoted']} brought near"),
+            ("used", f"{c['hints_used']}, {c['hints_in_time']} of them after all was there"),
+            ("else", ended),
+            ("moved", f"{size(c['prefetched_bytes'])}; {c['prefetched_unused']} documents were brought for nothing"),
+        )
+    )
+
+
 def swaps(found: Sequence[Json]) -> Table:
     """Receipts of attaches."""
     columns = (

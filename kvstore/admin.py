@@ -20,6 +20,7 @@ from . import views
 from .calibrations import Calibrations
 from .document import DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, Unavailable
+from .hint_admin import HintRoutes
 from .metrics import Metrics
 from .planner import Victim
 from .problems import body, problems, query, reply
@@ -261,10 +262,10 @@ class Admin:
 
     async def readyz(self, request: web.Request) -> web.Response:
         """It can serve; 503 with the reason when not."""
-        self._must_be_ready()
+        self.must_be_ready()
         return reply({"status": "ok"})
 
-    def _must_be_ready(self) -> None:
+    def must_be_ready(self) -> None:
         """Commands are refused while starting or draining; looking is always allowed."""
         reason = self.ready()
         if reason is not None:
@@ -339,7 +340,7 @@ class Admin:
 
     async def change_document(self, request: web.Request) -> web.Response:
         """Set when a document ends; answered when a restart would know it too."""
-        self._must_be_ready()
+        self.must_be_ready()
         document, wanted = named(request), await body(request, DocumentChange)
         if (error := await ended(lambda done: self.service.set_ttl(document, wanted.ttl_seconds, done))) is not None:
             raise error
@@ -347,7 +348,7 @@ class Admin:
 
     async def delete_document(self, request: web.Request) -> web.Response:
         """Forget a document; answered when the catalog has forgotten it too."""
-        self._must_be_ready()
+        self.must_be_ready()
         if (error := await ended(lambda done: self.service.delete(named(request), done))) is not None:
             raise error
         return web.Response(status=204)
@@ -362,7 +363,7 @@ class Admin:
 
     async def pin(self, request: web.Request) -> web.Response:
         """Pin a document, or replace its pin."""
-        self._must_be_ready()
+        self.must_be_ready()
         wanted = await body(request, PinRequest)
         document = DocumentId(wanted.tenant, wanted.document)
         floor = Tier[wanted.tier.upper()]
@@ -371,14 +372,14 @@ class Admin:
 
     async def unpin(self, request: web.Request) -> web.Response:
         """End a pin; answers with what it was."""
-        self._must_be_ready()
+        self.must_be_ready()
         return reply(views.pin_view(self.service.unpin(named(request))))
 
     # Evictions ---------------------------------------------------------------------------------
 
     async def evict(self, request: web.Request) -> web.Response:
         """Plan an eviction, and unless it is a dry run, carry it out and wait: 202 when it goes on."""
-        self._must_be_ready()
+        self.must_be_ready()
         wanted = await body(request, EvictionRequest)
         document, tier, size_bytes = wanted.target(), Tier[wanted.tier.upper()], wanted.bytes or 0
         if wanted.dry_run:
@@ -444,5 +445,6 @@ class Admin:
 def make_app(service: Service, ready: Callable[[], str | None], backing: str) -> web.Application:
     """The admin API over a service. `ready` returns why it cannot serve, or None; `backing` is shown as it is."""
     app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
-    app.add_routes(Admin(service, ready, backing).routes() + Calibrations(service).routes())
+    admin = Admin(service, ready, backing)
+    app.add_routes(admin.routes() + Calibrations(service).routes() + HintRoutes(service, admin.must_be_ready).routes())
     return app

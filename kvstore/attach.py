@@ -6,7 +6,6 @@ record is its receipt.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ from .claims import Lease
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, HoldfastError, InvalidRequest, LayoutError, SpecMismatch
 from .layout import RUNS_LIMIT, Layout, scheme
-from .ledger import Hop, Seen, SwapRecord
+from .ledger import Seen, SwapRecord
 from .loader import Loader
 from .loading import Loading, Phase
 from .orders import Urgency
@@ -108,9 +107,13 @@ class Attaches:
             deadline_ns=now_ns + self.lease_ns,
         )
         attach = self._attach(lease, owner, group, placed, granted, (start, stop))
-        if group is not None or not self._is_here(attach.loading):
+        begun = self.loader.under_way(attach.loading) if group is not None else None
+        if begun is not None:
+            theirs, attach.loading = attach.loading, begun
+            begun.pass_to(theirs)
+        elif group is not None or not self._is_here(attach.loading):
             self.loader.start(attach.loading, deadline_ns)
-            attach.loading.swap.predicted_ns = self._predicted_ns(attach.loading, owner)
+            attach.loading.swap.predicted_ns = self.loader.predicted_ns(attach.loading)
         attach.chains = self.uses.attached(self.state.documents[document], attach.loading.records)
         self.open[lease.id] = attach
         self.state.leases[lease.id] = lease
@@ -198,23 +201,6 @@ class Attaches:
         loading.swap.outcome = "ready"
         loading.granted()
         return True
-
-    def _predicted_ns(self, loading: Loading, owner: Document) -> int:
-        """Time to move what is not at the target yet."""
-        group = loading.group
-        shard = self.state.groups[group].shards.get(loading.key) if group is not None else None
-        sizes: Counter[Hop] = Counter()
-        move_bytes = 0
-        for record in loading.records:
-            source = record.source()
-            if source is None or (shard is not None and record.extent.id in shard.copies):
-                continue
-            move_bytes = record.extent.slot_bytes
-            if source.tier is Tier.NVME:
-                sizes[Hop(Tier.NVME, Tier.DDR)] += move_bytes
-            if group is not None:
-                sizes[Hop(Tier.DDR, Tier.HBM)] += move_bytes
-        return self.store.planner.predicted_ns(sizes, move_bytes)
 
     def claim(self, client: int, lease_id: int) -> Attach:
         """The client's attach. Raises ClaimNotFound."""

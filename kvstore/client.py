@@ -17,6 +17,8 @@ from .commands import Command
 from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
 from .errors import ClaimNotFound, TokenOutOfRange
+from .hint_views import HintView
+from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .layout import Layout
 from .layouts import LayoutMessage
 from .runs import PartMessage, RunMessage
@@ -159,6 +161,25 @@ class Client:
     def unpin(self, name: str) -> PinView:
         """Let it sink again."""
         return self._ask(Pinned, UnpinDocument(name)).pin
+
+    def prefetch(
+        self,
+        name: str,
+        *,
+        group: str | None = None,
+        queries: int = 1,
+        deadline_seconds: float | None = None,
+        owner: str = "",
+    ) -> HintView:
+        """Say that queries on a document are coming, so that it is in DDR, or in a group, before they are.
+
+        Again with other numbers brings the hint up to date. Raises NoCapacity when too many hints wait.
+        """
+        return self._ask(Hinted, PrefetchDocument(name, group, queries, deadline_seconds, owner)).hint
+
+    def cancel_prefetch(self, name: str, *, group: str | None = None, owner: str = "") -> None:
+        """They are not coming after all; done, too, where there is no such hint any more."""
+        self._do(CancelPrefetch(name, group, owner))
 
     def evict(self, name: str, tier: str = "ddr", *, deadline_seconds: float = 60.0) -> list[VictimView]:
         """Take a document out of `tier` and all nearer ones; returns when it has happened."""

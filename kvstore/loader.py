@@ -6,7 +6,7 @@ moment it is asked for, so that nothing leaves while it waits for room; several 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from .arrivals import Arrivals
@@ -16,9 +16,10 @@ from .ledger import Hop, HopTime
 from .loading import Loading, Phase, incomplete
 from .opening import open_shard
 from .orders import CloseShard, LoadShard, Outcome, Part
+from .planner import Victim
 from .reads import Reads
 from .residency import Event, Placement, State, Tier
-from .room import Reservation, Room
+from .room import Cleared, Reservation, Room
 from .rows import grow_rows
 from .slots import slots_of
 from .state import ExtentRecord, Shard
@@ -40,13 +41,7 @@ class Loader:
 
     def start(self, loading: Loading, deadline_ns: int) -> None:
         """Hold what is there and queue for room. Raises DocumentIncomplete or NoCapacity, holding nothing."""
-        shard = self._shard(loading)
-        here = shard.copies if shard is not None else {}
-        gone = [record for record in loading.records if record.source() is None and record.extent.id not in here]
-        if gone:
-            raise incomplete(loading, *gone)
-        if loading.group is None:
-            self.window.refuse_too_large(loading)
+        self._refuse(loading)
         loading.reservation = Reservation(
             demand=lambda: self._demand(loading),
             granted=lambda: self._granted(loading),
@@ -56,6 +51,48 @@ class Loader:
         self.room.request(loading.reservation)
         loading.patience_ns = deadline_ns - self.store.clock.monotonic_ns()
         self._active.append(loading)
+        self._hold(loading)
+
+    def start_now(
+        self, loading: Loading, approves: Callable[[Sequence[Victim]], bool], patience_seconds: float
+    ) -> Cleared:
+        """Start at once, or hold nothing: see Room.clear_now. Raises DocumentIncomplete or DocumentTooLarge."""
+        self._refuse(loading)
+        self._hold(loading)
+        try:
+            demand = self._demand(loading)
+            cleared = Cleared.REFUSED if demand is None else self.room.clear_now(demand, approves)
+        except HoldfastError:
+            self._let_go(loading)
+            raise
+        if cleared is not Cleared.NOW:
+            self._let_go(loading)
+            return cleared
+        loading.patience_ns = int(patience_seconds * 1e9)
+        self._active.append(loading)
+        self._granted(loading)
+        return cleared
+
+    def under_way(self, wanted: Loading) -> Loading | None:
+        """A load of the same into the same group that has begun, and that nobody waits for: it can be taken over."""
+        return next((loading for loading in self._active if loading.may_pass_to(wanted)), None)
+
+    def predicted_ns(self, loading: Loading) -> int:
+        """Time to move what is not at the target yet."""
+        sizes, move_bytes = loading.missing_bytes(self._shard(loading))
+        return self.store.planner.predicted_ns(sizes, move_bytes)
+
+    def _refuse(self, loading: Loading) -> None:
+        """Raises DocumentIncomplete, or DocumentTooLarge for DDR."""
+        shard = self._shard(loading)
+        here = shard.copies if shard is not None else {}
+        gone = [record for record in loading.records if record.source() is None and record.extent.id not in here]
+        if gone:
+            raise incomplete(loading, *gone)
+        if loading.group is None:
+            self.window.refuse_too_large(loading)
+
+    def _hold(self, loading: Loading) -> None:
         for record in loading.records:
             source = record.source()
             if source is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -13,7 +13,7 @@ from .document import DocumentId
 from .errors import CorruptExtent, DocumentIncomplete, HoldfastError, StorageFailed
 from .extent import ExtentId
 from .layout import Layout
-from .ledger import SwapRecord
+from .ledger import Hop, SwapRecord
 from .orders import Urgency
 from .residency import Placement, Tier
 from .room import Reservation
@@ -78,6 +78,34 @@ class Loading:
         """The version of the document that goes to a group."""
         assert self.layout is not None, "a group has a layout"
         return ShardKey(self.document, self.layout.token_count)
+
+    def may_pass_to(self, wanted: Loading) -> bool:
+        """Whether it brings the same to the same group, has begun, and nobody waits for it."""
+        is_free = self.released and self.phase is Phase.MOVING and self.group is not None
+        return is_free and self.group == wanted.group and self.key == wanted.key
+
+    def pass_to(self, wanted: Loading) -> None:
+        """Somebody waits for it now: it goes on as theirs, and tells them from here on."""
+        wanted.swap.source_bytes, wanted.swap.hops = self.swap.source_bytes, self.swap.hops
+        self.swap, self.started_ns, self.urgency = wanted.swap, wanted.started_ns, wanted.urgency
+        self.granted, self.layer_ready, self.ended = wanted.granted, wanted.layer_ready, wanted.ended
+        self.released = False
+        self.granted()
+
+    def missing_bytes(self, shard: Shard | None) -> tuple[Counter[Hop], int]:
+        """What has to move over which hops, beside what its shard has; and the size of one move."""
+        sizes: Counter[Hop] = Counter()
+        move_bytes = 0
+        for record in self.records:
+            source = record.source()
+            if source is None or (shard is not None and record.extent.id in shard.copies):
+                continue
+            move_bytes = record.extent.slot_bytes
+            if source.tier is Tier.NVME:
+                sizes[Hop(Tier.NVME, Tier.DDR)] += move_bytes
+            if self.group is not None:
+                sizes[Hop(Tier.DDR, Tier.HBM)] += move_bytes
+        return sizes, move_bytes
 
     def came_from(self, tier: Tier, record: ExtentRecord) -> None:
         """Write the extent's bytes on the receipt, by the tier that gives them."""

@@ -32,6 +32,16 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "write_through_skipped": ("holdfast_write_through_skipped", "Documents left in memory as the disk was behind."),
     "queries_answered": ("holdfast_queries", "Queries that engines have reported as answered."),
     "reattaches": ("holdfast_reattaches", "Attaches and hints that had to move bytes: queries / these = k."),
+    "hints": ("holdfast_hints", "Queries that were announced, by document."),
+    "hints_promoted": ("holdfast_hints_promoted", "Those whose document was brought near."),
+    "hints_used": ("holdfast_hints_used", "Those whose queries came."),
+    "hints_in_time": ("holdfast_hints_in_time", "Those of them that found all of it there."),
+    "hints_refused": ("holdfast_hints_refused", "Hints that were one too many, or whose document cannot be brought."),
+    "hints_expired": ("holdfast_hints_expired", "Hints whose queries did not come in time."),
+    "hints_evicted": ("holdfast_hints_evicted", "Hints whose document had to leave again before."),
+    "hints_cancelled": ("holdfast_hints_cancelled", "Hints that were taken back, or whose client went."),
+    "prefetched_bytes": ("holdfast_prefetched_bytes", "Bytes moved for hints."),
+    "prefetched_unused": ("holdfast_prefetched_unused", "Documents that were brought near for nothing."),
     "adopted": ("holdfast_adopted", "Extents that an earlier daemon left in DDR, and that were found there."),
     "adopted_verified": ("holdfast_adopted_verified", "Those of them that were as they had been sealed."),
     "documents_expired": ("holdfast_documents_expired", "Documents deleted as their time was up."),
@@ -96,6 +106,7 @@ class ServiceCollector(Collector):
         overdue = sum(lease.overdue(now_ns) for lease in state.leases.values())
         yield gauge("holdfast_leases", "Leases held.", len(state.leases))
         yield gauge("holdfast_leases_overdue", "Leases held past their deadline.", overdue)
+        yield gauge("holdfast_hints_live", "Hints that have not ended.", len(state.hints.live))
         yield gauge("holdfast_pins", "Pins.", len(state.pins.all()))
         yield gauge("holdfast_pinned_bytes", "Bytes that pins take of their budget.", state.pins.pinned_bytes)
         yield gauge("holdfast_pin_budget_bytes", "Bytes that pins may take.", state.pins.budget_bytes)

@@ -6,11 +6,14 @@ The one place where quotas and soft pins speak to eviction: `rank_of` gives Cand
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from ..eviction.candidate import Candidate
 from ..eviction.victims import anybody
 from .residency import Placement, Tier
 from .state import ExtentRecord, State
+
+HINTED: Final = 2  # above the normal 0
 
 
 class Precedence:
@@ -20,8 +23,8 @@ class Precedence:
         self.state = state
 
     def rank_of(self, record: ExtentRecord, placement: Placement) -> int:
-        """Lower ranks leave first. All copies are of one rank."""
-        return 0
+        """Lower ranks leave first: those of announced documents behind all others."""
+        return HINTED if self.state.is_hinted(record.documents, placement.tier, placement.device) else 0
 
     def permit(self, tier: Tier) -> Callable[[Candidate], bool]:
         """For one decision: asked of each candidate of that tier as it is about to be chosen."""

@@ -18,6 +18,8 @@ from .awaiting import Waiter
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
+from .hint_views import hint_view
+from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .ingesting import Ingest
 from .keys import ROOT, Tokens, as_tokens, block_keys
 from .layouts import LayoutMessage, ShardMessage
@@ -78,7 +80,7 @@ ALL_LAYERS = 1 << 31
 KEYS_AT_ONCE = 512  # half a millisecond of work
 LATELY_MAX = 256  # documents whose runs are remembered
 LONGEST_SECONDS = 3600.0  # no wait is without end
-NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, EvictDocument)
+NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, EvictDocument)
 
 
 def tier_named(name: str) -> Tier:
@@ -170,6 +172,12 @@ class Requests:
                 floor = tier_named(body.tier)
                 pin = service.pin(DocumentId(tenant, body.name), floor, body.ttl_seconds, body.owner, body.reason)
                 return Pinned(pin_view(pin))
+            case PrefetchDocument(name, group, queries, seconds, owner):
+                wanted = DocumentId(tenant, name)
+                hint = service.prefetching.hint(client, wanted, group, queries, seconds, owner)
+                return Hinted(hint_view(service.state.hints, hint, service.clock))
+            case CancelPrefetch(name, group, owner):
+                service.prefetching.cancel(client, DocumentId(tenant, name), group, owner)
             case UnpinDocument(name=name):
                 return Pinned(pin_view(service.unpin(DocumentId(tenant, name))))
             case _:

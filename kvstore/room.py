@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum, auto
 
 from .demand import Demand
 from .errors import DeadlineExceeded, HoldfastError, NoCapacity
@@ -33,6 +34,14 @@ class Reservation:
     granted: Callable[[], None]
     refused: Callable[[HoldfastError], None]
     deadline_ns: int
+
+
+class Cleared(Enum):
+    """What became of room for something that nobody waits for. `LATER`: when what is on its way out has left."""
+
+    NOW = auto()
+    LATER = auto()
+    REFUSED = auto()
 
 
 class Room:
@@ -100,6 +109,22 @@ class Room:
         self._waiting.remove(reservation)
         reservation.granted()
         return True
+
+    def clear_now(self, demand: Demand, approves: Callable[[Sequence[Victim]], bool]) -> Cleared:
+        """Room without a reservation: what is free, or what those leave whom `approves` lets go; behind all who wait.
+
+        Nothing is kept for it: who asks later finds that out.
+        """
+        planner = self.store.planner
+        if self._waiting:
+            return Cleared.REFUSED
+        if not planner.fits(demand) and not planner.draining(demand):
+            victims = planner.make_room(demand)
+            if victims is None or not approves(victims):
+                return Cleared.REFUSED
+            self.execute(victims, "prefetch")
+            self.writes.pump()
+        return Cleared.NOW if planner.fits(demand) else Cleared.LATER
 
     def expire(self, now_ns: int) -> None:
         """Refuse who has waited past the deadline."""

@@ -45,6 +45,7 @@ from .loader import Loader
 from .measurements import NOTHING, Measured, Measurements
 from .orders import Effects, Outcome, PutSpec, Write
 from .planner import Planner, Victim
+from .prefetching import Prefetching
 from .prefix import Prefix, longest
 from .residency import Tier
 from .reuse import Comebacks, Ghosts
@@ -85,6 +86,7 @@ class Service:
         self.awaiting = Awaiting(self.state, self.ingests.open, config.limits.pending_reservations)
         self.uses = Uses(self.state, self.planner.policy, clock)
         self.attaches = Attaches(self.loader, self.uses, int(config.limits.lease_seconds * NS))
+        self.prefetching = Prefetching(self.loader)
         self.upkeep = Upkeep(self.loader, self.ingests)
         self.measurements = Measurements(self.store)
         self.adoption = Adoption(self.upkeep)
@@ -109,6 +111,7 @@ class Service:
         self.ingests.spill.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
         self.expiry.tick()
+        self.prefetching.expire()
         self.writes.tick()
         self._pump()
 
@@ -118,6 +121,7 @@ class Service:
         self.upkeep.settle()
         self.ingests.spill.pump()
         self.room.pump()
+        self.prefetching.pump()
         self.upkeep.settle()
         self.store.notes.flush()
 
@@ -227,6 +231,7 @@ class Service:
         for attach in [a for a in self.attaches.open.values() if a.lease.owner == client]:
             self.attaches.end(attach)
         self.awaiting.forget(client)
+        self.prefetching.forget(client)
         self.state.ddr.lift(client)
         self._pump()
 
@@ -355,6 +360,7 @@ class Service:
         self.expiry.refuse(document)
         attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted, tokens)
         self.writes.came_back(self.state.documents[document], "attached again")
+        self.prefetching.used(document, group)
         self._pump()
         return attach
 
@@ -381,6 +387,7 @@ class Service:
     def detach(self, client: int, lease_id: int) -> None:
         """End a lease; its copies stay where they are until eviction wants their room."""
         self.attaches.end(self.attaches.claim(client, lease_id))
+        self.prefetching.stir()
         self._pump()
 
     # Lookup ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from .document import Document, DocumentId, WritePolicy
 from .errors import DocumentNotFound, GroupNotFound
 from .extent import Extent, ExtentId
 from .fronts import Fronts
+from .hints import Hints
 from .layout import Layout
 from .ledger import Ledger
 from .quotas import Usage
@@ -195,6 +196,7 @@ class State:
         self.pins = pins
         self.ledger = ledger
         self.usage = Usage()
+        self.hints = Hints()
         self.specs: dict[bytes, KVSpec] = {}
         self.documents: dict[DocumentId, DocumentRecord] = {}
         self.extents: dict[ExtentId, ExtentRecord] = {}
@@ -254,6 +256,19 @@ class State:
         """Whether pins allow the shard's copies to go."""
         pin = self.pins.get(shard.document)
         return pin is None or pin.floor is not Tier.HBM
+
+    def capacity_bytes(self, tier: Tier, device: str) -> int:
+        """What a device can hold; 0 for a group that is gone."""
+        if tier is Tier.HBM:
+            group = self.groups.get(device.partition(":")[2])
+            return group.capacity_bytes if group is not None else 0
+        return (self.ddr if tier is Tier.DDR else self.nvme).capacity_bytes
+
+    def is_hinted(self, documents: Iterable[DocumentId], tier: Tier, device: str) -> bool:
+        """Whether queries on any of these documents are announced, and that shields its copies on a device."""
+        if not self.hints.live:
+            return False
+        return not self.hints.shielded(tier, device, self.capacity_bytes(tier, device)).isdisjoint(documents)
 
     def shards(self) -> list[Shard]:
         """Every shard of every group."""

@@ -12,6 +12,7 @@ import msgspec
 
 from .calibration import RingRate, RingSetting
 from .document import WritePolicy
+from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
 from .message import Count, Line, Message, Nanoseconds, Seconds, Size
@@ -277,6 +278,8 @@ Request = (
     | DeleteDocument
     | PinDocument
     | UnpinDocument
+    | PrefetchDocument
+    | CancelPrefetch
     | EvictDocument
     | ListTiers
     | MoveDone
@@ -436,6 +439,7 @@ Reply = (
     | Found
     | Documents
     | Pinned
+    | Hinted
     | EvictionPlan
     | Tiers
 )

@@ -15,7 +15,7 @@ from aiohttp import web
 from holdfast.kvstore import errors
 from holdfast.kvstore.admin import make_app
 from holdfast.kvstore.config import load_config
-from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.ledger import Seen
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.state import Backend
@@ -126,6 +126,33 @@ def refused(exit_code, *arguments, live=None):
     assert result.stdout == ""
     assert result.stderr
     return result.stderr
+
+
+# Hints -----------------------------------------------------------------------------------------
+
+
+def test_prefetch_brings_documents_near_and_hints_says_so(live):
+    for name in ("a", "b"):
+        live.ingest(name)
+        ok("evict", name, live=live)
+    found = machine("prefetch", "a", "default/b", "--queries", "3", "--deadline", "5m", live=live)["hints"]
+    assert [(h["document"], h["queries"], h["target"]) for h in found] == [("a", 3, "ddr"), ("b", 3, "ddr")]
+    shown = machine("hints", live=live)
+    assert {h["document"]: h["state"] for h in shown["hints"]} == {"a": "promoted", "b": "promoted"}
+    said = ok("hints", live=live)
+    assert "2 brought near" in said
+    assert "default/a" in said
+    assert "6 announced" in said
+    live.attach(DocumentId("default", "a"))
+    assert "1, 1 of them after all was there" in ok("hints", "--limit", "0", live=live)
+    assert "default/a" in ok("prefetch", "a", live=live)
+
+
+def test_prefetch_says_what_is_wrong(live):
+    live.ingest("a")
+    assert "nobody" in refused(3, "prefetch", "nobody", live=live)
+    assert "hbm:GROUP" in refused(2, "prefetch", "a", "--to", "nvme", live=live)
+    assert "no group 'x'" in refused(3, "prefetch", "a", "--to", "hbm:x", live=live)
 
 
 # Looking ---------------------------------------------------------------------------------------

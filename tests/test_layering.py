@@ -74,6 +74,7 @@ FLOOR_OF = {
     "transfers": "rules",
     "upcoming": "rules",
     "uses": "rules",
+    "hints": "rules",
     "arena": "effects",
     "backing": "effects",
     "catalog": "effects",
@@ -105,6 +106,7 @@ FLOOR_OF = {
     "notes": "service",
     "opening": "service",
     "passage": "service",
+    "prefetching": "service",
     "reads": "service",
     "repairs": "service",
     "room": "service",
@@ -127,6 +129,9 @@ FLOOR_OF = {
     "layouts": "edges",
     "handout": "edges",
     "inheritance": "edges",
+    "hint_admin": "edges",
+    "hint_views": "edges",
+    "hint_wire": "edges",
     "message": "edges",
     "metrics": "edges",
     "problems": "edges",
@@ -145,6 +150,7 @@ FLOOR_OF = {
 THIRD_PARTY = {
     "aiohttp": (
         "kvstore/admin.py",
+        "kvstore/hint_admin.py",
         "kvstore/checks.py",
         "kvstore/calibrations.py",
         "kvstore/problems.py",

@@ -10,7 +10,7 @@ import pytest
 from aiohttp.test_utils import TestClient, TestServer
 from holdfast.kvstore import problems
 from holdfast.kvstore.admin import BODY_BYTES_MAX, make_app
-from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import HoldfastError, StorageFailed, all_errors
 from holdfast.kvstore.orders import DropDocument
 from holdfast.kvstore.residency import Tier
@@ -32,6 +32,9 @@ ROUTES = {
     "GET /v1/evictions",
     "POST /v1/evictions",
     "GET /v1/groups",
+    "GET /v1/hints",
+    "POST /v1/hints",
+    "DELETE /v1/hints/{tenant}/{name}",
     "GET /v1/leases",
     "GET /v1/pins",
     "POST /v1/pins",
@@ -409,6 +412,53 @@ async def test_a_bad_pin_is_refused(api, sent):
 
 async def test_a_pin_of_an_unknown_document(api):
     await api.refused("POST", "/v1/pins", 404, "document-not-found", json={"document": "a"})
+
+
+# Hints -----------------------------------------------------------------------------------------
+
+
+async def test_announced_queries_are_shown_in_their_order_and_with_their_end(api):
+    names = ("a", "b", "c")
+    for name in names:
+        document = api.ingest(name)
+        api.service.evict(document, Tier.DDR, 0, FAR_NS, lambda _: None)
+        api.effects.complete_all(api.service)
+    for name, queries in zip(names, (1, 2, 5), strict=True):
+        wanted = {"document": name, "queries": queries, "owner": "me", "deadline_seconds": 60}
+        async with api.client.post("/v1/hints", json=wanted) as response:
+            assert response.status == 201
+            assert (await response.json())["target"] == "ddr"
+    shown = await api.get("/v1/hints")
+    assert [(h["document"], h["state"], h["position"]) for h in shown["hints"]] == [
+        ("a", "moving", None),
+        ("c", "waiting", 0),
+        ("b", "waiting", 1),
+    ]
+    assert shown["queries_waiting"] == 8
+    assert all(h["predicted_ns"] > 0 and h["remaining_seconds"] == 60 for h in shown["hints"])
+    async with api.client.delete("/v1/hints/default/b?owner=me") as response:
+        assert response.status == 204
+    api.effects.complete_all(api.service)
+    api.attach(DocumentId("default", "c"))
+    shown = await api.get("/v1/hints?limit=5")
+    assert [(h["document"], h["state"]) for h in shown["hints"]] == [("a", "promoted")]
+    assert [(h["document"], h["state"]) for h in shown["ended"]] == [("c", "used"), ("b", "cancelled")]
+    assert shown["counts"]["hints_in_time"] == 1
+    assert (await api.get("/v1/hints?limit=0"))["ended"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "code"),
+    [
+        ({"document": "nobody"}, 404, "document-not-found"),
+        ({"group": "nobody"}, 404, "group-not-found"),
+        ({"queries": 0}, 400, "invalid-request"),
+        ({"deadline_seconds": 4000}, 400, "invalid-request"),
+    ],
+)
+async def test_what_is_no_hint_is_refused(api, change, status, code):
+    api.ingest("a")
+    await api.refused("POST", "/v1/hints", status, code, json={"document": "a"} | change)
 
 
 # Bodies and routes -----------------------------------------------------------------------------

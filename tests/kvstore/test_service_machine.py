@@ -479,6 +479,22 @@ class Machine(RuleBasedStateMachine):
             return
         del self.pins[name]
 
+    @rule(
+        client=st.sampled_from(WRITERS),
+        name=st.sampled_from(NAMES),
+        grouped=st.booleans(),
+        seconds=st.sampled_from([None, 1e-6]),
+        takes_back=SELDOM,
+    )
+    def hint(self, client, name, grouped, seconds, takes_back):
+        document, group = DocumentId("t", name), "g" if grouped else None
+        try:
+            self.service.prefetching.hint(client, document, group, 1 + client, seconds, "")
+        except HoldfastError as error:
+            self.refused(error, name not in self.documents or (grouped and not self.has_group), "")
+        if takes_back:
+            self.service.prefetching.cancel(client, document, group, "")
+
     @rule(name=st.sampled_from(NAMES), tier=st.sampled_from(Tier))
     def evict(self, name, tier):
         self.evict_one(name, tier)
@@ -596,6 +612,7 @@ class Machine(RuleBasedStateMachine):
         assert not service.store.orders_in_flight
         assert not service.state.leases
         assert not service.state.private
+        assert not service.state.hints.live
         for copy in service.state.all_placements():
             assert copy.holds == 0, copy
             assert copy.state is State.RESIDENT, copy
