@@ -3,8 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from .use import UnitId
+
+
+class Forest(Protocol):
+    """What victims are chosen from. See Residents."""
+
+    @property
+    def leaves(self) -> Sequence[UnitId]: ...
+
+    def previous(self, unit_id: UnitId) -> UnitId | None: ...
+
+    def followers(self, unit_id: UnitId) -> int: ...
+
+    def __contains__(self, unit_id: UnitId) -> bool: ...
 
 
 class Residents:

@@ -15,7 +15,7 @@ from typing import Final
 
 from .candidate import Candidate
 from .policy import Ranking
-from .residents import Residents
+from .residents import Forest
 from .use import UnitId
 
 ALL_SCORED: Final = 256  # so many leaves are all looked at
@@ -34,7 +34,7 @@ def anybody(candidate: Candidate) -> bool:  # noqa: ARG001 - whoever it is
 
 
 def choose(
-    residents: Residents,
+    residents: Forest,
     ranking: Ranking,
     describe: Describe,
     now_ns: int,
@@ -73,7 +73,7 @@ def choose(
 class _Line:
     """Who leaves next, in one decision."""
 
-    def __init__(self, residents: Residents, ranking: Ranking, describe: Describe, now_ns: int) -> None:
+    def __init__(self, residents: Forest, ranking: Ranking, describe: Describe, now_ns: int) -> None:
         self._residents = residents
         self._ranking = ranking
         self._describe = describe

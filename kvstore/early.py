@@ -11,7 +11,8 @@ from collections import OrderedDict
 
 from .extent import Extent, ExtentId
 from .orders import Urgency
-from .residency import Placement
+from .placing import place
+from .residency import Placement, Tier
 from .state import ExtentRecord
 from .store import Store
 from .writing import Item, Life
@@ -52,7 +53,8 @@ class EarlyWrites:
         del self._items[ingest][extent]
         self._take_out(ingest, item.target)
         item.target.holds -= 1
-        item.record, record.nvme = record, item.target
+        item.record = record
+        place(self.store.records, record, Tier.NVME, item.target)
 
     def end(self, ingest: int) -> list[Item]:
         """Forget all that is left of an ingest, whose private copies go; returns what still waited for its turn."""

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from .errors import HoldfastError
 from .extent import Extent
 from .orders import Outcome, PutExtent, PutWear, Record, Write
-from .residency import Event, Placement
+from .placing import place
+from .residency import Event, Placement, Tier
 from .state import ExtentRecord
 from .store import Store
 
@@ -79,7 +80,7 @@ class Enrolments:
                 enrolment.held.append(self.store.hold(record.ddr))  # it must not leave for a copy that has no row yet
             if record.nvme is None:
                 private[:] = [copy for copy in private if copy is not ours]
-                record.nvme = ours
+                place(records, record, Tier.NVME, ours)
                 claimed.append(Enrolled(record=record, copy=ours))
                 continue
             if record.nvme.readable:

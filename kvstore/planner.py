@@ -13,23 +13,25 @@ from typing import Final
 
 from ..eviction.candidate import Candidate
 from ..eviction.policy import Policy
-from ..eviction.residents import Residents
+from ..eviction.residents import Forest
 from ..eviction.use import UnitId
 from ..eviction.victims import Describe, Satisfied, choose
-from .caches import Cache
 from .calibration import Calibration
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .costs import DEFAULT_LINKS, PrefillCurve
 from .demand import Demand
 from .document import Document
+from .forests import Unchained
 from .ledger import Hop
 from .precedence import Precedence
 from .prefills import Prefills
 from .residency import Placement, State, Tier
 from .rows import draining, place_rows
+from .shard_forest import ShardForest
+from .shared_ranking import SharedRanking
 from .slots import Slot, SlotClass
-from .state import DDR, NVME, ExtentRecord, Group, Shard, hbm_device
+from .state import DDR, NVME, ExtentRecord, Group, hbm_device
 from .state import State as Store
 
 HOPS: Final = (
@@ -68,9 +70,8 @@ class Planner:
         self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
         self.calibration: Calibration | None = None
-        self._ddr = Cache(ranking=policy.ranking(state.ddr.capacity_bytes, self._saved_by_ddr))
-        self._nvme = Cache(ranking=policy.ranking(state.nvme.capacity_bytes, self._saved_by_nvme))
-        state.caches |= {DDR: self._ddr, NVME: self._nvme}
+        state.rankings[DDR] = policy.ranking(state.ddr.capacity_bytes, self._saved_by_ddr)
+        state.rankings[NVME] = policy.ranking(state.nvme.capacity_bytes, self._saved_by_nvme)
 
     def open_group(self, group: Group) -> None:
         """All of its ranks are there: rank what its HBM will hold."""
@@ -79,7 +80,8 @@ class Planner:
         def saved(token_count: int) -> float:
             return self.links[Hop(Tier.DDR, Tier.HBM)].move_ns(token_count * token_bytes) if token_count else 0.0
 
-        self.state.caches[hbm_device(group.name)] = Cache(ranking=self.policy.ranking(group.capacity_bytes, saved))
+        ranking = self.policy.ranking(group.capacity_bytes, saved)
+        self.state.rankings[hbm_device(group.name)] = SharedRanking(ranking)
 
     # Prices ------------------------------------------------------------------------------------
 
@@ -247,7 +249,7 @@ class Planner:
     def explain(self, record: ExtentRecord, placement: Placement) -> dict[str, float]:
         """The policy's score parts for one copy, now."""
         candidate = self._candidate(record, placement)
-        return self.state.caches[placement.device].ranking.explain(candidate, self.clock.monotonic_ns())
+        return self.state.rankings[placement.device].explain(candidate, self.clock.monotonic_ns())
 
     # HBM rows ----------------------------------------------------------------------------------
 
@@ -256,42 +258,26 @@ class Planner:
         assert demand.group is not None
         group = self.state.groups[demand.group]
         gone = draining(group)
-        owners = self._owners(group)
-        chain: dict[UnitId, UnitId | None] = {}
-        before: dict[int, UnitId] = {}
-        for name, (shard, _) in owners.items():
-            chain[name] = before.get(shard.id)
-            before[shard.id] = name
-        cache = self.state.caches[hbm_device(group.name)]
-        cache.now_holds(chain, {extent: shard.copies[extent].size_bytes for shard, extent in owners.values()})
+        forest = ShardForest(group, self.state.extents)
 
         def described(name: UnitId) -> Candidate:
-            shard, extent = owners[name]
+            shard, extent = forest.owner(name)
             stays = shard.id == demand.replaces or not self.state.may_leave_hbm(shard)
             candidate = self._candidate(self.state.extents[extent], shard.copies[extent], stays=stays)
-            return replace(candidate, id=name, previous=chain[name])
+            return replace(candidate, id=name, previous=forest.previous(name))
 
         def rows_fit(victims: Sequence[Candidate]) -> bool:
             leaving = {shard: set(extents) for shard, extents in gone.items()}
             for victim in victims:
-                shard, extent = owners[victim.id]
+                shard, extent = forest.owner(victim.id)
                 leaving.setdefault(shard.id, set()).add(extent)
             return place_rows(group, demand, leaving) is not None
 
-        victims = self._chosen(cache.residents, cache, described, Tier.HBM, rows_fit)
+        victims = self._chosen(forest, hbm_device(group.name), described, rows_fit)
         if victims is None:
             return None
-        leaving = [(*owners[victim.id], victim) for victim in victims]
+        leaving = [(*forest.owner(victim.id), victim) for victim in victims]
         return [self._victim(self.state.extents[e], shard.copies[e], victim) for shard, e, victim in leaving]
-
-    def _owners(self, group: Group) -> dict[UnitId, tuple[Shard, str]]:
-        """What eviction may look at in the group's HBM, by name: copies that neither drain nor are an open ingest's."""
-        return {
-            f"{extent}@{shard.id}": (shard, extent)
-            for shard in group.shards.values()
-            for extent, copy in shard.copies.items()
-            if extent in self.state.extents and copy.state is not State.DRAINING
-        }
 
     # Candidates --------------------------------------------------------------------------------
 
@@ -301,24 +287,6 @@ class Planner:
         if tier is Tier.NVME:
             return leaving  # a copy on its way out of NVMe is in no record any more
         return leaving + _slots(copy for copy in self.state.draining.values() if copy.state is State.DRAINING)
-
-    def _cache(self, tier: Tier) -> Cache:
-        """DDR or NVMe, as it is now.
-
-        The forest of NVMe is of everything resident anywhere: what only DDR holds cannot leave NVMe, but keeps its
-        front there.
-        """
-        drains, cache = State.DRAINING, self._ddr if tier is Tier.DDR else self._nvme
-        chain: dict[UnitId, UnitId | None] = {}
-        units: dict[UnitId, int] = {}
-        for extent, record in self.state.extents.items():
-            copy = record.ddr if tier is Tier.DDR else record.nvme or record.ddr
-            if copy is not None and copy.state is not drains:
-                chain[extent] = record.extent.previous
-                if copy.tier is tier:
-                    units[extent] = copy.size_bytes
-        cache.now_holds(chain, units)
-        return cache
 
     def _record(self, candidate: Candidate) -> ExtentRecord:
         return self.state.extents[str(candidate.unit)]
@@ -332,13 +300,13 @@ class Planner:
 
     def _occupants(self) -> Iterator[Occupant]:
         """DDR copies that break no chain when they leave: NVMe has them, or will, or nothing is behind them."""
-        cache = self._cache(Tier.DDR)
-        candidates = [self._of(Tier.DDR, extent) for extent in cache.residents]
-        scores = cache.ranking.scores(candidates, self.clock.monotonic_ns())
+        forest = self.state.forests.ddr
+        candidates = [self._of(Tier.DDR, extent) for extent in forest]
+        scores = self.state.rankings[DDR].scores(candidates, self.clock.monotonic_ns())
         for candidate, score in zip(candidates, scores, strict=True):
             record = self._record(candidate)
             stays = self._goes_to_nvme(record) or (record.nvme is not None and record.nvme.readable)
-            if candidate.movable and (stays or not cache.residents.followers(candidate.id)):
+            if candidate.movable and (stays or not forest.followers(candidate.id)):
                 loss = score * candidate.size_bytes
                 yield from (Occupant(candidate, slot, loss) for slot in _slots([record.ddr]))
 
@@ -359,27 +327,28 @@ class Planner:
         return placement.tier is Tier.HBM or self.state.may_leave(record, placement)
 
     def _choose(self, tier: Tier, satisfied: Satisfied) -> tuple[Candidate, ...] | None:
-        cache = self._cache(tier)
-        return self._chosen(cache.residents, cache, partial(self._of, tier), tier, satisfied)
+        forests = self.state.forests
+        forest = forests.ddr if tier is Tier.DDR else forests.nvme
+        return self._chosen(forest, DDR if tier is Tier.DDR else NVME, partial(self._of, tier), satisfied)
 
     def _choose_unchained(self, satisfied: Satisfied) -> tuple[Candidate, ...] | None:
         """In need, what NVMe has too may leave DDR before what lies behind it: nothing becomes useless by that.
 
         A window that moves along a document needs it: its front is over while the rest is leased.
         """
-        cache, unchained = self._cache(Tier.DDR), Residents()
-        for extent in cache.residents:
-            previous = cache.residents.previous(extent)
-            record = self.state.extents.get(str(previous))
-            is_clean = record is not None and record.nvme is not None and record.nvme.readable
-            unchained.came(extent, None if is_clean else previous)
-        return self._chosen(unchained, cache, partial(self._of, Tier.DDR), Tier.DDR, satisfied)
+
+        def is_clean(extent: UnitId) -> bool:
+            record = self.state.extents.get(str(extent))
+            return record is not None and record.nvme is not None and record.nvme.readable
+
+        forest = Unchained(self.state.forests.ddr, is_clean)
+        return self._chosen(forest, DDR, partial(self._of, Tier.DDR), satisfied)
 
     def _chosen(
-        self, forest: Residents, cache: Cache, describe: Describe, tier: Tier, satisfied: Satisfied
+        self, forest: Forest, device: str, describe: Describe, satisfied: Satisfied
     ) -> tuple[Candidate, ...] | None:
-        permit = self.precedence.permit(tier)
-        return choose(forest, cache.ranking, describe, self.clock.monotonic_ns(), satisfied, permit)
+        permit = self.precedence.permit(device)
+        return choose(forest, self.state.rankings[device], describe, self.clock.monotonic_ns(), satisfied, permit)
 
     def _victim(self, record: ExtentRecord, placement: Placement | None, candidate: Candidate) -> Victim:
         assert placement is not None
@@ -400,7 +369,7 @@ class Planner:
             action="demote" if stays else "drop",
             size_bytes=placement.size_bytes,
             restore_ns=candidate.restore_ns,
-            scores=self.state.caches[placement.device].ranking.explain(candidate, self.clock.monotonic_ns()),
+            scores=self.state.rankings[placement.device].explain(candidate, self.clock.monotonic_ns()),
         )
 
     def _goes_to_nvme(self, record: ExtentRecord) -> bool:

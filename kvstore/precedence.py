@@ -10,7 +10,7 @@ from typing import Final
 
 from ..eviction.candidate import Candidate
 from ..eviction.victims import anybody
-from .residency import Placement, Tier
+from .residency import Placement
 from .state import ExtentRecord, State
 
 HINTED: Final = 2  # above the normal 0
@@ -26,6 +26,6 @@ class Precedence:
         """Lower ranks leave first: those of announced documents behind all others."""
         return HINTED if self.state.is_hinted(record.documents, placement.tier, placement.device) else 0
 
-    def permit(self, tier: Tier) -> Callable[[Candidate], bool]:
-        """For one decision: asked of each candidate of that tier as it is about to be chosen."""
+    def permit(self, device: str) -> Callable[[Candidate], bool]:
+        """For one decision: asked of each candidate of that device as it is about to be chosen."""
         return anybody

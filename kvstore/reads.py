@@ -13,6 +13,7 @@ from .geometry import Geometry, extent_geometry
 from .ledger import Hop, HopTime
 from .loading import Loading, unreadable
 from .orders import Outcome, ReadIn, Urgency
+from .placing import place
 from .residency import Placement, Tier
 from .state import ExtentRecord
 from .store import Store
@@ -56,7 +57,7 @@ class Reads:
         """Read an NVMe copy into a DDR slot, which there has to be."""
         target = self.store.take(record.extent, Tier.DDR)
         assert target is not None, "granted without a slot"
-        record.ddr = target
+        place(self.store.records, record, Tier.DDR, target)
         self.into(record, source, target, urgency)
 
     def into(self, record: ExtentRecord, source: Placement, target: Placement, urgency: Urgency) -> None:

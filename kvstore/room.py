@@ -16,6 +16,7 @@ from .errors import DeadlineExceeded, HoldfastError, NoCapacity
 from .geometry import extent_geometry
 from .ledger import Hop
 from .orders import Outcome, Part, SaveShard, Seal
+from .placing import drain, place
 from .planner import Victim
 from .residency import Event, Placement, State, Tier
 from .state import DDR, ExtentRecord, Shard
@@ -174,8 +175,7 @@ class Room:
         if below or victim.action == "drop":
             self.store.drop(record.ddr)
             return
-        record.ddr.apply(Event.DRAIN)
-        self.store.records.draining[victim.extent] = record.ddr
+        drain(self.store.records, record)
         self.writes.demote(record)
 
     def _leave_hbm(self, shard: Shard, record: ExtentRecord, victim: Victim, reason: str) -> None:
@@ -191,7 +191,7 @@ class Room:
             self._save(shard, record, placement, target)
 
     def _save(self, shard: Shard, record: ExtentRecord, source: Placement, target: Placement) -> None:
-        record.ddr = target
+        place(self.store.records, record, Tier.DDR, target)
         source.holds += 1  # not `hold`: saving does not cancel the drain
         target.holds += 1
         assert target.slot is not None

@@ -56,10 +56,10 @@ def draining(group: Group) -> dict[int, set[ExtentId]]:
 def _pools_after(group: Group, gone: Gone) -> dict[int, RowPool]:
     pools = {rank: pool.copy() for rank, pool in group.pools.items()}
     for shard in group.shards.values():
-        leaving = gone.get(shard.id, ())
-        kept = [extent for extent in shard.copies if extent not in leaving]
-        if len(kept) == len(shard.copies):
+        leaving = gone.get(shard.id)
+        if not leaving:
             continue
+        kept = [extent for extent in shard.copies if extent not in leaving]
         lengths = shard.lengths(shard.spans[kept[-1]][1] if kept else 0)
         for rank, (start, count) in enumerate(shard.rows):
             pools[rank].free(start + lengths[rank], count - lengths[rank])

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from .caches import Cache
+from ..eviction.policy import Ranking
 from .claims import Lease, Pins
 from .document import Document, DocumentId, WritePolicy
 from .errors import DocumentNotFound, GroupNotFound
 from .extent import Extent, ExtentId
+from .forests import Forests
 from .fronts import Fronts
 from .hints import Hints
 from .layout import Layout
@@ -201,7 +202,8 @@ class State:
         self.documents: dict[DocumentId, DocumentRecord] = {}
         self.extents: dict[ExtentId, ExtentRecord] = {}
         self.ghosts = ghosts
-        self.caches: dict[str, Cache] = {}  # by device
+        self.forests = Forests()
+        self.rankings: dict[str, Ranking] = {}  # by device
         self.fronts = Fronts()  # of these extents
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}
@@ -328,6 +330,7 @@ class State:
             assert ddr is not None, f"a spare for nothing: {spare}"
             assert ddr.state is Phase.FILLING, f"a spare for what is complete: {ddr}"
             assert spare.state is Phase.RESIDENT, spare
+        self.forests.check((record.extent, record.ddr, record.nvme) for record in self.extents.values())
         for group in self.groups.values():
             self._check_group(group)
         for record in self.extents.values():

@@ -24,6 +24,7 @@ from .orders import (
     SaveShard,
     Write,
 )
+from .placing import place, stay
 from .planner import Planner, Victim
 from .residency import Event, Placement, State, Tier
 from .slots import Slot, SlotClass
@@ -108,15 +109,17 @@ class Store:
     def adopt_nvme(self, record: ExtentRecord, slot: Slot) -> None:
         """Restart: the catalog says that the extent lies in this slot."""
         self.records.nvme.claim(SlotClass("", record.extent.slot_bytes), slot)
-        record.nvme = self._placed(record.extent, Tier.NVME, slot)
-        record.nvme.apply(Event.COMPLETE)
+        placement = self._placed(record.extent, Tier.NVME, slot)
+        place(self.records, record, Tier.NVME, placement)
+        placement.apply(Event.COMPLETE)
         record.cataloged = record.stored = True
 
     def adopt_ddr(self, record: ExtentRecord, slot: Slot) -> Placement:
         """Restart: an earlier daemon says that the extent lies in this slot. FILLING, until that is verified."""
         self.records.ddr.claim(SlotClass(record.extent.tenant, record.extent.slot_bytes), slot)
-        record.ddr = self._placed(record.extent, Tier.DDR, slot)
-        return record.ddr
+        placement = self._placed(record.extent, Tier.DDR, slot)
+        place(self.records, record, Tier.DDR, placement)
+        return placement
 
     def _placed(self, extent: Extent, tier: Tier, slot: Slot) -> Placement:
         device, size_bytes = DDR if tier is Tier.DDR else NVME, extent.slot_bytes
@@ -147,7 +150,7 @@ class Store:
         """Use the bytes: they stay until `unhold`. A hit on a draining copy cancels the drain."""
         assert placement.state not in (State.LOST, State.GONE), placement
         if placement.state is State.DRAINING:
-            placement.apply(Event.HIT)
+            stay(self.records, placement)
             self.records.ledger.counts["drains_cancelled"] += 1
         placement.holds += 1
         return placement
@@ -203,7 +206,7 @@ class Store:
         if taken:
             self.records.spares[placement.extent] = placement
         else:
-            record.ddr = placement
+            place(self.records, record, Tier.DDR, placement)
             self.notes.add_ddr(record)
         return True
 
@@ -295,10 +298,10 @@ class Store:
         if record is None or not any(copy is placement for copy in record.placements()):
             return
         if placement is record.ddr:
-            record.ddr = self.records.spares.pop(placement.extent, None)
+            place(self.records, record, Tier.DDR, self.records.spares.pop(placement.extent, None))
             self.notes.add_ddr(record)
         else:
-            record.nvme = None
+            place(self.records, record, Tier.NVME, None)
         self.records.leaving.append(placement)
         self.reap(record)
 
@@ -313,7 +316,7 @@ class Store:
             copies[:] = [copy for copy in copies if copy is not placement]
         record = self.records.extents.get(placement.extent)
         if record is not None and record.ddr is placement:
-            record.ddr = None
+            place(self.records, record, Tier.DDR, None)
             self.notes.add_ddr(record)
             self.reap(record)
 
@@ -362,6 +365,7 @@ class Store:
                     shard=shard.id,
                 )
             )
+            self.records.rankings[hbm_device(group.name)].came(extent, shard.copies[extent].size_bytes)
 
     def shrink_shard(self, shard: Shard, extent: str) -> None:
         """The shard's last copy leaves; nobody may hold it."""
@@ -397,6 +401,7 @@ class Store:
         elif placement.state is State.FILLING:
             placement.apply(Event.FAIL)
         self._released(placement)
+        self.records.rankings[placement.device].left(placement.extent)
 
     def fail_group(self, name: str, error: HoldfastError) -> None:
         """A rank died: the group's HBM is gone, and loads into it end. Saves out of it end when the effects say so.
@@ -415,7 +420,7 @@ class Store:
             shard.copies.clear()
         group.shards.clear()
         del self.records.groups[name]
-        self.records.caches.pop(hbm_device(name), None)
+        self.records.rankings.pop(hbm_device(name), None)
 
     # Verdicts ----------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from .extent import Extent, ExtentId
 from .growth import cataloged
 from .ledger import Hop
 from .orders import Outcome, PutDocument, PutExtent, PutSpec, PutWear, Record, Urgency, Write, WriteOut
+from .placing import place, stay
 from .residency import Event, Placement, State, Tier
 from .reuse import Comebacks, Decision, Stake, decide
 from .slots import SlotClass
@@ -335,18 +336,17 @@ class Writes:
         target.holds += 1
 
     def _write(self, item: Item, target: Placement) -> None:
-        source = item.source
-        assert source.slot is not None
+        assert item.source.slot is not None
         assert target.slot is not None
         self._take_off(item, target)
         if item.life is Life.QUEUED:
             self.early.begin(item, target)
         else:
-            item.record.nvme = target
+            place(self.state, item.record, Tier.NVME, target)
         started_ns = self.store.clock.monotonic_ns()
         order = WriteOut(
             id=self.store.new_id(),
-            source=source.slot,
+            source=item.source.slot,
             target=target.slot,
             size_bytes=target.size_bytes,
             urgency=item.urgency,
@@ -439,7 +439,7 @@ class Writes:
         """The extent stays memory-only for a while; one that had to leave DDR leaves all the same, as a verdict."""
         record, source = item.record, item.source
         if source.state is State.DRAINING and not self.state.may_leave(record, source):
-            source.apply(Event.HIT)  # pinned meanwhile
+            stay(self.state, source)  # pinned meanwhile
         elif source.state is State.DRAINING and record.documents:
             victim = self.store.planner.last_copy(record, source)
             self.store.verdict(victim, f"not written out: {reason}")
