@@ -20,7 +20,7 @@ from .orders import Urgency
 from .residency import Placement, Tier
 from .residency import State as Residency
 from .state import ShardKey, State
-from .uses import Chains, Uses
+from .uses import Chains
 
 Waiting = Callable[[int | HoldfastError], None]
 
@@ -59,9 +59,9 @@ def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int
 class Attaches:
     """Begins and ends attaches. `lease_ns` is how long a lease runs before it is overdue."""
 
-    def __init__(self, loader: Loader, uses: Uses, lease_ns: int) -> None:
+    def __init__(self, loader: Loader, lease_ns: int) -> None:
         self.loader = loader
-        self.uses = uses
+        self.uses = loader.store.planner.uses
         self.store = loader.store
         self.state = loader.store.records
         self.lease_ns = lease_ns

@@ -345,6 +345,7 @@ class Ingests:
         known = published.document if published is not None else None
         document = ingest.document = dated(ingest.document, known, ingest.ttl_ns, self.store.clock.wall_ns())
         owner = frozenset((document.id,))
+        self.store.planner.uses.published(document)
         for extent in ingest.extents:
             record = records.extents.setdefault(extent.id, ExtentRecord(extent=extent))
             record.extent = extent  # a restart may have left it without block keys
@@ -416,9 +417,8 @@ class Ingests:
 
     def _sweep(self, ingest: Ingest) -> None:
         """Give everything back once no move is under way."""
-        if ingest.id not in self.open or ingest.stage is not Stage.ENDED:
-            return
-        if ingest.passage is not None and ingest.passage.in_flight:
+        is_moving = ingest.passage is not None and ingest.passage.in_flight > 0
+        if ingest.id not in self.open or ingest.stage is not Stage.ENDED or is_moving:
             return
         shard = ingest.shard
         arrived = ingest.loading is not None and ingest.loading.phase is Phase.READY

@@ -33,6 +33,7 @@ from .shared_ranking import SharedRanking
 from .slots import Slot, SlotClass
 from .state import DDR, NVME, ExtentRecord, Group, hbm_device
 from .state import State as Store
+from .uses import Uses
 
 HOPS: Final = (
     Hop(Tier.NVME, Tier.DDR),
@@ -66,6 +67,7 @@ class Planner:
         self.state = state
         self.policy = policy
         self.clock = clock
+        self.uses = Uses(state, policy, clock)
         self.precedence = Precedence(state)
         self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}

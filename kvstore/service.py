@@ -55,7 +55,6 @@ from .spec import KVSpec
 from .state import UNSAID, Backend, Group, Left, State
 from .store import Store
 from .upkeep import Upkeep
-from .uses import Uses
 from .writes import Writes
 
 NS = 1_000_000_000
@@ -84,8 +83,7 @@ class Service:
         self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)
         self.awaiting = Awaiting(self.state, self.ingests.open, config.limits.pending_reservations)
-        self.uses = Uses(self.state, self.planner.policy, clock)
-        self.attaches = Attaches(self.loader, self.uses, int(config.limits.lease_seconds * NS))
+        self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
         self.prefetching = Prefetching(self.loader)
         self.upkeep = Upkeep(self.loader, self.ingests)
         self.measurements = Measurements(self.store)
@@ -314,7 +312,7 @@ class Service:
 
         def committed(error: HoldfastError | None) -> None:
             if error is None:
-                self.uses.published(self.state.documents[ingest.document.id])
+                self.planner.uses.count(self.state.documents[ingest.document.id])
             done(error if error is not None else ingest.document)
 
         self.ingests.commit(ingest, committed, seals, deadline_ns)

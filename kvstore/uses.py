@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..eviction.policy import Policy
 from ..eviction.use import Use
 from .clock import Clock
+from .document import Document
 from .extent import ExtentId
 from .state import DocumentRecord, ExtentRecord, State
 
@@ -22,45 +23,47 @@ class Uses:
         self._policy = policy
         self._clock = clock
 
-    def published(self, owner: DocumentRecord) -> None:
-        """Publishing is a use of the whole document."""
-        self._used(owner, _whole(owner, self._groups(owner)), owner.document.token_count)
+    def published(self, document: Document) -> None:
+        """Publishing is a use of the whole document. Told before its copies are there for others."""
+        self._used(document, _split(document.extents, self._groups(document)), document.token_count)
 
     def attached(self, owner: DocumentRecord, records: Sequence[ExtentRecord]) -> Chains:
         """A use of these extents of it, which are all or a range; `released` wants to have back what this returns."""
-        groups = self._groups(owner)
-        chains = _whole(owner, groups)
+        groups = self._groups(owner.document)
+        if not owner.chains:
+            owner.chains = _split(owner.document.extents, groups)
+        chains = owner.chains
         if len(records) < len(owner.document.extents):
-            chains = _split([record.extent.id for record in records], groups)
-        self._used(owner, chains, sum(record.extent.valid_tokens for record in records) // groups)
+            chains = _split(tuple(record.extent.id for record in records), groups)
+        self._used(owner.document, chains, sum(record.extent.valid_tokens for record in records) // groups)
+        self.count(owner)
         return chains
+
+    def count(self, owner: DocumentRecord) -> None:
+        """For people: one more use of a document."""
+        owner.use_count += 1
+        owner.last_use_ns = self._clock.monotonic_ns()
 
     def released(self, chains: Chains) -> None:
         """The lease of an attach has ended."""
         for chain in chains:
             self._policy.released(chain, self._clock.monotonic_ns())
 
-    def _groups(self, owner: DocumentRecord) -> int:
-        return len(self._state.specs[owner.document.fingerprint].groups)
+    def _groups(self, document: Document) -> int:
+        return len(self._state.specs[document.fingerprint].groups)
 
-    def _used(self, owner: DocumentRecord, chains: Chains, token_count: int) -> None:
+    def _used(self, document: Document, chains: Chains, token_count: int) -> None:
         now_ns = self._clock.monotonic_ns()
-        owner.use_count += 1
-        owner.last_use_ns = now_ns
-        unit_tokens = self._state.specs[owner.document.fingerprint].extent_tokens
-        session = str(owner.document.id)
+        unit_tokens = self._state.specs[document.fingerprint].extent_tokens
+        session = str(document.id)
         for chain in chains:
             use = Use(chain=chain, token_count=token_count, unit_tokens=unit_tokens, now_ns=now_ns, session=session)
             self._policy.used(use)
 
 
-def _whole(owner: DocumentRecord, groups: int) -> Chains:
-    """The document's own chains: the same objects each time."""
-    if not owner.chains:
-        owner.chains = (owner.document.extents,) if groups == 1 else _split(owner.document.extents, groups)
-    return owner.chains
-
-
-def _split(extents: Sequence[ExtentId], groups: int) -> Chains:
+def _split(extents: tuple[ExtentId, ...], groups: int) -> Chains:
+    """With one layer group the very same object, so that what a document is told to be costs nothing to tell again."""
+    if groups == 1:
+        return (extents,)
     count = len(extents) // groups
-    return tuple(tuple(extents[first : first + count]) for first in range(0, len(extents), count))
+    return tuple(extents[first : first + count] for first in range(0, len(extents), count))
