@@ -14,6 +14,7 @@ from . import __version__
 from .cli_ask import ask, ingest
 from .cli_calibrate import calibrate
 from .cli_hints import hints, prefetch
+from .cli_policy import policy_app
 from .cli_runner import demo_model, runner
 from .cli_session import (
     FAILED,
@@ -57,6 +58,7 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The 
 doc_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Documents.")
 app.add_typer(config_app, name="config")
 app.add_typer(doc_app, name="doc")
+app.add_typer(policy_app, name="policy")
 app.command()(calibrate)
 app.command()(runner)
 app.command()(ingest)
