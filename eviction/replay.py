@@ -66,6 +66,9 @@ def replay(requests: Iterable[Request], policy: Policy, cache: Cache) -> Iterato
     for request in requests:
         use = request.use
         holds.expire(use.now_ns)
+        if not use.chain:
+            yield Step(0, (), ())
+            continue
         hit_units = cache.front(use.chain)
         policy.used(use)
         in_use = use.chain if request.hold_ns else ()

@@ -90,7 +90,8 @@ def replay_tiered(requests: Iterable[Request], policy: Policy, tiers: Tiers) -> 
     for request in requests:
         holds.expire(request.use.now_ns)
         places = tiers.find(request.use.chain)
-        policy.used(request.use)
+        if request.use.chain:
+            policy.used(request.use)
         written = tiers.admit(request, places)
         holds.begin(request)
         yield TieredStep(tuple(places.count(number) for number in range(len(tiers.caches))), written)

@@ -53,7 +53,7 @@ to load from the next tier; below the last, to compute again). Hits count in wha
   hit_shares                 of the hit blocks, where they were found (nearest tier)
   moved_bytes                by hop: up to HBM by where blocks were found; down by where they were written
   swaps, swap_seconds_mean, swap_seconds_p95      requests that loaded something, and for how long
-  assumed                    bandwidths into HBM, bytes of KV a token, and the rate of prefill: assumptions, not measured
+  assumed                    bandwidths into HBM, bytes of KV a token, the rate of prefill: not measured
 """
 
 CAPACITIES: Final = "1%,5%,10%,20%"

@@ -90,8 +90,8 @@ class TieredJob:
         from .cli_tables import table
 
         tiers, hops = tuple(found[0]["tier_blocks"]), tuple(found[0]["moved_bytes"])
-        columns = ("POLICY", "SAVED", "NET", *(f"{tier.upper()} HITS" for tier in tiers), *(f"{hop} TB" for hop in hops))
-        swaps = ("SWAPS", "MEAN", "P95")
+        shares, moved = (f"{tier.upper()} HITS" for tier in tiers), (f"{hop} TB" for hop in hops)
+        columns = ("POLICY", "SAVED", "NET", *shares, *moved, "SWAPS", "MEAN", "P95")
         rows = [
             (
                 one["policy"],
@@ -105,7 +105,7 @@ class TieredJob:
             )
             for one in found
         ]
-        made = table((*columns, *swaps), rows, numbers=(*columns[1:], *swaps))
+        made = table(columns, rows, numbers=columns[1:])
         speeds = ", ".join(f"{tier} {self.plan.bytes_per_second[tier] / 1e9:g} GB/s" for tier in tiers[1:])
         made.caption, made.caption_justify = f"{self.plan.text}; assumed, not measured: {speeds} into hbm", "left"
         return made

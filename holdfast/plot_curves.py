@@ -1,4 +1,4 @@
-"""Pictures of simulations: what is saved against capacity, a panel a trace, a line a policy. The leaf with matplotlib."""
+"""Pictures of simulations: what is saved against capacity, a panel a trace, a line a policy. Alone uses matplotlib."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import gzip
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Final
+from typing import IO, Any, Final, Self
 
 import msgspec
 
@@ -42,13 +42,13 @@ class EventsFile:
         try:
             self._raw = path.open("wb")
         except OSError as error:
-            raise InvalidRequest(f"cannot write {path}: {error.strerror}; name a file in a directory of yours") from error
+            raise InvalidRequest(f"cannot write {path} ({error.strerror}); name another file") from error
         self._file: IO[bytes] | gzip.GzipFile = self._raw
         if path.suffix == ".gz":  # without name and time, so that equal replays are equal files
             self._file = gzip.GzipFile(filename="", mode="wb", compresslevel=LEVEL, fileobj=self._raw, mtime=0)
         self._write(heading)
 
-    def __enter__(self) -> EventsFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

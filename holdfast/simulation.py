@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from .eviction.cache import Cache
 from .eviction.policy import POLICIES, Policy
 from .eviction.replay import Step, replay
+from .eviction.use import UnitId
 from .kvstore.errors import InvalidRequest
 from .kvstore.sizes import parse_size
 from .traces import Trace
@@ -32,7 +33,7 @@ KV_BYTES_PER_TOKEN: Final = 327_680
 FLOPS_PER_SECOND: Final = 3.56e15  # effective; 100K tokens take 7.6 s
 NS_PER_SECOND: Final = 1_000_000_000
 PROGRESS_REQUESTS: Final = 64
-OFFLINE: Final = {"belady": "Offline optimum for block hits: who is used again last leaves first. For comparison."}
+OFFLINE: Final[Mapping[str, Callable[[Iterable[Sequence[UnitId]]], Policy]]] = {}  # made with all chains to come
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]  # requests replayed since the last call
@@ -64,7 +65,7 @@ class Capacity:
 
     @classmethod
     def parse(cls, text: str) -> Capacity:
-        """ "5%" or "300GB". Raises InvalidRequest."""
+        """Such as 5% or 300GB. Raises InvalidRequest."""
         text = text.strip()
         matched = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?)%", text)
         if matched is not None and 0 < float(matched[1]) <= 100:
@@ -95,11 +96,9 @@ def check_policy(name: str) -> None:
 
 def described_policies() -> list[dict[str, str]]:
     """What a simulation can replay: the daemon's policies, and those that need the future; a line on each."""
-    served = [
-        {"name": name, "where": "daemon, simulator", "what": first_line(make.__doc__)}
-        for name, make in POLICIES.items()
-    ]
-    return served + [{"name": name, "where": "simulator", "what": what} for name, what in OFFLINE.items()]
+    made = [(name, "daemon, simulator", make) for name, make in POLICIES.items()]
+    made += [(name, "simulator", make) for name, make in OFFLINE.items()]
+    return [{"name": name, "where": where, "what": first_line(make.__doc__)} for name, where, make in made]
 
 
 def first_line(text: str | None) -> str:
@@ -110,11 +109,7 @@ def first_line(text: str | None) -> str:
 def make_policy(name: str, trace: Trace) -> Policy:
     """A policy that has learned nothing yet. Raises InvalidRequest for an unknown name."""
     check_policy(name)
-    if name in OFFLINE:
-        from .eviction.belady import Belady
-
-        return Belady(trace.uses)
-    return POLICIES[name]()
+    return OFFLINE[name](trace.chains) if name in OFFLINE else POLICIES[name]()
 
 
 @dataclass(slots=True)
@@ -137,7 +132,7 @@ class Tally:
 
 
 class Timer:
-    """Seconds that an iterator takes to make its items: `wall` by the clock, `cpu` of this thread, one for each item."""
+    """Seconds that an iterator takes to make its items: by the clock, and of this thread's CPU for each item."""
 
     def __init__(self) -> None:
         self.wall_seconds = 0.0

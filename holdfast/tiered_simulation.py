@@ -1,6 +1,6 @@
 """Simulations over tiers: which bytes a policy would have moved, how long swaps would have taken, what is saved net.
 
-Bandwidths are assumptions that the caller may replace, not measurements: into HBM, from DDR 200 GB/s, from NVMe 25 GB/s.
+Bandwidths into HBM are assumptions that the caller may replace, not measurements: DDR 200 GB/s, NVMe 25 GB/s.
 A swap is a request that found blocks below HBM; it lasts for bytes over bandwidth of each tier, one after the other.
 """
 
@@ -30,7 +30,7 @@ from .simulation import (
 )
 from .traces import Trace
 
-TIERS: Final = ("hbm", "ddr", "nvme")
+TIERS: Final[tuple[str, ...]] = ("hbm", "ddr", "nvme")
 BYTES_PER_SECOND: Final = {"ddr": 200e9, "nvme": 25e9}
 
 
@@ -48,7 +48,7 @@ class TierPlan:
 
     @classmethod
     def parse(cls, text: str, bytes_per_second: Mapping[str, float] = BYTES_PER_SECOND) -> TierPlan:
-        """ "hbm=1%,ddr=5%,nvme=500GB". Raises InvalidRequest."""
+        """Such as hbm=1%,ddr=5%,nvme=500GB. Raises InvalidRequest."""
         found: dict[str, Capacity] = {}
         for part in text.split(","):
             name, _, size = part.strip().partition("=")

@@ -4,7 +4,7 @@
 
 `runs` are the ids of the prompt's 512-token blocks as (start, length) pairs. Ids are prefix-unique: equal id, equal
 whole prefix. Units of B = 512 j tokens are made by joining: every j ids are one unit, named by the last of them; what
-remains at the end of a request is a part-filled unit of its own, named -1 - its last id.
+remains at the end of a request is a part-filled unit of its own, named -1 - its last id. A request may have no block.
 """
 
 from __future__ import annotations
@@ -57,15 +57,14 @@ class Trace:
     unit_count: int
 
     @property
-    def uses(self) -> list[Use]:
-        """What an offline policy looks ahead at."""
-        return [one.request.use for one in self.requests]
+    def chains(self) -> Iterator[Sequence[UnitId]]:
+        """Of the uses that a policy is told of, which is what an offline one looks ahead at."""
+        return (one.request.use.chain for one in self.requests if one.request.use.chain)
 
     @property
     def touched_units(self) -> int:
         """Units of all requests together, each time counted."""
         return sum(len(one.request.use.chain) for one in self.requests)
-
 
 
 def read_trace(path: Path, block_tokens: int, hold_seconds_per_token: float = 0.0) -> Trace:
@@ -136,7 +135,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, TraceLine]]:
         raise InvalidRequest(f"{path}: {error.strerror or error}; say where a trace is") from error
 
 
-def _opened(path: Path) -> IO[bytes]:
+def _opened(path: Path) -> IO[bytes] | gzip.GzipFile:
     return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
@@ -182,5 +181,5 @@ def _check_prefixes(chain: Sequence[UnitId], before: dict[UnitId, UnitId | None]
     previous: UnitId | None = None
     for unit in chain:
         if before.setdefault(unit, previous) != previous:
-            raise InvalidRequest(f"{where}: the unit of block {unit} follows another prefix than before; ids must chain")
+            raise InvalidRequest(f"{where}: {unit} follows another prefix than before; ids must chain")
         previous = unit

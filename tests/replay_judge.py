@@ -60,13 +60,12 @@ def judge(trace_path, events_path, result):
 
 
 def write_trace(path, requests):
-    """Requests as dicts of the format, or as (ts, in, out, sid, blocks)."""
+    """Requests as (ts, in, out, sid, blocks)."""
     rows = []
     for one in requests:
-        if not isinstance(one, dict):
-            ts, tokens, out, sid, blocks = one
-            one = {"ts": ts, "in": tokens, "out": out, "sid": sid, "runs": [part for b in blocks for part in (b, 1)]}
-        rows.append(json.dumps(one))
+        ts, tokens, out, sid, blocks = one
+        runs = [part for block in blocks for part in (block, 1)]
+        rows.append(json.dumps({"ts": ts, "in": tokens, "out": out, "sid": sid, "runs": runs}))
     data = ("\n".join(rows) + "\n").encode()
     Path(path).write_bytes(gzip.compress(data) if str(path).endswith(".gz") else data)
     return path

@@ -162,6 +162,7 @@ THIRD_PARTY = {
         "holdfast/rest.py",
     ),
     "flash_attn": ("ring_attention/kernels/flash_attn.py",),
+    "matplotlib": ("holdfast/plot_curves.py",),
     "msgspec": ("*",),
     "numpy": ("*",),
     "prometheus_client": ("kvstore/metrics.py",),
