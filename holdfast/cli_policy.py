@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from .cli_session import session_of
-from .cli_simulate import Job, SingleJob, TieredJob, check_outputs, run_jobs
 from .kvstore.errors import InvalidRequest
-from .simulation import Capacity, check_policy, described_policies
-from .tiered_simulation import TierPlan
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from .cli_simulate import Job
 
 SIMULATE_HELP = """What policies would have saved of recorded requests.
 
@@ -64,6 +63,8 @@ policy_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Evic
 @policy_app.command("ls")
 def policy_ls(ctx: typer.Context) -> None:
     """The policies there are."""
+    from .simulation import described_policies
+
     found = described_policies()
 
     def human() -> list[RenderableType]:
@@ -112,6 +113,10 @@ def policy_simulate(
     ] = None,
 ) -> None:
     """See SIMULATE_HELP."""
+    from .cli_simulate import SingleJob, TieredJob, check_outputs, run_jobs
+    from .simulation import Capacity, check_policy
+    from .tiered_simulation import TierPlan
+
     session, names = session_of(ctx), policy.split(",")
     for name in names:
         check_policy(name)

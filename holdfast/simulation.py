@@ -96,9 +96,9 @@ def check_policy(name: str) -> None:
 
 def described_policies() -> list[dict[str, str]]:
     """What a simulation can replay: the daemon's policies, and those that need the future; a line on each."""
-    made = [(name, "daemon, simulator", make) for name, make in POLICIES.items()]
-    made += [(name, "simulator", make) for name, make in OFFLINE.items()]
-    return [{"name": name, "where": where, "what": first_line(make.__doc__)} for name, where, make in made]
+    served = [(name, "daemon, simulator", make.__doc__) for name, make in POLICIES.items()]
+    offline = [(name, "simulator", make.__doc__) for name, make in OFFLINE.items()]
+    return [{"name": name, "where": where, "what": first_line(said)} for name, where, said in (*served, *offline)]
 
 
 def first_line(text: str | None) -> str:
