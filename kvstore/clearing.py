@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ..eviction.candidate import Candidate
+from .contest import Contest
 from .slots import SlabPool, Slot, SlotClass
 
 
@@ -33,6 +34,8 @@ def rather_slabs(
     leaving: Sequence[Slot],
     victims: tuple[Candidate, ...] | None,
     occupants: Callable[[], Iterable[Occupant]],
+    contest: Contest | None = None,
+    slabs_most: int | None = None,
 ) -> tuple[Candidate, ...] | None:
     """The policy's victims; or who leaves whole slabs, where there are no victims or more than the demand in slabs.
 
@@ -40,16 +43,22 @@ def rather_slabs(
     """
     if victims is not None and sum(victim.size_bytes for victim in victims) <= whole_slabs_bytes(pool, wanted):
         return victims
-    cleared = clear_slabs(pool, wanted, leaving, occupants())
+    cleared = clear_slabs(pool, wanted, leaving, occupants(), contest, slabs_most)
     return tuple(occupant.candidate for occupant in cleared) if cleared is not None else victims
 
 
 def clear_slabs(
-    pool: SlabPool, wanted: Mapping[SlotClass, int], leaving: Sequence[Slot], occupants: Iterable[Occupant]
+    pool: SlabPool,
+    wanted: Mapping[SlotClass, int],
+    leaving: Sequence[Slot],
+    occupants: Iterable[Occupant],
+    contest: Contest | None = None,
+    slabs_most: int | None = None,
 ) -> tuple[Occupant, ...] | None:
     """Who leaves the cheapest slabs that have to be emptied for the demand; None when not enough can be.
 
     `leaving` are slots that will be free anyway. A slab that holds anything else than these and occupants stays.
+    A contest says which tenants may lose slabs.
     """
     inside: dict[int, list[Occupant]] = defaultdict(list)
     for occupant in occupants:
@@ -58,11 +67,32 @@ def clear_slabs(
     gone = Counter(slot.slab for slot in leaving)
     whole = [number for number, here in inside.items() if pool.used_slots(number) == len(here) + gone[number]]
     whole.sort(key=lambda number: (sum(occupant.loss for occupant in inside[number]), number))
-    freed = list(leaving)
-    chosen: list[Occupant] = []
-    for number in whole:
-        if pool.fits(wanted, freed):
-            break
-        chosen += inside[number]
-        freed += [occupant.slot for occupant in inside[number]]
-    return tuple(chosen) if pool.fits(wanted, freed) else None
+    for permit in contest.permits() if contest is not None else [_anybody]:
+        freed = list(leaving)
+        chosen: list[Occupant] = []
+        for number in whole:
+            if _is_enough(pool, wanted, freed, chosen, contest, slabs_most):
+                break
+            here = inside[number]
+            if permit(pool.owner(number) or "", sum(occupant.slot.size_bytes for occupant in here)):
+                chosen += here
+                freed += [occupant.slot for occupant in here]
+        if _is_enough(pool, wanted, freed, chosen, contest, slabs_most):
+            return tuple(chosen)
+    return None
+
+
+def _anybody(tenant: str, size_bytes: int) -> bool:  # noqa: ARG001 - whoever it is
+    return True
+
+
+def _is_enough(
+    pool: SlabPool,
+    wanted: Mapping[SlotClass, int],
+    freed: Sequence[Slot],
+    chosen: Sequence[Occupant],
+    contest: Contest | None,
+    slabs_most: int | None,
+) -> bool:
+    own = ((pool.owner(occupant.slot.slab) or "", occupant.slot.size_bytes) for occupant in chosen)
+    return pool.fits(wanted, freed, slabs_most) and (contest is None or contest.met(own))

@@ -7,12 +7,9 @@ to their guarantees. A tenant that would be beyond its maximum first loses of it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final
 
 from .quotas import Quotas, fair_shares
 from .residency import Tier
-
-RANK_STEP: Final = 8  # between ranks, for what else tells copies of one tenant apart
 
 Permit = Callable[[str, int], bool]  # tenant and bytes of a copy that is about to be chosen
 
@@ -41,43 +38,27 @@ class Contest:
         most = None if tenant is None else self._quotas[tenant].maximum_bytes
         self.over_bytes = 0 if tenant is None or most is None else max(0, self._held[tenant] - most)
 
-    def rank(self, tenant: str) -> int:
-        """Of that tenant's copies; lower ranks leave first."""
-        if tenant == self.tenant and self.over_bytes:
-            return 0
-        return RANK_STEP if self._held[tenant] > self._fair[tenant] else 2 * RANK_STEP
-
     def met(self, freed: Iterable[tuple[str, int]]) -> bool:
         """Whether these copies, as tenant and bytes, are enough of the demanding tenant's own."""
         return not self.over_bytes or sum(size for name, size in freed if name == self.tenant) >= self.over_bytes
 
     def permits(self) -> Iterator[Permit]:
         """What to ask of each copy as it is chosen, one attempt after the other. Each remembers what it has granted."""
-        yield self._down_to_fair()
-        yield self._down_to_guaranteed()
+        if self.over_bytes:
+            yield lambda tenant, _: tenant == self.tenant
+        yield self._down_to(self._fair)
+        yield self._down_to(dict.fromkeys(self._held, 0))
 
-    def _down_to_fair(self) -> Permit:
+    def _down_to(self, floors: Mapping[str, int]) -> Permit:
+        """Nobody loses at or below that floor, nor others what they are guaranteed."""
         held = dict(self._held)
 
         def permit(tenant: str, size_bytes: int) -> bool:
-            if held[tenant] <= self._fair[tenant]:
+            left_bytes = held[tenant] - size_bytes
+            is_kept = tenant != self.tenant and left_bytes < self._quotas[tenant].guaranteed_bytes
+            if is_kept or held[tenant] <= floors[tenant]:
                 return False
-            held[tenant] -= size_bytes
-            return self._keeps(tenant, held[tenant])
-
-        return permit
-
-    def _down_to_guaranteed(self) -> Permit:
-        held = dict(self._held)
-
-        def permit(tenant: str, size_bytes: int) -> bool:
-            if not self._keeps(tenant, held[tenant] - size_bytes):
-                return False
-            held[tenant] -= size_bytes
+            held[tenant] = left_bytes
             return True
 
         return permit
-
-    def _keeps(self, tenant: str, left_bytes: int) -> bool:
-        """Whether that much left is nothing that others may not take."""
-        return tenant == self.tenant or left_bytes >= self._quotas[tenant].guaranteed_bytes

@@ -20,3 +20,15 @@ class Demand:
     document: DocumentId | None = None
     rows: tuple[int, ...] = ()
     replaces: int | None = None
+
+    @property
+    def tenant(self) -> str | None:
+        """Whose slots they are: one tenant's; None where none are needed."""
+        owners = {kind.owner for kind in self.slots}
+        assert len(owners) < 2, f"one demand for {owners}"
+        return next(iter(owners), None)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of DDR."""
+        return sum(kind.slot_bytes * count for kind, count in self.slots.items())

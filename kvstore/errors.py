@@ -24,6 +24,7 @@ HoldfastError
 |   |-- PinsOvercommitted       a pin beyond the byte budget
 |   `-- InUse                   leased or pinned, so it cannot leave now
 |-- NoCapacity              everything that could leave is leased or pinned; names the holders
+|   `-- QuotaExceeded           the tenant has as much as it may, and not enough of its own can leave
 |-- Unavailable             try again, or go on without the cache
 |   |-- DaemonUnavailable       the daemon does not answer, or went away
 |   |-- DeadlineExceeded        it took longer than the caller allowed
@@ -210,6 +211,12 @@ class NoCapacity(HoldfastError):
     """Nothing more may leave: the rest is leased or pinned. The message names the holders."""
 
     code = "no-capacity"
+
+
+class QuotaExceeded(NoCapacity):
+    """The tenant may have no more of a tier, and not enough of what it has there can leave."""
+
+    code = "quota-exceeded"
 
 
 class Unavailable(HoldfastError):

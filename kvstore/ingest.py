@@ -31,7 +31,7 @@ from .loader import Loader
 from .loading import Loading, Phase
 from .orders import PutDocument, PutSpec, Urgency
 from .passage import Given, Passage
-from .residency import Event, State
+from .residency import Event, State, Tier
 from .reuse import Decision
 from .room import Reservation, Room
 from .slots import slots_of
@@ -80,8 +80,8 @@ class Ingests:
             failed=lambda error: self._stuck(ingest, error),
             idle=lambda: self._sweep(ingest),
         )
-        if not self.store.records.ddr.could_hold(slots_of(ingest.missing)):
-            ingest.passage.narrow(self.loader.window.size_bytes)
+        if not self.store.planner.tenancy.could_hold(Tier.DDR, ingest.missing):
+            ingest.passage.narrow(self.loader.window.most_bytes(ingest.document.id.tenant))
         self._reserve(ingest, ingest.passage, deadline_ns)
         self.open[ingest.id] = ingest
         self.store.records.private[ingest.id] = []
@@ -99,7 +99,7 @@ class Ingests:
         def refused(error: HoldfastError) -> None:
             ingest.reservation = None
             may_stream = isinstance(error, NoCapacity) and not passage.streams and self._may_stream(ingest)
-            if may_stream and passage.narrow(self.loader.window.size_bytes):
+            if may_stream and passage.narrow(self.loader.window.most_bytes(ingest.document.id.tenant)):
                 self._reserve(ingest, passage, deadline_ns)
             else:
                 self._end(ingest, error)
@@ -116,7 +116,7 @@ class Ingests:
         """Whether NVMe could take the document, so that DDR needs only a window of it."""
         if ingest.document.write_policy is WritePolicy.MEMORY:
             return False
-        return self.store.records.nvme.could_hold(slots_of(ingest.extents, owner=""))
+        return self.store.planner.tenancy.could_hold(Tier.NVME, ingest.extents)
 
     def _refuse(self, ingest: Ingest) -> None:
         records = self.store.records
@@ -128,13 +128,9 @@ class Ingests:
         for other in self.open.values():
             if other.document.id == document.id:
                 raise InUse(f"{document.id} is being ingested already")
-        if not records.ddr.could_hold(slots_of(ingest.extents)) and not self._may_stream(ingest):
-            size_bytes = sum(extent.slot_bytes for extent in ingest.extents)
-            raise DocumentTooLarge(
-                f"{document.id} takes {size_bytes} B and is {document.write_policy}; DDR holds "
-                f"{records.ddr.capacity_bytes} B and NVMe {records.nvme.capacity_bytes} B, and what DDR cannot hold "
-                "whole must fit into NVMe, and may be written there; raise nvme.capacity_bytes or ddr.capacity_bytes"
-            )
+        tenancy = self.store.planner.tenancy
+        if not tenancy.could_hold(Tier.DDR, ingest.extents) and not self._may_stream(ingest):
+            raise tenancy.too_large(document, ingest.extents)
         if ingest.group is None:
             return
         group = records.group(ingest.group)

@@ -15,24 +15,27 @@ from ..eviction.candidate import Candidate
 from ..eviction.policy import Policy
 from ..eviction.residents import Forest
 from ..eviction.use import UnitId
-from ..eviction.victims import Describe, Satisfied, choose
+from ..eviction.victims import Describe, Satisfied
 from .calibration import Calibration
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
+from .contest import Contest
 from .costs import DEFAULT_LINKS, PrefillCurve
 from .demand import Demand
 from .document import Document
+from .extent import Extent
 from .forests import Unchained
 from .ledger import Hop
 from .precedence import Precedence
 from .prefills import Prefills
-from .residency import Placement, State, Tier
+from .residency import Placement, Tier
 from .rows import draining, place_rows
 from .shard_forest import ShardForest
 from .shared_ranking import SharedRanking
-from .slots import Slot, SlotClass
+from .slots import Slot, slots_of
 from .state import DDR, NVME, ExtentRecord, Group, hbm_device
 from .state import State as Store
+from .tenancy import Tenancy
 from .uses import Uses
 
 HOPS: Final = (
@@ -69,6 +72,7 @@ class Planner:
         self.clock = clock
         self.uses = Uses(state, policy, clock)
         self.precedence = Precedence(state)
+        self.tenancy = Tenancy(state)
         self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
         self.calibration: Calibration | None = None
@@ -150,33 +154,40 @@ class Planner:
 
     def fits(self, demand: Demand) -> bool:
         """Whether the demand could be granted right now."""
-        if not self.state.ddr.fits(demand.slots):
+        if not self._slots_fit(demand, ()):
             return False
         return demand.group is None or place_rows(self.state.groups[demand.group], demand) is not None
 
     def draining(self, demand: Demand) -> bool:
         """Whether it will fit once everything on its way out has left."""
-        leaving = self._leaving_slots(Tier.DDR)
-        if not self.state.ddr.fits(demand.slots, leaving):
+        if not self._slots_fit(demand, self.tenancy.leaving(Tier.DDR)):
             return False
         if demand.group is None:
             return True
         group = self.state.groups[demand.group]
         return place_rows(group, demand, draining(group)) is not None
 
+    def _slots_fit(self, demand: Demand, leaving: Sequence[Placement]) -> bool:
+        most = self.tenancy.slabs_most(demand.tenant)
+        return self.tenancy.fits(Tier.DDR, demand.tenant, demand.size_bytes, leaving) and self.state.ddr.fits(
+            demand.slots, _slots(leaving), most
+        )
+
     def make_room(self, demand: Demand) -> tuple[Victim, ...] | None:
         """Who should leave so that the demand fits (what drains already is counted as gone); None: impossible."""
         chosen: list[Victim] = []
-        leaving = self._leaving_slots(Tier.DDR)
+        leaving = _slots(self.tenancy.leaving(Tier.DDR))
+        contest = self.tenancy.contest(Tier.DDR, demand.tenant, demand.size_bytes)
+        most = self.tenancy.slabs_most(demand.tenant)
 
         def slots_fit(victims: Sequence[Candidate]) -> bool:
             freed = _slots(self._record(victim).ddr for victim in victims)
-            return self.state.ddr.fits(demand.slots, [*leaving, *freed])
+            return self.state.ddr.fits(demand.slots, [*leaving, *freed], most)
 
-        one_by_one = self._choose(Tier.DDR, slots_fit)
-        victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, self._occupants)
+        one_by_one = self._choose(Tier.DDR, slots_fit, contest)
+        victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, self._occupants, contest, most)
         if victims is None:
-            victims = self._choose_unchained(slots_fit)
+            victims = self._choose_unchained(slots_fit, contest)
         if victims is None:
             return None
         chosen += [self._victim(self._record(victim), self._record(victim).ddr, victim) for victim in victims]
@@ -187,26 +198,39 @@ class Planner:
             chosen += more
         return tuple(chosen)
 
-    def make_nvme_room(self, wanted: Mapping[SlotClass, int]) -> tuple[Victim, ...] | None:
-        """Who should leave NVMe so that these slots fit; None: not enough may."""
-        leaving = self._leaving_slots(Tier.NVME)
+    def make_nvme_room(self, extents: Sequence[Extent]) -> tuple[Victim, ...] | None:
+        """Who should leave NVMe so that these extents of one tenant fit; None: not enough may."""
+        leaving = _slots(self.tenancy.leaving(Tier.NVME))
+        wanted = slots_of(extents, owner="")
+        size_bytes = sum(extent.slot_bytes for extent in extents)
+        contest = self.tenancy.contest(Tier.NVME, extents[0].tenant, size_bytes)
 
         def slot_fits(victims: Sequence[Candidate]) -> bool:
             freed = _slots(self._record(victim).nvme for victim in victims)
             return self.state.nvme.fits(wanted, [*leaving, *freed])
 
-        victims = self._choose(Tier.NVME, slot_fits)
+        victims = self._choose(Tier.NVME, slot_fits, contest)
         if victims is None:
             return None
         return tuple(self._victim(self._record(victim), self._record(victim).nvme, victim) for victim in victims)
 
     def free_bytes(self, tier: Tier, size_bytes: int) -> tuple[Victim, ...] | None:
-        """Who should leave DDR or NVMe to free at least that many bytes; None: not that much may leave."""
+        """Who should leave DDR or NVMe to free at least that many bytes; None: not that much may leave.
 
+        What tenants are guaranteed leaves when the rest is not enough.
+        """
+        victims = self.relieve(tier, size_bytes)
+        return self._freed(tier, size_bytes, None) if victims is None and self.state.quotas else victims
+
+    def relieve(self, tier: Tier, size_bytes: int) -> tuple[Victim, ...] | None:
+        """The same, but what tenants are guaranteed stays."""
+        return self._freed(tier, size_bytes, self.tenancy.relief(tier, size_bytes))
+
+    def _freed(self, tier: Tier, size_bytes: int, contest: Contest | None) -> tuple[Victim, ...] | None:
         def enough(victims: Sequence[Candidate]) -> bool:
             return sum(victim.size_bytes for victim in victims) >= size_bytes
 
-        victims = self._choose(tier, enough)
+        victims = self._choose(tier, enough, contest)
         if victims is None:
             return None
         records = [self._record(victim) for victim in victims]
@@ -283,13 +307,6 @@ class Planner:
 
     # Candidates --------------------------------------------------------------------------------
 
-    def _leaving_slots(self, tier: Tier) -> list[Slot]:
-        """Slots that will be free without anybody's doing."""
-        leaving = _slots(copy for copy in self.state.leaving if copy.tier is tier)
-        if tier is Tier.NVME:
-            return leaving  # a copy on its way out of NVMe is in no record any more
-        return leaving + _slots(copy for copy in self.state.draining.values() if copy.state is State.DRAINING)
-
     def _record(self, candidate: Candidate) -> ExtentRecord:
         return self.state.extents[str(candidate.unit)]
 
@@ -328,12 +345,12 @@ class Planner:
     def _unpinned(self, record: ExtentRecord, placement: Placement) -> bool:
         return placement.tier is Tier.HBM or self.state.may_leave(record, placement)
 
-    def _choose(self, tier: Tier, satisfied: Satisfied) -> tuple[Candidate, ...] | None:
+    def _choose(self, tier: Tier, satisfied: Satisfied, contest: Contest | None = None) -> tuple[Candidate, ...] | None:
         forests = self.state.forests
         forest = forests.ddr if tier is Tier.DDR else forests.nvme
-        return self._chosen(forest, DDR if tier is Tier.DDR else NVME, partial(self._of, tier), satisfied)
+        return self._chosen(forest, DDR if tier is Tier.DDR else NVME, partial(self._of, tier), satisfied, contest)
 
-    def _choose_unchained(self, satisfied: Satisfied) -> tuple[Candidate, ...] | None:
+    def _choose_unchained(self, satisfied: Satisfied, contest: Contest | None) -> tuple[Candidate, ...] | None:
         """In need, what NVMe has too may leave DDR before what lies behind it: nothing becomes useless by that.
 
         A window that moves along a document needs it: its front is over while the rest is leased.
@@ -344,13 +361,13 @@ class Planner:
             return record is not None and record.nvme is not None and record.nvme.readable
 
         forest = Unchained(self.state.forests.ddr, is_clean)
-        return self._chosen(forest, DDR, partial(self._of, Tier.DDR), satisfied)
+        return self._chosen(forest, DDR, partial(self._of, Tier.DDR), satisfied, contest)
 
     def _chosen(
-        self, forest: Forest, device: str, describe: Describe, satisfied: Satisfied
+        self, forest: Forest, device: str, describe: Describe, satisfied: Satisfied, contest: Contest | None = None
     ) -> tuple[Candidate, ...] | None:
-        permit = self.precedence.permit(device)
-        return choose(forest, self.state.rankings[device], describe, self.clock.monotonic_ns(), satisfied, permit)
+        ranking, now_ns = self.state.rankings[device], self.clock.monotonic_ns()
+        return self.precedence.choose(forest, ranking, describe, now_ns, satisfied, contest)
 
     def _victim(self, record: ExtentRecord, placement: Placement | None, candidate: Candidate) -> Victim:
         assert placement is not None
@@ -360,7 +377,7 @@ class Planner:
         if not stays and placement.tier is Tier.DDR:
             stays = self._goes_to_nvme(record)
         elif not stays and placement.tier is Tier.HBM:
-            stays = self.state.ddr.fits({SlotClass(extent.tenant, extent.slot_bytes): 1})
+            stays = self.fits(Demand(slots=slots_of([extent])))
         return Victim(
             extent=extent.id,
             start=extent.start,
@@ -375,12 +392,11 @@ class Planner:
         )
 
     def _goes_to_nvme(self, record: ExtentRecord) -> bool:
-        """Whether DDR eviction writes it out: some document wants it kept, and NVMe could take its size at all."""
-        kind = SlotClass("", record.extent.slot_bytes)
+        """Whether DDR eviction writes it out: some document wants it kept, and NVMe could take it at all."""
         kept = any(
             self.state.documents[document].document.write_policy != "memory-only" for document in record.documents
         )
-        return kept and self.state.nvme.largest(kind) > 0
+        return kept and self.tenancy.could_hold(Tier.NVME, [record.extent])
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

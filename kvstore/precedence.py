@@ -1,15 +1,18 @@
 """Precedence: whose copies leave before those of others, whatever their scores, and whose must not leave at all now.
 
-The one place where quotas and soft pins speak to eviction: `rank_of` gives Candidate.rank, `permit` goes to `choose`.
+The one place where quotas and soft pins speak to eviction: `rank_of` gives Candidate.rank; `choose` asks a contest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from ..eviction.candidate import Candidate
-from ..eviction.victims import anybody
+from ..eviction.policy import Ranking
+from ..eviction.residents import Forest
+from ..eviction.victims import Describe, Satisfied, choose
+from .contest import Contest, Permit
 from .residency import Placement
 from .state import ExtentRecord, State
 
@@ -26,6 +29,31 @@ class Precedence:
         """Lower ranks leave first: those of announced documents behind all others."""
         return HINTED if self.state.is_hinted(record.documents, placement.tier, placement.device) else 0
 
-    def permit(self, device: str) -> Callable[[Candidate], bool]:
-        """For one decision: asked of each candidate of that device as it is about to be chosen."""
-        return anybody
+    def choose(
+        self,
+        forest: Forest,
+        ranking: Ranking,
+        describe: Describe,
+        now_ns: int,
+        satisfied: Satisfied,
+        contest: Contest | None,
+    ) -> tuple[Candidate, ...] | None:
+        """See `eviction.victims.choose`; in a contest once for each of its permits, until one will do."""
+        if contest is None:
+            return choose(forest, ranking, describe, now_ns, satisfied)
+
+        def whose(candidate: Candidate) -> str:
+            return self.state.extents[str(candidate.unit)].extent.tenant
+
+        def enough(victims: Sequence[Candidate]) -> bool:
+            return contest.met((whose(victim), victim.size_bytes) for victim in victims) and satisfied(victims)
+
+        for permitted in contest.permits():
+            victims = choose(forest, ranking, describe, now_ns, enough, _of_tenants(permitted, whose))
+            if victims is not None:
+                return victims
+        return None
+
+
+def _of_tenants(permit: Permit, whose: Callable[[Candidate], str]) -> Callable[[Candidate], bool]:
+    return lambda candidate: permit(whose(candidate), candidate.size_bytes)

@@ -97,6 +97,15 @@ class Room:
         if not planner.fits(demand) and not planner.draining(demand):
             victims = planner.make_room(demand)
             if victims is None:
+                over = planner.tenancy.refusal(Tier.DDR, demand.tenant, demand.size_bytes)
+                if over is not None:
+                    if (
+                        planner.tenancy.is_too_much(Tier.DDR, demand.tenant, demand.size_bytes)
+                        or not self.store.orders_in_flight
+                    ):
+                        self._waiting.remove(reservation)
+                        reservation.refused(over)
+                    return True  # it may wait for copies of its own, but nobody behind it does
                 if self.store.orders_in_flight:
                     return False  # what is being moved may leave when its move has ended
                 if self.store.records.ddr.fenced_bytes:

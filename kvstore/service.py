@@ -47,6 +47,7 @@ from .orders import Effects, Outcome, PutSpec, Write
 from .planner import Planner, Victim
 from .prefetching import Prefetching
 from .prefix import Prefix, longest
+from .quotas import Quotas
 from .residency import Tier
 from .reuse import Comebacks, Ghosts
 from .room import Room
@@ -75,7 +76,8 @@ class Service:
         ddr = SlabPool(config.ddr.capacity_bytes, config.ddr.slab_bytes)
         nvme = SlabPool(config.nvme.capacity_bytes, config.nvme.segment_bytes)
         pins, ledger = Pins(config.limits.pin_bytes), Ledger(config.limits.swap_records)
-        self.state = State(ddr, nvme, pins, ledger, Ghosts(config.eviction.ghost_entries))
+        ghosts = Ghosts(config.eviction.ghost_entries)
+        self.state = State(ddr, nvme, pins, ledger, ghosts, Quotas(config.tenants))
         self.planner = Planner(self.state, make_policy(), clock)
         self.store = Store(self.state, self.planner, effects, clock)
         self.writes = Writes(self.store, Comebacks(PATIENCE_NS), config.nvme.backlog_bytes, config.nvme.when_behind)

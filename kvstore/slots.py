@@ -54,6 +54,7 @@ class SlabPool:
         self._unused = list(range(self.slab_count))[::-1]
         self._slabs: dict[int, _Slab] = {}
         self._open: dict[SlotClass, set[int]] = defaultdict(set)
+        self._owned: Counter[str] = Counter()  # slabs in use
         self._wrote: dict[int, str] = {}  # whose bytes are in a slab that is unused
         self._foreign: set[int] = set()  # slabs in use that hold another owner's bytes
         self._withdrawn: set[int] = set()  # slabs that take nothing new; what they hold stays
@@ -118,6 +119,7 @@ class SlabPool:
             self._foreign.add(number)
         count = self.per_slab(kind)
         self._slabs[number] = _Slab(kind, list(range(count))[::-1], count)
+        self._owned[kind.owner] += 1
         self._open[kind].add(number)
 
     # Fences ------------------------------------------------------------------------------------
@@ -191,6 +193,7 @@ class SlabPool:
                 self._open[slab.kind].add(slot.slab)
             return
         del self._slabs[slot.slab]
+        self._owned[slab.kind.owner] -= 1
         self._open[slab.kind].discard(slot.slab)
         if slot.slab in self._withdrawn:
             return
@@ -229,6 +232,14 @@ class SlabPool:
         found = self._slabs.get(slab)
         return found.slots - len(found.free) if found else 0
 
+    def slabs_of(self, owner: str) -> int:
+        """Slabs in use that serve this owner."""
+        return self._owned[owner]
+
+    def is_open(self, kind: SlotClass) -> bool:
+        """Whether a slab in use has a free slot of this class."""
+        return bool(self._open[kind])
+
     def could_hold(self, wanted: Mapping[SlotClass, int]) -> bool:
         """Whether these slots would fit if the whole pool were free."""
         slabs = 0
@@ -239,10 +250,16 @@ class SlabPool:
             slabs += -(-count // per_slab)
         return slabs * self.slab_bytes <= self.capacity_bytes
 
-    def fits(self, wanted: Mapping[SlotClass, int], freeing: Iterable[Slot] = ()) -> bool:
-        """Whether the wanted slots could all be allocated once the slots in `freeing` are free."""
+    def fits(
+        self, wanted: Mapping[SlotClass, int], freeing: Iterable[Slot] = (), slabs_most: int | None = None
+    ) -> bool:
+        """Whether the wanted slots could all be allocated once the slots in `freeing` are free.
+
+        `slabs_most` bounds the slabs that their one owner has then; None: no bound.
+        """
         freed = Counter(slot.slab for slot in freeing)
         empty = len(self._unused)
+        owned = self._owned.copy()
         spare: Counter[SlotClass] = Counter()
         for number, slab in self._slabs.items():
             if number in self._withdrawn or number in self._fences:
@@ -250,6 +267,7 @@ class SlabPool:
             free = len(slab.free) + freed[number]
             if free == slab.slots:
                 empty += 1
+                owned[slab.kind.owner] -= 1
             else:
                 spare[slab.kind] += free
         for kind, count in wanted.items():
@@ -259,7 +277,8 @@ class SlabPool:
                 if not per_slab:
                     return False
                 empty -= -(-missing // per_slab)
-        return empty >= 0
+                owned[kind.owner] += -(-missing // per_slab)
+        return empty >= 0 and (slabs_most is None or all(owned[kind.owner] <= slabs_most for kind in wanted))
 
 
 class RowPool:

@@ -15,7 +15,6 @@ from .ledger import Hop
 from .orders import Outcome, Urgency, WriteOut
 from .residency import Placement, Tier
 from .room import Room
-from .slots import SlotClass
 from .store import Store
 from .wear import count_wear
 
@@ -65,12 +64,15 @@ class Spill:
                 self._waiting.popleft()
                 self._write(spilling, target)
                 continue
-            victims = self.store.planner.make_nvme_room({SlotClass("", spilling.extent.slot_bytes): 1})
+            victims = self.store.planner.make_nvme_room([spilling.extent])
             if victims is None:
                 if self.store.orders_in_flight:
                     return  # what is being moved may leave when its move has ended
                 self._waiting.popleft()
-                spilling.done(NoCapacity("NVMe is full of leased or pinned extents, and of other open ingests"))
+                full = NoCapacity("NVMe is full of leased or pinned extents, and of other open ingests")
+                extent = spilling.extent
+                over = self.store.planner.tenancy.refusal(Tier.NVME, extent.tenant, extent.slot_bytes)
+                spilling.done(over or full)
                 continue
             self.room.execute(victims, "pressure")
             return  # slots are free when the catalog says so

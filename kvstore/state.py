@@ -21,7 +21,7 @@ from .fronts import Fronts
 from .hints import Hints
 from .layout import Layout
 from .ledger import Ledger
-from .quotas import Usage
+from .quotas import Quotas, Usage
 from .residency import Placement, Tier
 from .residency import State as Phase
 from .reuse import Decision, Ghosts
@@ -191,13 +191,16 @@ class Group:
 class State:
     """The containers. Keys are ids; no container holds what another can derive."""
 
-    def __init__(self, ddr: SlabPool, nvme: SlabPool, pins: Pins, ledger: Ledger, ghosts: Ghosts) -> None:
+    def __init__(
+        self, ddr: SlabPool, nvme: SlabPool, pins: Pins, ledger: Ledger, ghosts: Ghosts, quotas: Quotas
+    ) -> None:
         self.ddr = ddr
         self.nvme = nvme
         self.pins = pins
         self.ledger = ledger
         self.usage = Usage()
         self.hints = Hints()
+        self.quotas = quotas
         self.specs: dict[bytes, KVSpec] = {}
         self.documents: dict[DocumentId, DocumentRecord] = {}
         self.extents: dict[ExtentId, ExtentRecord] = {}

@@ -96,10 +96,10 @@ class Store:
     # Placements --------------------------------------------------------------------------------
 
     def take(self, extent: Extent, tier: Tier) -> Placement | None:
-        """A slot in DDR or on NVMe, FILLING, accounted; None when no slot is free."""
+        """A slot in DDR or on NVMe, FILLING, accounted; None when no slot is free, or its tenant may have no more."""
         pool = self.records.ddr if tier is Tier.DDR else self.records.nvme
-        owner = extent.tenant if tier is Tier.DDR else ""
-        slot = pool.allocate(SlotClass(owner, extent.slot_bytes))
+        kind = SlotClass(extent.tenant if tier is Tier.DDR else "", extent.slot_bytes)
+        slot = pool.allocate(kind) if self.planner.tenancy.may_take(extent, tier) else None
         if slot is None:
             return None
         if pool.must_retire(slot):

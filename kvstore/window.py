@@ -8,6 +8,7 @@ from .demand import Demand
 from .errors import DocumentTooLarge
 from .extent import Extent
 from .loading import Loading
+from .residency import Tier
 from .room import Room
 from .slots import slots_of
 from .state import ExtentRecord
@@ -22,9 +23,13 @@ class Window:
         self.room = room
         self.size_bytes = size_bytes
 
+    def most_bytes(self, tenant: str) -> int:
+        """How much of DDR one document of that tenant passes through."""
+        return min(self.size_bytes, self.store.planner.tenancy.most_bytes(Tier.DDR, tenant))
+
     def extents(self, extent: Extent) -> int:
         """How many extents of this one's size are inside at once: at least one."""
-        return max(1, self.size_bytes // extent.slot_bytes)
+        return max(1, self.most_bytes(extent.tenant) // extent.slot_bytes)
 
     def refuse_too_large(self, loading: Loading) -> None:
         """Raises DocumentTooLarge for what is to be in DDR all at once and never could."""

@@ -8,8 +8,9 @@ the pool for a while, and the write is tried again in those that exist.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Final
 
 from .costs import NS_PER_SECOND
@@ -19,6 +20,7 @@ from .errors import DeadlineExceeded, HoldfastError, StorageFull
 from .extent import Extent, ExtentId
 from .growth import cataloged
 from .ledger import Hop
+from .making import make_place
 from .orders import Outcome, PutDocument, PutExtent, PutSpec, PutWear, Record, Urgency, Write, WriteOut
 from .placing import place, stay
 from .residency import Event, Placement, State, Tier
@@ -284,7 +286,7 @@ class Writes:
             turn, decision = self._turns.pop(0)
             turn.granted(decision)
         self._refill()
-        full: set[SlotClass] = set()
+        full: set[tuple[str, SlotClass]] = set()
         while self._in_flight_bytes < IN_FLIGHT_BYTES and (
             queue := self._demotions or self._throughs or self.early.waiting
         ):
@@ -292,43 +294,27 @@ class Writes:
             record = item.record
             target = None
             is_wanted = item.life is Life.QUEUED or (record.nvme is None and bool(record.documents))
-            if is_wanted and item.kind not in full:
+            if is_wanted and (item.extent.tenant, item.kind) not in full:
                 target = self.store.take(record.extent, Tier.NVME)
-                if target is None and self._make_room(item.kind):
+                if target is None and make_place(self.store, item, self._next(), IN_FLIGHT_BYTES):
                     return  # slots are free when the catalog says so
             queue.popitem(last=False)
             if target is not None:
                 self._write(item, target)
             elif is_wanted:
-                full.add(item.kind)
+                full.add((item.extent.tenant, item.kind))
                 self.state.ledger.counts["nvme_full"] += 1
                 if item.life is Life.QUEUED:
                     self.early.give_up(item)
                     self._let_go(item)
                 else:
-                    self._failed(item, "NVMe is full of leased or pinned extents")
+                    self._failed(item, "NVMe, or its tenant's part of it, is full of what cannot leave")
             else:
                 self._ended(item)
 
-    def _make_room(self, kind: SlotClass) -> bool:
-        """Let NVMe copies go, at once for all that is next; False when not even one slot of this class can be had."""
-        wanted: Counter[SlotClass] = Counter()
-        size_bytes = 0
-        for queue in (self._demotions, self._throughs, self.early.waiting):
-            for item in queue.values():
-                if size_bytes < IN_FLIGHT_BYTES:
-                    wanted[item.kind] += 1
-                    size_bytes += item.size_bytes
-        planner = self.store.planner
-        victims = planner.make_nvme_room(wanted)
-        if victims is None:
-            victims = planner.make_nvme_room({kind: 1})
-        if victims is None:
-            return False
-        for victim in victims:
-            self.store.verdict(victim, "pressure")
-            self.store.drop_nvme(self.state.extents[victim.extent])
-        return True
+    def _next(self) -> Iterator[Item]:
+        """What waits for a slot, in order."""
+        return chain(self._demotions.values(), self._throughs.values(), self.early.waiting.values())
 
     def _take_off(self, item: Item, target: Placement) -> None:
         self._in_flight.add(item)

@@ -18,19 +18,30 @@ def tokens(seed, extents):
     return [(seed * 101 + i * 7) % 1000 for i in range(32 * extents)]
 
 
+def named(name):
+    """The document of "[TENANT/]NAME"."""
+    tenant, _, name = name.rpartition("/")
+    return DocumentId(tenant or "t", name)
+
+
+def secret(tenant):
+    """The tenant's."""
+    return bytes(32) if tenant == "t" else tenant.encode().ljust(32)
+
+
 class Scene:
     """A service with room for so many extents in DDR and on NVMe."""
 
-    def __init__(self, ddr=8, nvme=8, **limits):
+    def __init__(self, ddr=8, nvme=8, tenants=None, **limits):
         config = tiny_config(**{f"limits__{key}": str(value) for key, value in limits.items()})
         tiers = {
             "ddr": replace(config.ddr, capacity_bytes=ddr * EXTENT_BYTES, slab_bytes=EXTENT_BYTES * 2),
             "nvme": replace(config.nvme, capacity_bytes=nvme * EXTENT_BYTES, segment_bytes=EXTENT_BYTES * 2),
         }
-        self.config = replace(config, **tiers)
+        self.config = replace(config, tenants=tenants or {}, **tiers)
         self.clock = ManualClock()
         self.effects = ManualEffects()
-        self.service = Service(self.config, self.clock, self.effects, lambda _: bytes(32))
+        self.service = Service(self.config, self.clock, self.effects, secret)
         self.service.register_spec(SPEC)
         self.settle()
 
@@ -63,7 +74,7 @@ class Scene:
     def begin(self, name, ids, policy=WritePolicy.THROUGH, group=None, deadline_ns=FAR_NS, ttl_seconds=None):
         """Open an ingest; returns it and what was heard of it."""
         heard = []
-        document = DocumentId("t", name)
+        document = named(name)
         ingest = self.service.begin_ingest(
             CLIENT,
             document,
@@ -93,7 +104,7 @@ class Scene:
         heard = self.commit(ingest)
         self.settle()
         assert heard == [ingest.document]
-        return DocumentId("t", name)
+        return named(name)
 
     def attach(self, document, group=None, client=CLIENT, deadline_ns=FAR_NS, layout=None, tokens=None):
         """Ask for a document; returns what was heard."""

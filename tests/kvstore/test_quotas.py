@@ -121,8 +121,7 @@ class Cache:
             some = [name for name in NAMES if left[name] and name not in refused]
             if not some:
                 return None
-            lowest = min(map(contest.rank, some))
-            name = self.pick([name for name in some if contest.rank(name) == lowest])
+            name = self.pick(some)
             if permit(name, 1):
                 left[name] -= 1
                 lost.append(name)
