@@ -1,4 +1,4 @@
-"""ARC: a list of what was used once and a list of what was used again share a cache, and hits on ghosts move the border.
+"""ARC: a list of what was used once and one of what was used again share a cache, and hits on ghosts move the border.
 
 Megiddo and Modha, ARC: A Self-Tuning, Low Overhead Replacement Cache, FAST 2003; their T1 (`once`), T2 (`again`), the
 ghosts B1 and B2, and the target p of T1, in bytes. The oldest of T1 beyond p leave first, then T2, then the rest of T1.
@@ -28,7 +28,7 @@ class Arc(PerCache["ArcRanking"]):
 
     name: Final = "arc"
 
-    def ranking(self, capacity_bytes: int, worth: Worth) -> ArcRanking:  # noqa: ARG002 - only the order matters
+    def ranking(self, capacity_bytes: int, worth: Worth) -> ArcRanking:
         """See Policy.ranking."""
         return self.follow(ArcRanking(capacity_bytes))
 

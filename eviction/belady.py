@@ -52,7 +52,7 @@ class Belady:
     def released(self, chain: Sequence[UnitId], now_ns: int) -> None:
         """The past is of no account."""
 
-    def ranking(self, capacity_bytes: int, worth: Worth) -> BeladyRanking:  # noqa: ARG002 - only the future matters
+    def ranking(self, capacity_bytes: int, worth: Worth) -> BeladyRanking:
         """See Policy.ranking."""
         return BeladyRanking(self)
 

@@ -38,7 +38,7 @@ class Gdsf(PerCache["GdsfRanking"]):
 
     name: Final = "gdsf"
 
-    def ranking(self, capacity_bytes: int, worth: Worth) -> GdsfRanking:  # noqa: ARG002 - of any size
+    def ranking(self, capacity_bytes: int, worth: Worth) -> GdsfRanking:
         """See Policy.ranking."""
         return self.follow(GdsfRanking(worth))
 

@@ -69,7 +69,7 @@ class Ghosts:
         return ghost[1] if ghost else 0
 
     def discard(self, unit: UnitId) -> bool:
-        """Forget it. Was it there?"""
+        """Forget it, and say whether it was there."""
         ghost = self._ghosts.pop(unit, None)
         if ghost is None:
             return False

@@ -25,7 +25,7 @@ class Lfu(PerCache["LfuRanking"]):
 
     name: Final = "lfu"
 
-    def ranking(self, capacity_bytes: int, worth: Worth) -> LfuRanking:  # noqa: ARG002 - only counts matter
+    def ranking(self, capacity_bytes: int, worth: Worth) -> LfuRanking:
         """See Policy.ranking."""
         return self.follow(LfuRanking())
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .ghosts import Bounded, Ghosts
+from .ghosts import Ghosts
 from .per_cache import PerCache
 from .queued import CLASS, QueuedRanking
 from .use import UnitId, Use
@@ -30,7 +30,7 @@ class Mq(PerCache["MqRanking"]):
 
     name: Final = "mq"
 
-    def ranking(self, capacity_bytes: int, worth: Worth) -> MqRanking:  # noqa: ARG002 - only the order matters
+    def ranking(self, capacity_bytes: int, worth: Worth) -> MqRanking:
         """See Policy.ranking."""
         return self.follow(MqRanking(capacity_bytes))
 

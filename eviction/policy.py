@@ -11,9 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from .arc import Arc
 from .candidate import Candidate
+from .gdsf import Gdsf
+from .lfu import Lfu
 from .lru import Lru
+from .mq import Mq
 from .popularity import Popularity
+from .s3fifo import S3Fifo
+from .tinylfu import TinyLfu
 from .use import UnitId, Use
 
 Worth = Callable[[int], float]
@@ -64,4 +70,15 @@ class Policy(Protocol):
         ...
 
 
-POLICIES: Final[Mapping[str, Callable[[], Policy]]] = MappingProxyType({"lru": Lru, "popularity": Popularity})
+POLICIES: Final[Mapping[str, Callable[[], Policy]]] = MappingProxyType(
+    {
+        "lru": Lru,
+        "lfu": Lfu,
+        "arc": Arc,
+        "s3fifo": S3Fifo,
+        "tinylfu": TinyLfu,
+        "gdsf": Gdsf,
+        "mq": Mq,
+        "popularity": Popularity,
+    }
+)

@@ -3,8 +3,8 @@
 Their papers insert one block at a time, evict before each, and know no chains. Here a chain's missing units come
 together, after room was made for all of them, and only leaves leave. So:
 
-* The tail of a chain stands nearer to the exit than its front: units of one use are taken in from the last to the first.
-  Those that came wait until the next event for that, so that their order does not depend on who looks in between.
+* The tail of a chain stands nearer to the exit than its front: units are taken in from the last to the first that came
+  since the last event. They wait for the next one, so their order does not depend on who looks in between.
 * Where a queue has a share, room for what is about to come is counted as taken. What of it goes beyond the share itself
   would be pushed out by the rest of its own chain: it may be chosen instead of a resident, and is then never brought.
 

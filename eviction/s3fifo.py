@@ -1,12 +1,13 @@
-"""S3-FIFO: what is not used twice while it passes a small queue leaves from there; the rest has a second chance, and more.
+"""S3-FIFO: what is not used twice while it passes a small queue leaves; the rest has a second chance, and more.
 
-Yang, Zhang, Qiu, Yue and Vigfusson, FIFO Queues are All You Need for Cache Eviction, SOSP 2023: a small queue of a tenth
-of the cache, a main queue whose front goes to its back at the price of one use (of at most three), and ghosts of the
-small queue, which come back into the main one.
+Yang, Zhang, Qiu, Yue and Vigfusson, FIFO Queues are All You Need for Cache Eviction, SOSP 2023: a small queue of a
+tenth of the cache, a main queue whose front goes to its back at the price of one use (of at most three), and ghosts of
+the small queue, which come back into the main one.
 
-A queue's front is passed by what a hand does in the paper: it promotes, or sends to the back. Whom it finds without a use
-leaves there; here it may have to stay, since something follows it. It has been `passed`, and is first from then on. Each
-that leaves moves the hand on to itself or past one such, so passing costs O(1) for each use and each eviction.
+Looking moves nothing, so a score says when the paper's evictions would come to a unit, and they are carried out when
+it has left: what stood in front of it is promoted or sent to the back. One without a use that stood there had to stay,
+as something follows it. It has been `passed`, and goes first from then on. Each that leaves passes at most one such,
+so all of this costs O(1) for each use and each eviction.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SMALL_SHARE: Final = 0.1
 GHOST_SHARE: Final = 0.9
 USES_MAX: Final = 3
 USES_TO_MAIN: Final = 2
-# In this order they leave: main ones with n uses have the class MAIN + 2 n, and promoted ones come behind those with none.
+# In this order they leave. Main ones with n uses have the class MAIN + 2 n; promoted ones come behind those with none.
 OVER, MAIN, PROMOTED, SMALL = 0, 1, 2, 2 * USES_MAX + 2
 
 
@@ -38,7 +39,7 @@ class S3Fifo(PerCache["S3FifoRanking"]):
 
     name: Final = "s3fifo"
 
-    def ranking(self, capacity_bytes: int, worth: Worth) -> S3FifoRanking:  # noqa: ARG002 - only the order matters
+    def ranking(self, capacity_bytes: int, worth: Worth) -> S3FifoRanking:
         """See Policy.ranking."""
         return self.follow(S3FifoRanking(capacity_bytes))
 

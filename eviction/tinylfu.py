@@ -1,9 +1,9 @@
-"""W-TinyLFU: newcomers wait in a small window, and enter the main queues only if they are used more than who would leave.
+"""W-TinyLFU: newcomers wait in a small window, and enter the main queues if they are used more than who would leave.
 
-Einziger, Friedman and Manes, TinyLFU: A Highly Efficient Cache Admission Policy, ACM ToS 13(4), 2017: an LRU window of a
-hundredth of the cache, a segmented LRU (probation, and four fifths protected) as the main cache, and a count-min sketch
-of uses. The oldest of the window meets the oldest on probation. The less used one leaves, the window's at equal use; the
-window's winner goes on probation and the next of the window meets the next on probation.
+Einziger, Friedman and Manes, TinyLFU: A Highly Efficient Cache Admission Policy, ACM ToS 13(4), 2017: an LRU window of
+a hundredth of the cache, a segmented LRU (probation, and four fifths protected) as the main cache, and a count-min
+sketch of uses. The oldest of the window meets the oldest on probation. The less used one leaves, the window's at equal
+use; a winner from the window goes on probation, and the next of the window meets the next on probation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class TinyLfu(PerCache["TinyLfuRanking"]):
 
     name: Final = "tinylfu"
 
-    def ranking(self, capacity_bytes: int, worth: Worth) -> TinyLfuRanking:  # noqa: ARG002 - only the order matters
+    def ranking(self, capacity_bytes: int, worth: Worth) -> TinyLfuRanking:
         """See Policy.ranking."""
         return self.follow(TinyLfuRanking(capacity_bytes))
 
