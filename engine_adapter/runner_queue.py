@@ -2,6 +2,8 @@
 
 Whoever asks iterates over the events of its job, on a thread of its own; one worker takes the jobs. An iterator that is
 closed takes its job out of the queue; the worker of one that runs already may find it abandoned, and stop.
+
+Questions on the document that is answered next are taken together before others, so that one reattach serves many.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from ..kvstore.clock import Clock
 from ..kvstore.errors import DeadlineExceeded, HoldfastError, RunnerBusy
@@ -54,11 +56,30 @@ class Job:
         return said
 
 
-class JobQueue:
-    """First come, first served."""
+class Expected(NamedTuple):
+    """Questions on one document that wait, and how long the first of those who ask will."""
 
-    def __init__(self, clock: Clock, limit: int = WAITING_LIMIT) -> None:
+    queries: int
+    wait_seconds: float
+
+
+class Foreseen(NamedTuple):
+    """By document: questions that wait; and the documents of those that are being answered."""
+
+    waiting: dict[str, Expected]
+    running: frozenset[str]
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
+
+
+class JobQueue:
+    """First come, first served. `changed` hears, on whatever thread, when a job came, or left without its turn."""
+
+    def __init__(self, clock: Clock, limit: int = WAITING_LIMIT, changed: Callable[[], None] = _nothing) -> None:
         self._clock = clock
+        self._changed_hook = changed
         self._limit = limit
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -74,6 +95,7 @@ class JobQueue:
         """
         job = self._add(request)
         try:
+            self._tell_changed()
             while True:
                 said = job.heard(HEARTBEAT_SECONDS)
                 if said is not None:
@@ -96,6 +118,20 @@ class JobQueue:
             self._changed.notify()
         return job
 
+    def foreseen(self) -> Foreseen:
+        """Which documents questions are about."""
+        with self._changed:
+            waiting: dict[str, Expected] = {}
+            now_ns = self._clock.monotonic_ns()
+            for job in self._waiting:
+                if isinstance(job.request, AskRequest):
+                    known = waiting.get(job.request.document)
+                    left = (job.deadline_ns - now_ns) / 1e9
+                    count, least = (known.queries, known.wait_seconds) if known is not None else (0, left)
+                    waiting[job.request.document] = Expected(count + 1, min(least, left))
+            running = (job.request.document for job in self._running if isinstance(job.request, AskRequest))
+            return Foreseen(waiting, frozenset(running))
+
     def _ahead(self, job: Job) -> int | None:
         """How many come before it; None when it runs. Raises DeadlineExceeded when it has waited long enough."""
         with self._changed:
@@ -111,22 +147,31 @@ class JobQueue:
     def _drop(self, job: Job) -> None:
         with self._changed:
             job.abandoned = True
-            if job in self._waiting:
-                self._waiting.remove(job)
+            if job not in self._waiting:
+                return
+            self._waiting.remove(job)
+        self._tell_changed()
+
+    def _tell_changed(self) -> None:
+        """What waits behind something has changed; what is taken at once needs no foretelling."""
+        if self.busy:
+            self._changed_hook()
 
     # For the worker ----------------------------------------------------------------------------
 
     def take(self, seconds: float, joins: Callable[[Job, Job], bool]) -> list[Job]:
-        """The first job, with those that wait behind it and may join it; none when none came for that long.
+        """The first job, with those that wait behind it and may join it, those on its document before others.
 
-        They run until the next call.
+        None when none came for that long. They run until the next call.
         """
         with self._changed:
             self._running.clear()
             self._changed.wait_for(lambda: self._waiting or self._refusal is not None, seconds)
             if self._waiting:
                 first = self._waiting.popleft()
-                self._running = [first, *(job for job in self._waiting if joins(first, job))][:TOGETHER]
+                others = [job for job in self._waiting if joins(first, job)]
+                others.sort(key=lambda job: not _same_document(first, job))
+                self._running = [first, *others][:TOGETHER]
                 for job in self._running[1:]:
                     self._waiting.remove(job)
             return list(self._running)
@@ -159,3 +204,8 @@ class JobQueue:
         """Whether anything runs."""
         with self._changed:
             return bool(self._running)
+
+
+def _same_document(first: Job, other: Job) -> bool:
+    one, two = first.request, other.request
+    return isinstance(one, AskRequest) and isinstance(two, AskRequest) and one.document == two.document

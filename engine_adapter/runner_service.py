@@ -29,6 +29,7 @@ from ..ring_attention.text_stream import TextStream
 from ..ring_attention.tokenizer import Tokenizer
 from .answering import Answering, ended
 from .engine import Engine
+from .foretelling import Foreteller
 from .runner_queue import AbandonedError, Job, JobQueue
 from .runner_wire import (
     Answered,
@@ -81,7 +82,8 @@ class RunnerService:
     def __init__(self, parts: Parts) -> None:
         """Start the group and connect. Raises what either raises."""
         self._parts = parts
-        self._queue = JobQueue(parts.clock)
+        self._queue = JobQueue(parts.clock, changed=self._foretell)
+        self._foreteller: Foreteller | None = None
         self._stopping = threading.Event()
         self._engine = parts.start()
         try:
@@ -123,7 +125,10 @@ class RunnerService:
         """Carry out requests until told to stop. Raises GroupFailed when the group cannot be kept alive."""
         try:
             while not self._stopping.is_set():
-                self._carry_out(self._queue.take(POLL_SECONDS, _joins))
+                jobs = self._queue.take(POLL_SECONDS, _joins)
+                if jobs:
+                    self._foretell()
+                self._carry_out(jobs)
                 if self._engine.failure and not self._stopping.is_set():
                     self._restart()
         finally:
@@ -150,6 +155,12 @@ class RunnerService:
                 return
         if asked:
             self._ask(asked)
+
+    def _foretell(self) -> None:
+        """Tell the daemon what waits, if it is there; whoever is asked next connects again."""
+        foreteller = self._foreteller
+        if foreteller is not None and self._client.is_open:
+            foreteller.tell(self._queue.foreseen)
 
     def _end(self, job: Job, call: Callable[[], AnyEvent]) -> None:
         """What the call returns, or raises, is the last that is said of the job."""
@@ -214,6 +225,7 @@ class RunnerService:
         self._connect()
         if self._session is None:
             self._session = Session(self._client, self._engine)
+            self._foreteller = Foreteller(self._client, self._engine.group)
         return self._session
 
     def _when_registered(self, call: Callable[[Session], T]) -> T:

@@ -592,3 +592,75 @@ def test_the_text_used_longest_ago_leaves_first(tmp_path):
     assert texts.get("a", 1) is not None  # used again
     texts.put("d", list(range(64)), 1)
     assert [name for name in "abcd" if texts.get(name, 1) is not None] == ["a", "c", "d"]
+
+
+# What waits is foretold --------------------------------------------------------------------------
+
+
+def asking(stage, stack, name, count=1, **options):
+    """So many questions on a document, asked at the same time by threads; returns where their answers will be."""
+    answers = []
+    for number in range(count):
+        thread = threading.Thread(
+            target=lambda number=number: answers.append(stage.ask(name, question=f"q{number}?", **options))
+        )
+        thread.start()
+        stack.callback(thread.join, 20)
+    return answers
+
+
+def hinted(stage):
+    found = stage.daemon.rest().get("/v1/hints")
+    return {h["document"]: (h["state"], h["queries"]) for h in found["hints"]}, [h["state"] for h in found["ended"]]
+
+
+def test_the_next_document_comes_near_while_the_present_one_is_answered(stage):
+    """One hint for all questions on it, and one reattach, which moves nothing any more, serves them all."""
+    for name, text in (("present", TEXT), ("next", TEXT[::-1])):
+        stage.ingest(name, text, WritePolicy.THROUGH)
+        until(lambda name=name: stage.daemon.client().document(name).durable, "it is on NVMe")
+        stage.daemon.client().evict(name, "ddr")
+    stage.engine.gate.clear()
+    stage.engine.reached.clear()
+    with ExitStack() as stack:
+        first = asking(stage, stack, "present")
+        assert stage.engine.reached.wait(20)
+        several = asking(stage, stack, "next", 3)
+        until(lambda: hinted(stage)[0] == {"next": ("promoted", 3)}, "the next document is there for three questions")
+        assert not first
+        stage.engine.gate.set()
+    assert [answer.reason for answer in (*first, *several)] == [""] * 4
+    assert {answer.swap.document for answer in several} == {"default/next"}
+    assert {(answer.swap.moved_bytes, answer.swap.queries) for answer in several} == {(0, 3)}
+    assert hinted(stage) == ({}, ["used"])
+    assert stage.daemon.metric("holdfast_hints_in_time_total") == 1
+    found = stage.daemon.rest().get("/v1/status")
+    assert (found["queries_answered"], found["reattaches"], found["amortisation"]) == (4, 2, 2.0)
+
+
+def test_questions_that_are_taken_back_are_announced_no_more(stage):
+    for name, text in (("present", TEXT), ("next", TEXT[::-1])):
+        stage.ingest(name, text)
+    stage.engine.gate.clear()
+    stage.engine.reached.clear()
+    with ExitStack() as stack:
+        asking(stage, stack, "present")
+        assert stage.engine.reached.wait(20)
+        client = stage.client()
+        next(client.ask(AskRequest(document="next", question="who?", new_tokens=NEW)))
+        until(lambda: "next" in hinted(stage)[0], "it is announced")
+        client.close()
+        until(lambda: hinted(stage) == ({}, ["cancelled"]), "nobody waits for it any more")
+        stage.engine.gate.set()
+
+
+def test_a_document_s_questions_are_taken_together_before_others():
+    """Not before the one that came first, whose document is answered next."""
+    queue = JobQueue(SystemClock())
+    for document in ("a", "b", "a", "c", "a"):
+        queue._add(AskRequest(document=document, question="q"))
+    seen = queue.foreseen()
+    assert {name: expected.queries for name, expected in seen.waiting.items()} == {"a": 3, "b": 1, "c": 1}
+    taken = [job.request.document for job in queue.take(0, lambda *_: True)]
+    assert taken == ["a", "a", "a", "b", "c"]
+    assert queue.foreseen() == ({}, {"a", "b", "c"})
