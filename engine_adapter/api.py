@@ -17,6 +17,7 @@ from typing import Final, Self, overload
 import numpy as np
 import numpy.typing as npt
 
+from ..kvstore.claim_views import PinView
 from ..kvstore.client import Client
 from ..kvstore.config import load_config
 from ..kvstore.document import WritePolicy
@@ -24,7 +25,7 @@ from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, No
 from ..kvstore.geometry import extent_geometry
 from ..kvstore.hint_views import HintView
 from ..kvstore.spec import KVSpec
-from ..kvstore.views import DocumentView, PinView, PrefixView, TierView, VictimView
+from ..kvstore.views import DocumentView, PrefixView, TierView, VictimView
 from ..kvstore.wire import Attached
 from .planes import Array, Planes, in_extents
 from .writer import IngestWriter
@@ -323,10 +324,20 @@ class Store:
         return self._client.document(name)
 
     def pin(
-        self, name: str, tier: str = "ddr", *, ttl_seconds: float | None = None, owner: str = "", reason: str = ""
+        self,
+        name: str,
+        tier: str = "ddr",
+        *,
+        ttl_seconds: float | None = None,
+        owner: str = "",
+        reason: str = "",
+        kind: str = "hard",
+        refresh: str = "never",
     ) -> PinView:
-        """Keep a document at or above a tier. Raises PinsOvercommitted."""
-        return self._client.pin(name, tier, ttl_seconds=ttl_seconds, owner=owner, reason=reason)
+        """Keep a document at or above a tier: see Client.pin. Raises PinsOvercommitted, with the pins in its way."""
+        return self._client.pin(
+            name, tier, ttl_seconds=ttl_seconds, owner=owner, reason=reason, kind=kind, refresh=refresh
+        )
 
     def unpin(self, name: str) -> PinView:
         """Let it sink again."""
@@ -341,6 +352,16 @@ class Store:
         NoCapacity when too many hints wait.
         """
         return self._client.prefetch(name, group=group, queries=queries, deadline_seconds=deadline_seconds)
+
+    def unpin_all(
+        self, *, owner: str | None = None, reason_prefix: str | None = None, names: Sequence[str] | None = None
+    ) -> list[PinView]:
+        """End all of the tenant's pins that this is true of, together; None is true of all. Returns what they were."""
+        return self._client.unpin_all(owner=owner, reason_prefix=reason_prefix, names=names)
+
+    def pins(self) -> list[PinView]:
+        """The tenant's pins, by document."""
+        return self._client.pins()
 
     def evict(self, name: str, tier: str = "ddr") -> list[VictimView]:
         """Take a document out of `tier` and all nearer ones; returns when it has happened. Raises InUse."""

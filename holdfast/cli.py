@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -13,6 +12,7 @@ import typer
 from . import __version__
 from .cli_ask import ask, ingest
 from .cli_calibrate import calibrate
+from .cli_claims import leases, pin, pins, unpin
 from .cli_hints import hints, prefetch
 from .cli_policy import policy_app
 from .cli_runner import demo_model, runner
@@ -20,13 +20,14 @@ from .cli_session import (
     FAILED,
     ConfigFile,
     Holdfast,
+    Name,
     Session,
     Settings,
+    TierName,
     configuration,
     seconds,
     session_of,
     split,
-    user,
 )
 from .kvstore.errors import InvalidRequest
 
@@ -35,14 +36,6 @@ if TYPE_CHECKING:
 
 
 PAGE: Final = 1000
-
-
-class TierName(StrEnum):
-    """Tiers as they are typed."""
-
-    HBM = "hbm"
-    DDR = "ddr"
-    NVME = "nvme"
 
 
 app = typer.Typer(
@@ -66,8 +59,9 @@ app.command()(ask)
 app.command()(prefetch)
 app.command()(hints)
 app.command()(demo_model)
+for claim in (pin, unpin, pins, leases):
+    app.command()(claim)
 
-Name = Annotated[str, typer.Argument(metavar="[TENANT/]NAME", help='The tenant is "default" unless named.')]
 Limit = Annotated[int, typer.Option("--limit", min=1, max=PAGE, help="How many to show, newest first.")]
 
 
@@ -277,47 +271,6 @@ def doc_ttl(
         return [f"{tenant}/{document} ends {moment(until)}" if until is not None else f"{tenant}/{document} has no end"]
 
     session.show(found, human)
-
-
-@app.command()
-def pin(
-    ctx: typer.Context,
-    name: Name,
-    tier: Annotated[TierName, typer.Option(help="It never sinks below this one.")] = TierName.DDR,
-    ttl: Annotated[str, typer.Option(metavar="DURATION", help='90s, 30m, 1h, 2d or "never".')] = "1h",
-    reason: Annotated[str, typer.Option(help="Why, for those who come after you.")] = "",
-) -> None:
-    """Keep a document at or above a tier, and bring it there."""
-    session = session_of(ctx)
-    tenant, document = split(name)
-    body = {
-        "tenant": tenant,
-        "document": document,
-        "tier": tier,
-        "ttl_seconds": seconds(ttl),
-        "owner": user(),
-        "reason": reason,
-    }
-    found = session.rest().post("/v1/pins", body)
-
-    def human() -> list[RenderableType]:
-        from .cli_tables import moment, size
-
-        until = moment(found["expires_wall_ns"])
-        return [f"{tenant}/{document} pinned to {found['tier']} until {until} ({size(found['size_bytes'])})"]
-
-    session.show(found, human)
-
-
-@app.command()
-def unpin(ctx: typer.Context, name: Name) -> None:
-    """Let a document sink again."""
-    from .rest import document_path
-
-    session = session_of(ctx)
-    tenant, document = split(name)
-    found = session.rest().delete(f"/v1/pins/{document_path(tenant, document)}")
-    session.show(found, lambda: [f"{tenant}/{document} unpinned"])
 
 
 @app.command()

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NoReturn
 
@@ -56,9 +57,30 @@ ADVICE: Final = {  # what to do, where the message does not say it already
 }
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]
-DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 GLOBAL_FLAGS: Final = ("--json", "--no-color")
 GLOBAL_VALUES: Final = ("--url", "--data-dir")
+
+
+Name = Annotated[str, typer.Argument(metavar="[TENANT/]NAME", help='The tenant is "default" unless named.')]
+DURATIONS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class TierName(StrEnum):
+    """Tiers as they are typed."""
+
+    HBM = "hbm"
+    DDR = "ddr"
+    NVME = "nvme"
+
+
+def seconds(text: str) -> float | None:
+    """Seconds of "90s", "30m", "1h", "2d" or "90"; None for "never"."""
+    if text == "never":
+        return None
+    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
+    if matched is None:
+        raise InvalidRequest(f'{text!r} is no duration; say 90s, 30m, 1h, 2d or "never"')
+    return float(matched[1]) * DURATIONS[matched[2] or "s"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +157,6 @@ def split(name: str) -> tuple[str, str]:
     if not rest or "/" in tenant or name.startswith("/"):
         raise InvalidRequest(f"{name!r} is no document; say NAME or TENANT/NAME")
     return tenant or "default", rest
-
-
-def seconds(text: str) -> float | None:
-    """Seconds of "90s", "30m", "1h", "2d" or "90"; None for "never"."""
-    if text == "never":
-        return None
-    matched = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text)
-    if matched is None:
-        raise InvalidRequest(f'{text!r} is no duration; say 90s, 30m, 1h, 2d or "never"')
-    return float(matched[1]) * DURATIONS[matched[2] or "s"]
 
 
 def overrides(settings: Sequence[str], data_dir: Path | None) -> dict[str, str]:

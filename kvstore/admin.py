@@ -5,25 +5,25 @@ Looking never perturbs: reads touch no recency and grant no lease. All handlers 
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final
 
 import msgspec
 from aiohttp import web
 
 from . import views
 from .calibrations import Calibrations
+from .claim_routes import DEFAULT_TENANT, ClaimRoutes, Near
 from .document import DocumentId
-from .errors import DeadlineExceeded, HoldfastError, InvalidRequest, Unavailable
+from .errors import DeadlineExceeded, InvalidRequest, Unavailable
 from .hint_admin import HintRoutes
 from .metrics import Metrics
 from .planner import Victim
-from .problems import body, problems, query, reply
+from .problems import Done, body, ended, problems, query, reply, told
 from .residency import Tier
 from .service import NS, Service
 from .state import Backend, Group, hbm_device
@@ -32,12 +32,7 @@ from .wire import PROTOCOL_VERSION
 BODY_BYTES_MAX: Final = 64 << 10
 PAGE_MAX: Final = 1000
 SCAN_MAX: Final = 1000  # documents looked at per page: a filter that matches nothing must not hold up the loop
-DEFAULT_TENANT: Final = "default"
-DEFAULT_PIN_SECONDS: Final = 3600.0  # a pin has an end unless told otherwise
 
-Near = Literal["hbm", "ddr", "nvme"]
-Note = Annotated[str, msgspec.Meta(max_length=255)]
-Done = Callable[[HoldfastError | None], None]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)]
 
 
@@ -64,17 +59,6 @@ class LogQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How much of a log, newest first."""
 
     limit: Limit = 100
-
-
-class PinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Pin a document. `ttl_seconds` null means until it is unpinned."""
-
-    tenant: str = DEFAULT_TENANT
-    document: str
-    tier: Near = "ddr"
-    ttl_seconds: float | None = DEFAULT_PIN_SECONDS
-    owner: Note = ""
-    reason: Note = ""
 
 
 class EvictionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -113,14 +97,6 @@ class DocumentDetail(msgspec.Struct, frozen=True, kw_only=True):
 
     document: views.DocumentView
     extents: list[views.ExtentView]
-
-
-class PinsView(msgspec.Struct, frozen=True, kw_only=True):
-    """Every pin, and the budget they share."""
-
-    pins: list[views.PinView]
-    pinned_bytes: int
-    budget_bytes: int
 
 
 class EvictionView(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +146,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     leases_overdue: int
     pins: int
     pinned_bytes: int
-    pin_budget_bytes: int
+    pin_budget_bytes: int | None
     reservations_waiting: int
     writes_queued: int
     orders_in_flight: int
@@ -209,18 +185,6 @@ def named(request: web.Request) -> DocumentId:
     return DocumentId(request.match_info["tenant"], request.match_info["name"])
 
 
-async def ended(start: Callable[[Done], None]) -> HoldfastError | None:
-    """What a command's callback hears."""
-    heard: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
-
-    def done(error: HoldfastError | None) -> None:
-        if not heard.done():  # the handler may have been cancelled
-            heard.set_result(error)
-
-    start(done)
-    return await heard
-
-
 class Admin:
     """The handlers. `ready` says why the daemon cannot serve, or None; `backing` what DDR's pages are."""
 
@@ -243,14 +207,10 @@ class Admin:
             web.get(f"/v1/documents/{name}", self.document),
             web.patch(f"/v1/documents/{name}", self.change_document),
             web.delete(f"/v1/documents/{name}", self.delete_document),
-            web.get("/v1/pins", self.pins),
-            web.post("/v1/pins", self.pin),
-            web.delete(f"/v1/pins/{name}", self.unpin),
             web.get("/v1/evictions", self.verdicts),
             web.post("/v1/evictions", self.evict),
             web.get("/v1/tiers", self.tiers),
             web.get("/v1/swaps", self.swaps),
-            web.get("/v1/leases", self.leases),
             web.get("/v1/groups", self.groups),
         ]
 
@@ -290,8 +250,8 @@ class Admin:
             leases=len(state.leases),
             leases_overdue=sum(lease.overdue(now_ns) for lease in state.leases.values()),
             pins=len(state.pins.all()),
-            pinned_bytes=state.pins.pinned_bytes,
-            pin_budget_bytes=state.pins.budget_bytes,
+            pinned_bytes=state.pins.bytes_in(Tier.NVME),
+            pin_budget_bytes=state.pins.budget.nvme_bytes,
             reservations_waiting=service.room.waiting,
             writes_queued=service.writes.queued,
             orders_in_flight=service.store.orders_in_flight,
@@ -342,38 +302,14 @@ class Admin:
         """Set when a document ends; answered when a restart would know it too."""
         self.must_be_ready()
         document, wanted = named(request), await body(request, DocumentChange)
-        if (error := await ended(lambda done: self.service.set_ttl(document, wanted.ttl_seconds, done))) is not None:
-            raise error
+        await told(lambda done: self.service.set_ttl(document, wanted.ttl_seconds, done))
         return await self.document(request)
 
     async def delete_document(self, request: web.Request) -> web.Response:
         """Forget a document; answered when the catalog has forgotten it too."""
         self.must_be_ready()
-        if (error := await ended(lambda done: self.service.delete(named(request), done))) is not None:
-            raise error
+        await told(lambda done: self.service.delete(named(request), done))
         return web.Response(status=204)
-
-    # Pins --------------------------------------------------------------------------------------
-
-    async def pins(self, request: web.Request) -> web.Response:
-        """Every pin."""
-        pins = self.service.state.pins
-        shown = [views.pin_view(pin) for pin in pins.all()]
-        return reply(PinsView(pins=shown, pinned_bytes=pins.pinned_bytes, budget_bytes=pins.budget_bytes))
-
-    async def pin(self, request: web.Request) -> web.Response:
-        """Pin a document, or replace its pin."""
-        self.must_be_ready()
-        wanted = await body(request, PinRequest)
-        document = DocumentId(wanted.tenant, wanted.document)
-        floor = Tier[wanted.tier.upper()]
-        pin = self.service.pin(document, floor, wanted.ttl_seconds, wanted.owner, wanted.reason)
-        return reply(views.pin_view(pin), status=201)
-
-    async def unpin(self, request: web.Request) -> web.Response:
-        """End a pin; answers with what it was."""
-        self.must_be_ready()
-        return reply(views.pin_view(self.service.unpin(named(request))))
 
     # Evictions ---------------------------------------------------------------------------------
 
@@ -415,11 +351,6 @@ class Admin:
         newest = islice(reversed(self.service.state.ledger.swaps), limit)
         return reply({"swaps": [views.swap_view(swap) for swap in newest]})
 
-    async def leases(self, request: web.Request) -> web.Response:
-        """Who uses what, longest held first."""
-        leases = sorted(self.service.state.leases.values(), key=lambda lease: lease.granted_ns)
-        return reply({"leases": [views.lease_view(lease, self.service.clock) for lease in leases]})
-
     async def groups(self, request: web.Request) -> web.Response:
         """Groups of ranks."""
         return reply({"groups": [self._group(group) for group in self.service.state.groups.values()]})
@@ -446,5 +377,7 @@ def make_app(service: Service, ready: Callable[[], str | None], backing: str) ->
     """The admin API over a service. `ready` returns why it cannot serve, or None; `backing` is shown as it is."""
     app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
     admin = Admin(service, ready, backing)
-    app.add_routes(admin.routes() + Calibrations(service).routes() + HintRoutes(service, admin.must_be_ready).routes())
+    for more in (ClaimRoutes(service, admin.must_be_ready), HintRoutes(service, admin.must_be_ready)):
+        app.add_routes(more.routes())
+    app.add_routes(admin.routes() + Calibrations(service).routes())
     return app

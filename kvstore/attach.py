@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from .claims import Lease
+from .claims import Lease, check_leases
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, HoldfastError, InvalidRequest, LayoutError, SpecMismatch
 from .layout import RUNS_LIMIT, Layout, scheme
@@ -57,14 +57,18 @@ def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int
 
 
 class Attaches:
-    """Begins and ends attaches. `lease_ns` is how long a lease runs before it is overdue."""
+    """Begins and ends attaches. `lease_ns` is how long a lease runs before it is overdue.
 
-    def __init__(self, loader: Loader, lease_ns: int) -> None:
+    `limit_bytes` says what all leases of a tenant may keep in DDR; None: anything.
+    """
+
+    def __init__(self, loader: Loader, lease_ns: int, limit_bytes: Callable[[str], int | None]) -> None:
         self.loader = loader
         self.uses = loader.store.planner.uses
         self.store = loader.store
         self.state = loader.store.records
         self.lease_ns = lease_ns
+        self.limit_bytes = limit_bytes
         self.open: dict[int, Attach] = {}
 
     def attach(
@@ -82,7 +86,8 @@ class Attaches:
 
         Without a group it may be a range of its tokens [start, stop): the extents that hold any of them. `granted`
         hears, once, when moves begin or why they cannot. Raises DocumentNotFound, DocumentIncomplete, GroupNotFound,
-        SpecMismatch, LayoutError, InvalidRequest, DocumentTooLarge or NoCapacity at once, leaving nothing behind.
+        SpecMismatch, LayoutError, InvalidRequest, DocumentTooLarge, LeasesOvercommitted or NoCapacity at once, leaving
+        nothing behind.
         """
         owner = self.state.document(document).document
         if fingerprint is not None and owner.fingerprint != fingerprint:
@@ -105,8 +110,12 @@ class Attaches:
             document=document,
             granted_ns=now_ns,
             deadline_ns=now_ns + self.lease_ns,
+            tier=Tier.DDR if group is None else Tier.HBM,
         )
         attach = self._attach(lease, owner, group, placed, granted, (start, stop))
+        lease.size_bytes = self._leased_bytes(attach.loading)
+        if group is None:
+            self._refuse_overleased(lease)
         begun = self.loader.under_way(attach.loading) if group is not None else None
         if begun is not None:
             theirs, attach.loading = attach.loading, begun
@@ -202,11 +211,27 @@ class Attaches:
         loading.granted()
         return True
 
+    def _leased_bytes(self, loading: Loading) -> int:
+        """What the lease keeps where it is. Extents of one layer group have one size, and each has as many."""
+        if loading.group is not None and loading.layout is not None:
+            group = self.state.groups[loading.group]
+            return loading.layout.token_count * group.tp * group.row_bytes
+        kinds = len(self.state.specs[loading.records[0].extent.fingerprint].groups)
+        each = len(loading.records) // kinds
+        return each * sum(record.extent.slot_bytes for record in loading.records[::each])
+
+    def _refuse_overleased(self, lease: Lease) -> None:
+        limit_bytes = self.limit_bytes(lease.document.tenant)
+        if limit_bytes is not None:
+            now_ns = self.store.clock.monotonic_ns()
+            check_leases(lease, self.state.leases.values(), limit_bytes, now_ns, self.state.client_name)
+
     def claim(self, client: int, lease_id: int) -> Attach:
-        """The client's attach. Raises ClaimNotFound."""
+        """The client's attach, whose lease is renewed by being named. Raises ClaimNotFound."""
         attach = self.open.get(lease_id)
         if attach is None or attach.lease.owner != client:
             raise ClaimNotFound(f"no lease {lease_id} of this client; it ended")
+        attach.lease.deadline_ns = self.store.clock.monotonic_ns() + self.lease_ns
         return attach
 
     def wait_layers(self, client: int, lease_id: int, layers: int, done: Waiting) -> None:
@@ -232,8 +257,8 @@ class Attaches:
         return swap
 
     def renew(self, client: int, lease_id: int) -> None:
-        """Push a lease's deadline out again."""
-        self.claim(client, lease_id).lease.deadline_ns = self.store.clock.monotonic_ns() + self.lease_ns
+        """Push a lease's deadline out again, and nothing else: a heartbeat for holders that have nothing to say."""
+        self.claim(client, lease_id)
 
     def end(self, attach: Attach) -> None:
         """End a lease; its copies stay where they are until eviction wants their room."""

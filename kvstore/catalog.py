@@ -105,6 +105,9 @@ CREATE TABLE pins (
     reason TEXT NOT NULL,
     created_wall_ns INTEGER NOT NULL,
     expires_wall_ns INTEGER,
+    kind TEXT NOT NULL,
+    ttl_ns INTEGER,
+    refresh TEXT NOT NULL,
     PRIMARY KEY (tenant, name)
 ) WITHOUT ROWID;
 """

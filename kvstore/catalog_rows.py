@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from .audit import StoredExtent
-from .claims import Pin
+from .claims import Pin, PinKind, Refresh
 from .document import Document, DocumentId, WritePolicy
 from .extent import Extent
 from .keys import KEY_BYTES
@@ -121,12 +121,15 @@ def pin_row(pin: Pin) -> Row:
         pin.reason,
         pin.created_wall_ns,
         pin.expires_wall_ns,
+        pin.kind.value,
+        pin.ttl_ns,
+        pin.refresh.value,
     )
 
 
 def pin_of(row: Row) -> Pin:
     """The pin."""
-    tenant, name, floor, size_bytes, owner, reason, created_wall_ns, expires_wall_ns = row
+    tenant, name, floor, size_bytes, owner, reason, created_wall_ns, expires_wall_ns, kind, ttl_ns, refresh = row
     return Pin(
         document=DocumentId(tenant, name),
         floor=Tier(floor),
@@ -135,6 +138,9 @@ def pin_of(row: Row) -> Pin:
         reason=reason,
         created_wall_ns=created_wall_ns,
         expires_wall_ns=expires_wall_ns,
+        kind=PinKind(kind),
+        ttl_ns=ttl_ns,
+        refresh=Refresh(refresh),
     )
 
 

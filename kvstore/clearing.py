@@ -44,7 +44,9 @@ def rather_slabs(
     if victims is not None and sum(victim.size_bytes for victim in victims) <= whole_slabs_bytes(pool, wanted):
         return victims
     cleared = clear_slabs(pool, wanted, leaving, occupants(), contest, slabs_most)
-    return tuple(occupant.candidate for occupant in cleared) if cleared is not None else victims
+    if cleared is None or (victims is not None and _rank(cleared) > max(victim.rank for victim in victims)):
+        return victims  # better more of what is not pinned than less of what is
+    return tuple(occupant.candidate for occupant in cleared)
 
 
 def clear_slabs(
@@ -66,7 +68,7 @@ def clear_slabs(
             inside[occupant.slot.slab].append(occupant)
     gone = Counter(slot.slab for slot in leaving)
     whole = [number for number, here in inside.items() if pool.used_slots(number) == len(here) + gone[number]]
-    whole.sort(key=lambda number: (sum(occupant.loss for occupant in inside[number]), number))
+    whole.sort(key=lambda number: (_rank(inside[number]), sum(occupant.loss for occupant in inside[number]), number))
     for permit in contest.permits() if contest is not None else [_anybody]:
         freed = list(leaving)
         chosen: list[Occupant] = []
@@ -96,3 +98,8 @@ def _is_enough(
 ) -> bool:
     own = ((pool.owner(occupant.slot.slab) or "", occupant.slot.size_bytes) for occupant in chosen)
     return pool.fits(wanted, freed, slabs_most) and (contest is None or contest.met(own))
+
+
+def _rank(occupants: Sequence[Occupant]) -> int:
+    """Of the one that should leave last."""
+    return max((occupant.candidate.rank for occupant in occupants), default=0)

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .calibration import RingRate, RingSetting
+from .claim_messages import ListPins, PinDocument, Pinned, Pins, UnpinDocument, UnpinDocuments
+from .claim_views import PinView
 from .commands import Command
 from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
@@ -23,7 +25,7 @@ from .layout import Layout
 from .layouts import LayoutMessage
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec
-from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
+from .views import DocumentView, PrefixView, SwapView, TierView, VictimView
 from .wire import (
     SLABS_AT_ONCE,
     AbortIngest,
@@ -51,8 +53,6 @@ from .wire import (
     MoveDone,
     NextSlots,
     ObservePrefill,
-    PinDocument,
-    Pinned,
     Receipt,
     RegisterRank,
     RegisterSpec,
@@ -66,7 +66,6 @@ from .wire import (
     SlotsGiven,
     SpecRegistered,
     Tiers,
-    UnpinDocument,
     WaitLayers,
 )
 
@@ -153,10 +152,23 @@ class Client:
         self._do(DeleteDocument(name))
 
     def pin(
-        self, name: str, tier: str = "ddr", *, ttl_seconds: float | None = None, owner: str = "", reason: str = ""
+        self,
+        name: str,
+        tier: str = "ddr",
+        *,
+        ttl_seconds: float | None = None,
+        owner: str = "",
+        reason: str = "",
+        kind: str = "hard",
+        refresh: str = "never",
     ) -> PinView:
-        """Keep a document at or above a tier."""
-        return self._ask(Pinned, PinDocument(name, tier, ttl_seconds, owner, reason)).pin
+        """Keep a document at or above a tier; returns when the pin will survive a restart.
+
+        "hard" forbids leaving; what has a "soft" pin leaves after all that is not pinned, sooner as its end nears.
+        `refresh` "hit": each attach and each publication starts its life again. Raises PinsOvercommitted, whose
+        `holders` are the pins that would have to go. StorageFailed: it holds, but is not written down yet.
+        """
+        return self._ask(Pinned, PinDocument(name, tier, ttl_seconds, owner, reason, kind, refresh)).pin
 
     def unpin(self, name: str) -> PinView:
         """Let it sink again."""
@@ -180,6 +192,17 @@ class Client:
     def cancel_prefetch(self, name: str, *, group: str | None = None, owner: str = "") -> None:
         """They are not coming after all; done, too, where there is no such hint any more."""
         self._do(CancelPrefetch(name, group, owner))
+
+    def unpin_all(
+        self, *, owner: str | None = None, reason_prefix: str | None = None, names: Sequence[str] | None = None
+    ) -> list[PinView]:
+        """End all of the tenant's pins that this is true of, together; None is true of all. Returns what they were."""
+        listed = None if names is None else list(names)
+        return self._ask(Pins, UnpinDocuments(owner, reason_prefix, listed)).pins
+
+    def pins(self) -> list[PinView]:
+        """The tenant's pins, by document."""
+        return self._ask(Pins, ListPins()).pins
 
     def evict(self, name: str, tier: str = "ddr", *, deadline_seconds: float = 60.0) -> list[VictimView]:
         """Take a document out of `tier` and all nearer ones; returns when it has happened."""
@@ -275,7 +298,7 @@ class Client:
         return known
 
     def renew(self, lease: int) -> None:
-        """Push a lease's deadline out."""
+        """Push a lease's deadline out. Waiting for layers and reporting do that too."""
         self._do(Renew(lease))
 
     def report(

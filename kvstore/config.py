@@ -40,6 +40,10 @@ class Config:
     tenants: Mapping[str, TenantConfig] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
+    def tenant(self, name: str) -> TenantConfig:
+        """The table of that tenant, else of everybody who has none, else one without limits."""
+        return self.tenants.get(name) or self.tenants.get(OTHERS) or TenantConfig()
+
 
 SECTIONS: Final[Mapping[str, type[Any]]] = {
     "daemon": DaemonConfig,
@@ -243,6 +247,7 @@ def _derive(
     default("nvme.backlog_bytes", values["ddr.capacity_bytes"] // 8, "an eighth of ddr capacity")
     capacity_bytes = values["ddr.capacity_bytes"] + values["nvme.capacity_bytes"]
     default("limits.pin_bytes", capacity_bytes // 2, "half of ddr and nvme capacity")
+    default("limits.ddr_pin_bytes", values["ddr.capacity_bytes"] * 3 // 4, "three quarters of ddr.capacity_bytes")
 
 
 def _ddr_capacity(slab_bytes: int, available_bytes: int | None) -> tuple[int, str]:
@@ -281,6 +286,7 @@ def _cross_check(config: Config) -> None:
     at_most("nvme.segment_bytes", nvme.segment_bytes, "nvme.capacity_bytes", nvme.capacity_bytes)
     everything = ddr.capacity_bytes + nvme.capacity_bytes
     at_most("limits.pin_bytes", config.limits.pin_bytes, "ddr plus nvme capacity", everything)
+    at_most("limits.ddr_pin_bytes", config.limits.ddr_pin_bytes, "ddr.capacity_bytes", ddr.capacity_bytes)
     for section, tier in (("ddr", ddr), ("nvme", nvme)):
         if tier.low_watermark > tier.high_watermark:
             raise ConfigError(

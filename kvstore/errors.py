@@ -21,7 +21,8 @@ HoldfastError
 |   |-- DocumentExists          the name is taken by other tokens
 |   |-- DocumentIncomplete      some of its KV is gone: recompute the named token range
 |   |-- SpecMismatch            KV of another model, or of another revision of it
-|   |-- PinsOvercommitted       a pin beyond the byte budget
+|   |-- PinsOvercommitted       a pin beyond the byte budget, or that would not fit
+|   |-- LeasesOvercommitted     a lease beyond what its tenant may lease
 |   `-- InUse                   leased or pinned, so it cannot leave now
 |-- NoCapacity              everything that could leave is leased or pinned; names the holders
 |   `-- QuotaExceeded           the tenant has as much as it may, and not enough of its own can leave
@@ -199,6 +200,12 @@ class PinsOvercommitted(Conflict):
     """The pin would exceed the byte budget for pins."""
 
     code = "pins-overcommitted"
+
+
+class LeasesOvercommitted(Conflict):
+    """The tenant's leases would keep more of DDR than it may lease."""
+
+    code = "leases-overcommitted"
 
 
 class InUse(Conflict):

@@ -1,7 +1,7 @@
 """Expiry: documents whose time is up are deleted, as `delete` does, once nobody needs them any more.
 
-From then on no new lease is given on them. Those that are there end in their own time; a pin outlives the time of its
-document, and so do an ingest and a move under way. Who looks for documents takes a few at each tick, in rounds.
+From then on no new lease is given on them. Those that are there end in their own time; a hard pin outlives the time of
+its document, and so do an ingest and a move under way. Who looks for documents takes a few at each tick, in rounds.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ class Expiry:
             self.upkeep.tell(document, PutDocument(owner.document), done=done)
 
     def refuse(self, document: DocumentId) -> None:
-        """Raises DocumentNotFound for a document whose time is up, unless it is pinned."""
+        """Raises DocumentNotFound for a document whose time is up, unless it is pinned hard."""
         owner = self.state.documents.get(document)
-        if owner is not None and owner.document.expired(self.clock.wall_ns()) and self.state.pins.get(document) is None:
+        is_pinned = self.state.pins.hard(document) is not None
+        if owner is not None and owner.document.expired(self.clock.wall_ns()) and not is_pinned:
             raise DocumentNotFound(f"{document} has expired; it goes when those who use it have ended. Ingest it again")
 
     def tick(self) -> None:

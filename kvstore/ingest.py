@@ -31,6 +31,7 @@ from .loader import Loader
 from .loading import Loading, Phase
 from .orders import PutDocument, PutSpec, Urgency
 from .passage import Given, Passage
+from .pinning import check_growth
 from .residency import Event, State, Tier
 from .reuse import Decision
 from .room import Reservation, Room
@@ -124,10 +125,9 @@ class Ingests:
         known = records.documents.get(document.id)
         if known is not None and known.document.extents != document.extents and not ingest.grows:
             raise DocumentExists(f"{document.id} exists with other tokens or another model; delete it or rename")
-        self.store.records.pins.check(document.id, sum(extent.slot_bytes for extent in ingest.extents))
-        for other in self.open.values():
-            if other.document.id == document.id:
-                raise InUse(f"{document.id} is being ingested already")
+        check_growth(records, document, ingest.extents, self.store.clock.wall_ns())
+        if any(other.document.id == document.id for other in self.open.values()):
+            raise InUse(f"{document.id} is being ingested already")
         tenancy = self.store.planner.tenancy
         if not tenancy.could_hold(Tier.DDR, ingest.extents) and not self._may_stream(ingest):
             raise tenancy.too_large(document, ingest.extents)

@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from .claims import PinKind
 from .ledger import QUANTILES, HopTime
 from .planner import HOPS
 from .residency import Tier
@@ -108,8 +109,16 @@ class ServiceCollector(Collector):
         yield gauge("holdfast_leases_overdue", "Leases held past their deadline.", overdue)
         yield gauge("holdfast_hints_live", "Hints that have not ended.", len(state.hints.live))
         yield gauge("holdfast_pins", "Pins.", len(state.pins.all()))
-        yield gauge("holdfast_pinned_bytes", "Bytes that pins take of their budget.", state.pins.pinned_bytes)
-        yield gauge("holdfast_pin_budget_bytes", "Bytes that pins may take.", state.pins.budget_bytes)
+        overdue_bytes = sum(lease.size_bytes for lease in state.leases.values() if lease.overdue(now_ns))
+        yield gauge("holdfast_leases_overdue_bytes", "Bytes of leases held past their deadline.", overdue_bytes)
+        soft = sum(pin.kind is PinKind.SOFT for pin in state.pins.all())
+        yield gauge("holdfast_pins_soft", "Pins that forbid nothing: what they name leaves after the rest.", soft)
+        budget = state.pins.budget
+        for tier, limit_bytes, name in ((Tier.NVME, budget.nvme_bytes, ""), (Tier.DDR, budget.ddr_bytes, "_ddr")):
+            most = math.inf if limit_bytes is None else limit_bytes
+            taken = "Bytes that pins take of their budget."
+            yield gauge(f"holdfast_pinned{name}_bytes", taken, state.pins.bytes_in(tier))
+            yield gauge(f"holdfast_pin_budget{name}_bytes", "Bytes that pins may take.", most)
 
     def _queues(self) -> Iterator[Metric]:
         room, store = self.service.room, self.service.store

@@ -71,7 +71,7 @@ class Planner:
         self.policy = policy
         self.clock = clock
         self.uses = Uses(state, policy, clock)
-        self.precedence = Precedence(state)
+        self.precedence = Precedence(state, clock)
         self.tenancy = Tenancy(state)
         self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}

@@ -12,22 +12,30 @@ from ..eviction.candidate import Candidate
 from ..eviction.policy import Ranking
 from ..eviction.residents import Forest
 from ..eviction.victims import Describe, Satisfied, choose
+from .claims import QUARTERS
+from .clock import Clock
 from .contest import Contest, Permit
 from .residency import Placement
 from .state import ExtentRecord, State
 
-HINTED: Final = 2  # above the normal 0
+HINTED: Final = QUARTERS + 1  # behind all soft pins
 
 
 class Precedence:
     """Reads state."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, clock: Clock) -> None:
         self.state = state
+        self.clock = clock
 
     def rank_of(self, record: ExtentRecord, placement: Placement) -> int:
-        """Lower ranks leave first: those of announced documents behind all others."""
-        return HINTED if self.state.is_hinted(record.documents, placement.tier, placement.device) else 0
+        """Lower ranks leave first: 0, or the quarters that the strongest soft pin on the copy has left of its life.
+
+        Those of announced documents leave behind all others.
+        """
+        if self.state.is_hinted(record.documents, placement.tier, placement.device):
+            return HINTED
+        return self.state.pins.quarters(record.documents, placement.tier, self.clock.wall_ns())
 
     def choose(
         self,

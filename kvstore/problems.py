@@ -40,6 +40,7 @@ HTTP_CODES: Final = {
     415: "unsupported-media-type",
 }
 
+Done = Callable[[HoldfastError | None], None]
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 T = TypeVar("T")
 
@@ -59,6 +60,24 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 def status_of(kind: type[HoldfastError]) -> int:
     """The HTTP status of an error: its own, or that of the nearest ancestor in the table; 500 for none."""
     return next((STATUS[base] for base in kind.__mro__ if base in STATUS), 500)
+
+
+async def ended(start: Callable[[Done], object]) -> HoldfastError | None:
+    """What a command's callback hears."""
+    heard: asyncio.Future[HoldfastError | None] = asyncio.get_running_loop().create_future()
+
+    def done(error: HoldfastError | None) -> None:
+        if not heard.done():  # the handler may have been cancelled
+            heard.set_result(error)
+
+    start(done)
+    return await heard
+
+
+async def told(start: Callable[[Done], object]) -> None:
+    """Start a command and wait until it says that it is over. Raises what it says went wrong."""
+    if (error := await ended(start)) is not None:
+        raise error
 
 
 def reply(value: object, status: int = 200) -> web.Response:

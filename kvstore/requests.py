@@ -15,6 +15,8 @@ import numpy as np
 
 from .attach import Attach
 from .awaiting import Waiter
+from .claim_messages import ListPins, PinDocument, UnpinDocument, UnpinDocuments
+from .claim_requests import handle_claim, tier_named
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
@@ -27,11 +29,11 @@ from .ledger import Seen
 from .loading import Loading
 from .planner import Victim
 from .prefills import Prefill
-from .residency import Placement, Tier
+from .residency import Placement
 from .runs import RunMessage, in_runs
 from .service import NS, Service
 from .state import ExtentRecord
-from .views import DocumentView, document_view, pin_view, prefix_view, swap_view, tier_views, victim_views
+from .views import DocumentView, document_view, prefix_view, swap_view, tier_views, victim_views
 from .wire import (
     AbortIngest,
     AttachDocument,
@@ -57,8 +59,6 @@ from .wire import (
     LookupTokens,
     NextSlots,
     ObservePrefill,
-    PinDocument,
-    Pinned,
     Receipt,
     RegisterSpec,
     Renew,
@@ -70,7 +70,6 @@ from .wire import (
     SlotsGiven,
     SpecRegistered,
     Tiers,
-    UnpinDocument,
     WaitLayers,
 )
 
@@ -81,14 +80,6 @@ KEYS_AT_ONCE = 512  # half a millisecond of work
 LATELY_MAX = 256  # documents whose runs are remembered
 LONGEST_SECONDS = 3600.0  # no wait is without end
 NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, EvictDocument)
-
-
-def tier_named(name: str) -> Tier:
-    """The tier of that label. Raises InvalidRequest."""
-    found = next((tier for tier in Tier if tier.label == name), None)
-    if found is None:
-        raise InvalidRequest(f"unknown tier {name!r}; use one of {', '.join(t.label for t in Tier)}")
-    return found
 
 
 class Requests:
@@ -109,12 +100,8 @@ class Requests:
         match body:
             case BeginIngest():
                 return await self._begin(client, tenant, body)
-            case CommitIngest(ingest, seals, seconds):
-                deadline_ns = self._deadline_ns(seconds)
-                committed: Document = await self._call(
-                    lambda done: self._service.commit_ingest(client, ingest, done, seals, deadline_ns)
-                )
-                return Documents([self._view(committed)])
+            case CommitIngest():
+                return await self._commit(client, body)
             case NextSlots():
                 return await self._next_slots(client, body)
             case AttachDocument():
@@ -130,13 +117,14 @@ class Requests:
                 return await self._evict(tenant, body)
             case DeleteDocument(name=name):
                 return await self._done(lambda done: self._service.delete(DocumentId(tenant, name), done))
+            case PinDocument() | UnpinDocument() | UnpinDocuments() | ListPins():
+                return await handle_claim(self._service, tenant, body, self._call)
             case KeepRing(rate=rate):
                 return await self._done(lambda done: self._service.measurements.keep_ring(rate, done))
-            case KeysOf(fingerprint, tokens):
-                return Keys(b"".join(await self._keys(tenant, fingerprint, tokens)))
-            case LookupTokens(fingerprint, tokens):
+            case KeysOf(fingerprint, tokens) | LookupTokens(fingerprint, tokens):
                 keys = b"".join(await self._keys(tenant, fingerprint, tokens))
-                return Found(prefix_view(self._service.lookup(tenant, fingerprint, keys)))
+                is_lookup = isinstance(body, LookupTokens)
+                return self._simple(client, tenant, Lookup(fingerprint, keys)) if is_lookup else Keys(keys)
             case _:
                 return self._simple(client, tenant, body)
 
@@ -168,18 +156,12 @@ class Requests:
                 service.measurements.observe_prefill(fingerprint, measured)
             case FindRing(setting=setting):
                 return RingFound(service.measurements.ring(setting))
-            case PinDocument():
-                floor = tier_named(body.tier)
-                pin = service.pin(DocumentId(tenant, body.name), floor, body.ttl_seconds, body.owner, body.reason)
-                return Pinned(pin_view(pin))
             case PrefetchDocument(name, group, queries, seconds, owner):
                 wanted = DocumentId(tenant, name)
                 hint = service.prefetching.hint(client, wanted, group, queries, seconds, owner)
                 return Hinted(hint_view(service.state.hints, hint, service.clock))
             case CancelPrefetch(name, group, owner):
                 service.prefetching.cancel(client, DocumentId(tenant, name), group, owner)
-            case UnpinDocument(name=name):
-                return Pinned(pin_view(service.unpin(DocumentId(tenant, name))))
             case _:
                 return self._look(tenant, body)
         return Done()
@@ -240,6 +222,13 @@ class Requests:
         early = passage is not None and passage.early is not None
         waiting = [(extent.start, extent.valid_tokens, extent.group) for extent in todo]
         return IngestOpened(opened.id, opened.cached_tokens, runs, _shard(opened.loading), waiting, early)
+
+    async def _commit(self, client: int, body: CommitIngest) -> Reply:
+        deadline_ns = self._deadline_ns(body.deadline_seconds)
+        committed: Document = await self._call(
+            lambda done: self._service.commit_ingest(client, body.ingest, done, body.seals, deadline_ns)
+        )
+        return Documents([self._view(committed)])
 
     async def _next_slots(self, client: int, body: NextSlots) -> Reply:
         given: tuple[Ingest, list[Extent]] = await self._call(

@@ -79,6 +79,7 @@ class LimitsConfig:
     requests_per_connection: Annotated[int, Whole(1, 65_536)] = 64
     lease_seconds: Annotated[float, Seconds(0.001, 86_400)] = 300.0
     pin_bytes: Annotated[int, Size(0)]
+    ddr_pin_bytes: Annotated[int, Size(0)]
     pending_reservations: Annotated[int, Whole(1, 1_000_000)] = 256
     swap_records: Annotated[int, Whole(1, 10_000_000)] = 1000
     documents: Annotated[int, Whole(1, 100_000_000)] = 100_000
@@ -89,10 +90,14 @@ class TenantConfig:
     """What one tenant may have, or (under the name "*") each tenant that has no table of its own.
 
     Up to `guaranteed` bytes are never taken for another tenant's demand; beyond `maximum` its new bytes come out of its
-    own. None is no limit.
+    own. Pins beyond `pin` bytes are refused (every pin counts on NVMe, those at DDR or HBM in DDR too), and so are
+    leases in DDR beyond `lease` bytes. None is no limit.
     """
 
     ddr_guaranteed_bytes: Annotated[int, Size(0)] = 0
     ddr_maximum_bytes: Annotated[int | None, Size(0)] = None
     nvme_guaranteed_bytes: Annotated[int, Size(0)] = 0
     nvme_maximum_bytes: Annotated[int | None, Size(0)] = None
+    ddr_pin_bytes: Annotated[int | None, Size(0)] = None
+    nvme_pin_bytes: Annotated[int | None, Size(0)] = None
+    ddr_lease_bytes: Annotated[int | None, Size(0)] = None

@@ -320,6 +320,8 @@ class Server:
         connection.client = self._service.store.new_id()
         connection.tenant = hello.tenant
         self._connections[connection.client] = connection
+        if connection.process is not None:
+            self._service.introduce(connection.client, connection.pid)
         welcome = Welcome(connection.client, PROTOCOL_VERSION, self._version)
         connection.send(_Frame(encode(Answer(envelope.id, welcome))))
 

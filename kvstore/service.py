@@ -18,28 +18,26 @@ from ..eviction.policy import POLICIES
 from .adoption import Adoption
 from .attach import Attach, Attaches, checked_layout
 from .awaiting import Awaiting, Waiter
-from .claims import Pin, Pins
+from .claims import Pin, PinKind, Pins, PinSelection, Refresh
 from .clock import Clock
 from .config import Config
 from .document import Document, DocumentId, WritePolicy, checked_name, ttl_ns_of
 from .errors import (
     ConfigError,
-    DocumentTooLarge,
     GroupFailed,
     HoldfastError,
-    InUse,
     InvalidRequest,
     NoCapacity,
     SpecMismatch,
 )
 from .expiry import Expiry
 from .extent import Extent, cut
-from .geometry import arena_geometry, extent_geometry
 from .growth import close_retired, continues
 from .ingest import Ingests
 from .ingesting import Ingest
+from .keeping import Keeping
 from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
-from .layout import Layout, chunked, heads_of, zigzag
+from .layout import Layout, chunked, zigzag
 from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
 from .measurements import NOTHING, Measured, Measurements
@@ -48,18 +46,18 @@ from .planner import Planner, Victim
 from .prefetching import Prefetching
 from .prefix import Prefix, longest
 from .quotas import Quotas
+from .registering import check_spec, seat_rank
 from .residency import Tier
 from .reuse import Comebacks, Ghosts
 from .room import Room
-from .slots import RowPool, SlabPool, Slot, SlotClass
+from .slots import SlabPool, Slot
 from .spec import KVSpec
-from .state import UNSAID, Backend, Group, Left, State
+from .state import UNSAID, Backend, Left, State
 from .store import Store
 from .upkeep import Upkeep
 from .writes import Writes
 
 NS = 1_000_000_000
-MODELS_LIMIT = 4096  # of any tenant and adapter; far more than a machine serves
 PATIENCE_NS = 900 * NS  # who has not come back by then is not expected any more
 
 
@@ -75,7 +73,7 @@ class Service:
         self._secret = secret
         ddr = SlabPool(config.ddr.capacity_bytes, config.ddr.slab_bytes)
         nvme = SlabPool(config.nvme.capacity_bytes, config.nvme.segment_bytes)
-        pins, ledger = Pins(config.limits.pin_bytes), Ledger(config.limits.swap_records)
+        pins, ledger = Pins.configured(config), Ledger(config.limits.swap_records)
         ghosts = Ghosts(config.eviction.ghost_entries)
         self.state = State(ddr, nvme, pins, ledger, ghosts, Quotas(config.tenants))
         self.planner = Planner(self.state, make_policy(), clock)
@@ -85,9 +83,11 @@ class Service:
         self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)
         self.awaiting = Awaiting(self.state, self.ingests.open, config.limits.pending_reservations)
-        self.attaches = Attaches(self.loader, int(config.limits.lease_seconds * NS))
+        lease_ns = int(config.limits.lease_seconds * NS)
+        self.attaches = Attaches(self.loader, lease_ns, lambda name: config.tenant(name).ddr_lease_bytes)
         self.prefetching = Prefetching(self.loader)
         self.upkeep = Upkeep(self.loader, self.ingests)
+        self.keeping = Keeping(self.upkeep)
         self.measurements = Measurements(self.store)
         self.adoption = Adoption(self.upkeep)
         self.expiry = Expiry(self.upkeep)
@@ -111,6 +111,7 @@ class Service:
         self.ingests.spill.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
         self.expiry.tick()
+        self.keeping.expire()
         self.prefetching.expire()
         self.writes.tick()
         self._pump()
@@ -139,7 +140,7 @@ class Service:
         self.upkeep.restore(specs, extents, documents)
         if left is not None:
             self.adoption.adopt(left)
-        self.upkeep.restore_pins(pins)
+        self.keeping.restore(pins)
         self.store.notes.flush()
 
     def write_back(self) -> None:
@@ -155,14 +156,7 @@ class Service:
         fingerprint = spec.fingerprint()
         if fingerprint in self.state.specs:
             return fingerprint
-        if len(self.state.specs) >= MODELS_LIMIT:
-            raise NoCapacity(f"{MODELS_LIMIT} models are registered; a spec whose fields change from call to call?")
-        for extent_bytes in (extent_geometry(spec, group).size_bytes for group in range(len(spec.groups))):
-            for pool, what in ((self.state.ddr, "ddr.slab_bytes"), (self.state.nvme, "nvme.segment_bytes")):
-                if pool.slab_count and not pool.per_slab(SlotClass("", extent_bytes)):
-                    raise DocumentTooLarge(
-                        f"an extent of {spec.model} takes {extent_bytes} B, more than {what} = {pool.slab_bytes} B"
-                    )
+        check_spec(self.state, spec)
         self.state.specs[fingerprint] = spec
         self.store.submit(Write(id=self.store.new_id(), records=(PutSpec(spec),)))
         return fingerprint
@@ -178,29 +172,8 @@ class Service:
         rows: int,
         backend: Backend = UNSAID,
     ) -> None:
-        """Seat a client as one rank of a group, with an arena of `rows` token rows.
-
-        Raises InvalidRequest, LayoutError (heads that `tp` cannot share), SpecMismatch or InUse.
-        """
-        spec = self._spec(fingerprint)
-        if cp < 1 or tp < 1 or not 0 <= rank < cp * tp or rows < 1:
-            raise InvalidRequest(f"rank {rank} of cp={cp} tp={tp} with {rows} rows is no seat")
-        if len(spec.groups) != 1:
-            raise InvalidRequest("managed HBM holds models with one layer group; this one has several")
-        checked_name(name, "group")
-        heads_of(0, tp, spec.groups[0].kv_heads)
-        group = self.state.groups.get(name)
-        if group is None:
-            geometry = arena_geometry(spec, 1, tp)
-            group = Group(name=name, fingerprint=fingerprint, cp=cp, tp=tp, row_bytes=geometry.size_bytes)
-            self.state.groups[name] = group
-        if (group.cp, group.tp, group.fingerprint) != (cp, tp, fingerprint):
-            raise SpecMismatch(f"group {name!r} has cp={group.cp} tp={group.tp} and perhaps another model")
-        if rank in group.seats:
-            raise InUse(f"rank {rank} of group {name!r} is taken")
-        group.seats[rank] = client
-        group.pools[rank] = RowPool(rows)
-        group.backends[rank] = backend
+        """See seats."""
+        group = seat_rank(self.state, client, name, rank, cp, tp, self._spec(fingerprint), rows, backend)
         if group.complete:
             self.planner.open_group(group)
 
@@ -209,6 +182,10 @@ class Service:
         if spec is None:
             raise SpecMismatch("this model is not registered; send its KVSpec first")
         return spec
+
+    def introduce(self, client: int, pid: int) -> None:
+        """A client is connected, whose process the daemon can see."""
+        self.state.pids[client] = pid
 
     def holds(self, client: int) -> bool:
         """Whether a client has a seat, a lease or an ingest: bytes of ours that it may be reading or writing."""
@@ -232,6 +209,7 @@ class Service:
             self.attaches.end(attach)
         self.awaiting.forget(client)
         self.prefetching.forget(client)
+        self.state.pids.pop(client, None)
         self.state.ddr.lift(client)
         self._pump()
 
@@ -315,6 +293,7 @@ class Service:
         def committed(error: HoldfastError | None) -> None:
             if error is None:
                 self.planner.uses.count(self.state.documents[ingest.document.id])
+                self.keeping.hit(ingest.document.id)
             done(error if error is not None else ingest.document)
 
         self.ingests.commit(ingest, committed, seals, deadline_ns)
@@ -359,6 +338,7 @@ class Service:
         """See Attaches.attach and Expiry.refuse."""
         self.expiry.refuse(document)
         attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted, tokens)
+        self.keeping.hit(document)
         self.writes.came_back(self.state.documents[document], "attached again")
         self.prefetching.used(document, group)
         self._pump()
@@ -408,18 +388,36 @@ class Service:
 
     # Upkeep ------------------------------------------------------------------------------------
 
-    def pin(self, document: DocumentId, floor: Tier, ttl_seconds: float | None, owner: str, reason: str) -> Pin:
-        """See Upkeep.pin."""
-        pin = self.upkeep.pin(document, floor, ttl_seconds, owner, reason)
+    def pin(
+        self,
+        document: DocumentId,
+        floor: Tier,
+        ttl_seconds: float | None,
+        owner: str,
+        reason: str,
+        kind: PinKind = PinKind.HARD,
+        refresh: Refresh = Refresh.NEVER,
+        done: Callable[[HoldfastError | None], None] = lambda _: None,
+    ) -> Pin:
+        """See Keeping.pin."""
+        pin = self.keeping.pin(document, floor, ttl_seconds, owner, reason, kind, refresh, done)
         self.writes.came_back(self.state.documents[document], "pinned")
         self._pump()
         return pin
 
-    def unpin(self, document: DocumentId) -> Pin:
-        """See Upkeep.unpin."""
-        pin = self.upkeep.unpin(document)
+    def unpin(self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None) -> Pin:
+        """See Keeping.unpin."""
+        pin = self.keeping.unpin(document, done)
         self._pump()
         return pin
+
+    def unpin_all(
+        self, wanted: PinSelection, done: Callable[[HoldfastError | None], None] = lambda _: None
+    ) -> list[Pin]:
+        """See Keeping.unpin_all."""
+        pins = self.keeping.unpin_all(wanted, done)
+        self._pump()
+        return pins
 
     def evict(
         self,

@@ -210,6 +210,7 @@ class State:
         self.fronts = Fronts()  # of these extents
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}
+        self.pids: dict[int, int] = {}  # of clients whose process is known
         self.private: dict[int, list[Placement]] = {}  # ingest id -> copies nobody else sees yet
         self.spares: dict[ExtentId, Placement] = {}  # good DDR copies, should the one that is being filled fail
         self.draining: dict[ExtentId, Placement] = {}  # DDR copies told to leave; a hit may have called one back
@@ -236,9 +237,14 @@ class State:
         """The document's leases."""
         return [lease for lease in self.leases.values() if lease.document == document]
 
+    def client_name(self, client: int) -> str:
+        """A client as people are told of it, with its process where that can be seen."""
+        pid = self.pids.get(client)
+        return f"client {client}" if pid is None else f"client {client} (pid {pid})"
+
     def floor(self, record: ExtentRecord) -> Tier | None:
-        """The nearest floor among the pins of the documents that need this extent."""
-        pins = [self.pins.get(document) for document in record.documents]
+        """The nearest floor among the hard pins of the documents that need this extent."""
+        pins = [self.pins.hard(document) for document in record.documents]
         floors = [pin.floor for pin in pins if pin is not None]
         return min(floors, default=None)
 
@@ -259,7 +265,7 @@ class State:
 
     def may_leave_hbm(self, shard: Shard) -> bool:
         """Whether pins allow the shard's copies to go."""
-        pin = self.pins.get(shard.document)
+        pin = self.pins.hard(shard.document)
         return pin is None or pin.floor is not Tier.HBM
 
     def capacity_bytes(self, tier: Tier, device: str) -> int:

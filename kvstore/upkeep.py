@@ -1,4 +1,4 @@
-"""Upkeep: what operators ask for (pin, evict, delete) and what a restart brings back.
+"""Upkeep: what operators ask for (evict, delete; see keeping for pins) and what a restart brings back.
 
 Evictions and prefetches carry on after the command returns; `settle` looks which have ended.
 """
@@ -6,19 +6,16 @@ Evictions and prefetches carry on after the command returns; `settle` looks whic
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from .claims import Pin
-from .document import NAME_LIMIT, Document, DocumentId
+from .document import Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCapacity
 from .extent import Extent, named
 from .ingest import Ingests
-from .ledger import SwapRecord
 from .loader import Loader
-from .loading import Loading
-from .orders import DropDocument, DropExtent, DropPin, Outcome, PutDocument, PutPin, Record, Urgency, Write
+from .orders import DropDocument, DropExtent, DropPin, Outcome, PutDocument, PutPin, Record, Write
 from .planner import Victim
 from .residency import Placement, State, Tier
 from .slots import Slot, SlotClass
@@ -44,7 +41,7 @@ class Eviction:
 
 
 class Upkeep:
-    """Pins, evictions, deletions, prefetches, restart."""
+    """Evictions, deletions, what the catalog is told of a document, restart."""
 
     def __init__(self, loader: Loader, ingests: Ingests) -> None:
         self.loader = loader
@@ -52,7 +49,6 @@ class Upkeep:
         self.store = loader.store
         self.room = loader.room
         self.state = loader.store.records
-        ingests.grew = self._grew
         self._evictions: list[Eviction] = []
         self._unsaid: set[DocumentId] = set()  # of which the catalog may still tell something old
         self._telling: Counter[DocumentId] = Counter()  # and of which it is being told something new
@@ -65,9 +61,7 @@ class Upkeep:
     # Time --------------------------------------------------------------------------------------
 
     def expire(self) -> None:
-        """End the pins whose time is up, and the patience of those who wait for evictions."""
-        for pin in self.state.pins.expired(self.store.clock.wall_ns()):
-            self.unpin(pin.document)
+        """End the patience of those who wait for evictions."""
         now_ns = self.store.clock.monotonic_ns()
         for eviction in [e for e in self._evictions if e.deadline_ns <= now_ns]:
             self._evictions.remove(eviction)
@@ -92,6 +86,12 @@ class Upkeep:
                 self._evictions.remove(eviction)
                 eviction.done(None)
 
+    def give_up_pinned(self) -> None:
+        """A pin has come: end the evictions that it forbids."""
+        for eviction in list(self._evictions):
+            if any(self._pinned(victim, copy) for victim, copy in (*eviction.pending, *eviction.leaving)):
+                self._give_up(eviction)
+
     def _give_up(self, eviction: Eviction) -> None:
         self._evictions.remove(eviction)
         eviction.done(InUse("a pin came while the eviction was under way; the rest stays"))
@@ -105,84 +105,6 @@ class Upkeep:
             return shard is not None and not self.state.may_leave_hbm(shard)
         record = self.state.extents.get(victim.extent)
         return record is not None and copy in record.placements() and not self.state.may_leave(record, copy)
-
-    # Pins --------------------------------------------------------------------------------------
-
-    def pin(self, document: DocumentId, floor: Tier, ttl_seconds: float | None, owner: str, reason: str) -> Pin:
-        """Keep a document at or above a tier, and bring it there. Raises PinsOvercommitted, changing nothing."""
-        record = self.state.document(document)
-        now_ns = self.store.clock.wall_ns()
-        if ttl_seconds is not None and not 0 < ttl_seconds < 10**9:
-            raise InvalidRequest(f"ttl_seconds must be positive, not {ttl_seconds}")
-        if max(len(owner), len(reason)) > NAME_LIMIT:
-            raise InvalidRequest(f"a pin's owner and reason have at most {NAME_LIMIT} characters")
-        pin = Pin(
-            document=document,
-            floor=floor,
-            size_bytes=sum(self.state.extents[e].extent.slot_bytes for e in record.document.extents),
-            owner=owner,
-            reason=reason,
-            created_wall_ns=now_ns,
-            expires_wall_ns=None if ttl_seconds is None else now_ns + int(ttl_seconds * NS),
-        )
-        self.state.pins.add(pin)
-        self.tell(document, PutPin(pin))
-        if floor is not Tier.NVME:
-            self._keep(record.document)
-            self._prefetch(record.document)
-        for eviction in list(self._evictions):
-            if any(self._pinned(victim, copy) for victim, copy in (*eviction.pending, *eviction.leaving)):
-                self._give_up(eviction)
-        return pin
-
-    def _grew(self, document: Document) -> None:
-        """A pin holds the longer version too."""
-        size_bytes = sum(self.state.extents[extent].extent.slot_bytes for extent in document.extents)
-        pin = self.state.pins.resize(document.id, size_bytes)
-        if pin is not None:
-            self.tell(document.id, PutPin(pin))
-
-    def unpin(self, document: DocumentId) -> Pin:
-        """Let it sink again. Raises ClaimNotFound."""
-        pin = self.state.pins.remove(document)
-        self.tell(document, DropPin(document.tenant, document.name))
-        return pin
-
-    def _keep(self, document: Document) -> None:
-        """What is on its way out of DDR stays, also of a document that is too large to be brought there."""
-        for extent in document.extents:
-            copy = self.state.extents[extent].ddr
-            if copy is not None and copy.state is State.DRAINING:
-                self.store.unhold(self.store.hold(copy))
-
-    def _prefetch(self, document: Document) -> None:
-        """Bring a document to DDR; best effort, because nobody waits for it."""
-        records = [self.state.extents[extent] for extent in document.extents]
-        loading = Loading(
-            document=document.id,
-            records=records,
-            spans={},
-            group=None,
-            layout=None,
-            urgency=Urgency.PREFETCH,
-            swap=SwapRecord(
-                id=self.store.new_id(),
-                document=str(document.id),
-                group=None,
-                client=NOBODY,
-                started_wall_ns=self.store.clock.wall_ns(),
-                token_count=document.token_count,
-            ),
-            started_ns=self.store.clock.monotonic_ns(),
-            granted=lambda: None,
-            layer_ready=lambda _: None,
-            ended=lambda _: None,
-            released=True,
-        )
-        try:
-            self.loader.start(loading, self.store.clock.monotonic_ns() + PREFETCH_DEADLINE_NS)
-        except HoldfastError:
-            self.state.ledger.counts["prefetches_refused"] += 1
 
     # Evictions ---------------------------------------------------------------------------------
 
@@ -204,7 +126,7 @@ class Upkeep:
         leases = self.state.leased(owner.id)
         if leases:
             raise InUse(f"{owner.id} is leased by {len(leases)} holder(s); detach first")
-        pin = self.state.pins.get(owner.id)
+        pin = self.state.pins.hard(owner.id)
         if pin is not None and tier >= pin.floor:
             raise InUse(f"{owner.id} is pinned at {pin.floor.label} by {pin.owner!r} ({pin.reason!r}); unpin first")
 
@@ -238,23 +160,15 @@ class Upkeep:
     def delete(
         self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None, reason: str = ""
     ) -> None:
-        """Forget a document; KV that no other document needs goes too. Raises InUse while it is leased or pinned.
+        """Forget a document; KV that no other document needs goes too, and a soft pin of it ends.
+
+        Raises InUse while it is leased, or pinned hard.
 
         It is invisible at once; `done` hears when the catalog has forgotten it too, so that no restart brings it back.
         Where nobody has asked for it, the reason is written down for every copy.
         """
         owner = self.state.document(document)
-        leases = self.state.leased(document)
-        if leases:
-            raise InUse(f"{document} is leased by {len(leases)} holder(s); detach first")
-        if self.state.pins.get(document) is not None:
-            raise InUse(f"{document} is pinned; unpin first")
-        for ingest in self.ingests.open.values():
-            if ingest.document.id == document:
-                raise InUse(f"{document} is being ingested")
-        for shard in self.state.shards():
-            if shard.document == document and any(copy.holds for copy in shard.copies.values()):
-                raise InUse(f"{document} is being moved; try again")
+        self._refuse_needed(document)
         if reason:
             for victim in self.store.planner.evict_document(owner.document, None):
                 self.store.verdict(victim, reason)
@@ -262,28 +176,55 @@ class Upkeep:
             if shard.document == document:
                 self.store.close_shard(shard)
         del self.state.documents[document]
-        self.tell(document, DropDocument(document.tenant, document.name), done=done)
+        forget: list[Record] = [DropDocument(*document)]
+        if self.state.pins.get(document) is not None:
+            self.state.pins.remove(document)
+            forget.append(DropPin(*document))
+        self.tell(document, *forget, done=done)
         self.store.notes.add(DropDocument(document.tenant, document.name))
         for extent in (*owner.document.extents, *owner.before):
             record = self.state.extents[extent]
             record.documents -= {document}
             self.store.reap(record)
 
+    def _refuse_needed(self, document: DocumentId) -> None:
+        leases = self.state.leased(document)
+        if leases:
+            raise InUse(f"{document} is leased by {len(leases)} holder(s); detach first")
+        if self.state.pins.hard(document) is not None:
+            raise InUse(f"{document} is pinned; unpin first")
+        for ingest in self.ingests.open.values():
+            if ingest.document.id == document:
+                raise InUse(f"{document} is being ingested")
+        for shard in self.state.shards():
+            if shard.document == document and any(copy.holds for copy in shard.copies.values()):
+                raise InUse(f"{document} is being moved; try again")
+
     def tell(
         self, document: DocumentId, *records: Record, done: Callable[[HoldfastError | None], None] = lambda _: None
     ) -> None:
         """Write what has changed of a document; what is refused is tried again. `done` hears of the first try."""
+        self._tell([document], records, done)
 
+    def tell_all(self, changed: Mapping[DocumentId, Record], done: Callable[[HoldfastError | None], None]) -> None:
+        """The same of several documents, together."""
+        self._tell(list(changed), tuple(changed.values()), done)
+
+    def _tell(
+        self,
+        documents: Sequence[DocumentId],
+        records: tuple[Record, ...],
+        done: Callable[[HoldfastError | None], None],
+    ) -> None:
         def committed(outcome: Outcome) -> None:
-            self._telling[document] -= 1
-            if not self._telling[document]:
-                del self._telling[document]
+            self._telling.subtract(documents)
+            self._telling = +self._telling
             if outcome.error is not None:
                 self.state.ledger.counts["catalog_failures"] += 1
-                self._unsaid.add(document)
+                self._unsaid.update(documents)
             done(outcome.error)
 
-        self._telling[document] += 1
+        self._telling.update(documents)
         self.store.submit(Write(id=self.store.new_id(), records=records), committed)
 
     def retry_writes(self) -> None:
@@ -324,20 +265,6 @@ class Upkeep:
             self.store.adopt_nvme(record, slot)
         for document in documents:
             self._restore_document(document)
-
-    def restore_pins(self, pins: Iterable[Pin]) -> None:
-        """Take over the pins of documents that are there, and bring those documents near."""
-        for pin in pins:
-            try:
-                self.state.document(pin.document)
-                self.state.pins.add(pin)
-            except HoldfastError:  # the document was never durable, or the budget shrank
-                self.state.ledger.counts["pins_not_restored"] += 1
-                self.tell(pin.document, DropPin(*pin.document))
-        for document in [record.document for record in self.state.documents.values()]:
-            pin_of = self.state.pins.get(document.id)
-            if pin_of is not None and pin_of.floor is not Tier.NVME:
-                self._prefetch(document)
 
     def _restore_document(self, document: Document) -> None:
         self.state.documents[document.id] = DocumentRecord(document=document, durable=True)

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from .claims import Lease, Pin
-from .clock import Clock
+from .claim_views import PinView, pin_view
 from .document import WritePolicy
 from .extent import ExtentId
 from .ledger import SwapRecord, Verdict
@@ -19,19 +18,6 @@ from .planner import Planner, Victim
 from .prefix import Prefix
 from .residency import Tier
 from .state import DDR, NVME, DocumentRecord, ExtentRecord, State, hbm_device
-
-
-class PinView(msgspec.Struct, frozen=True, kw_only=True):
-    """A pin."""
-
-    tenant: str
-    document: str
-    tier: str
-    size_bytes: int
-    owner: str
-    reason: str
-    created_wall_ns: int
-    expires_wall_ns: int | None
 
 
 class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
@@ -156,35 +142,10 @@ class VerdictView(VictimView, frozen=True, kw_only=True):
     policy: str
 
 
-class LeaseView(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease."""
-
-    id: int
-    client: int
-    tenant: str
-    document: str
-    overdue: bool
-    remaining_seconds: float
-
-
 def prefix_view(prefix: Prefix) -> PrefixView:
     """Show what a lookup found."""
     return PrefixView(
         token_count=prefix.token_count, tier_tokens={tier.label: tokens for tier, tokens in prefix.tiers.items()}
-    )
-
-
-def pin_view(pin: Pin) -> PinView:
-    """Show a pin."""
-    return PinView(
-        tenant=pin.document.tenant,
-        document=pin.document.name,
-        tier=pin.floor.label,
-        size_bytes=pin.size_bytes,
-        owner=pin.owner,
-        reason=pin.reason,
-        created_wall_ns=pin.created_wall_ns,
-        expires_wall_ns=pin.expires_wall_ns,
     )
 
 
@@ -219,7 +180,7 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
         resident_bytes=resident,
         missing_tokens=joined(missing),
         leases=len(state.leased(document.id)),
-        pin=pin_view(pin) if pin is not None else None,
+        pin=pin_view(pin, planner.clock.wall_ns()) if pin is not None else None,
         created_wall_ns=document.created_wall_ns,
         last_access_seconds_ago=(now_ns - record.last_use_ns) / 1e9 if record.last_use_ns is not None else None,
         use_count=record.use_count,
@@ -385,17 +346,4 @@ def verdict_view(verdict: Verdict) -> VerdictView:
         wall_ns=verdict.wall_ns,
         reason=verdict.reason,
         policy=verdict.policy,
-    )
-
-
-def lease_view(lease: Lease, clock: Clock) -> LeaseView:
-    """Show a lease."""
-    now_ns = clock.monotonic_ns()
-    return LeaseView(
-        id=lease.id,
-        client=lease.owner,
-        tenant=lease.document.tenant,
-        document=lease.document.name,
-        overdue=lease.overdue(now_ns),
-        remaining_seconds=(lease.deadline_ns - now_ns) / 1e9,
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Final
 import msgspec
 
 from .calibration import RingRate, RingSetting
+from .claim_messages import ListPins, PinDocument, Pinned, Pins, UnpinDocument, UnpinDocuments
 from .document import WritePolicy
 from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .holders import Holder
@@ -18,7 +19,7 @@ from .layouts import LayoutMessage, ShardMessage
 from .message import Count, Line, Message, Nanoseconds, Seconds, Size
 from .runs import Parts, RunMessage
 from .spec import KVSpec
-from .views import DocumentView, PinView, PrefixView, SwapView, TierView, VictimView
+from .views import DocumentView, PrefixView, SwapView, TierView, VictimView
 
 PROTOCOL_VERSION: Final = 2
 SLABS_AT_ONCE: Final = 128  # a message carries at most 253 descriptors
@@ -212,22 +213,6 @@ class DeleteDocument(Message, frozen=True):
     name: str
 
 
-class PinDocument(Message, frozen=True):
-    """Pin a document."""
-
-    name: str
-    tier: str
-    ttl_seconds: float | None
-    owner: str
-    reason: str
-
-
-class UnpinDocument(Message, frozen=True):
-    """Unpin a document."""
-
-    name: str
-
-
 class EvictDocument(Message, frozen=True):
     """Take a document out of `tier` and all nearer ones, or plan to."""
 
@@ -280,6 +265,8 @@ Request = (
     | UnpinDocument
     | PrefetchDocument
     | CancelPrefetch
+    | UnpinDocuments
+    | ListPins
     | EvictDocument
     | ListTiers
     | MoveDone
@@ -405,12 +392,6 @@ class Documents(Message, frozen=True):
     documents: list[DocumentView]
 
 
-class Pinned(Message, frozen=True):
-    """A pin."""
-
-    pin: PinView
-
-
 class EvictionPlan(Message, frozen=True):
     """What left, or would leave."""
 
@@ -440,6 +421,7 @@ Reply = (
     | Documents
     | Pinned
     | Hinted
+    | Pins
     | EvictionPlan
     | Tiers
 )

@@ -38,6 +38,7 @@ ROUTES = {
     "GET /v1/leases",
     "GET /v1/pins",
     "POST /v1/pins",
+    "POST /v1/pins/unpin",
     "DELETE /v1/pins/{tenant}/{name}",
     "GET /v1/status",
     "GET /v1/swaps",
@@ -68,7 +69,7 @@ class Api:
             assert response.status == status, await response.text()
             assert response.content_type == "application/problem+json"
             problem = await response.json(content_type=None)
-        assert set(problem) == {"type", "title", "status", "detail", "instance", "code"}
+        assert set(problem) - {"holders"} == {"type", "title", "status", "detail", "instance", "code"}
         assert problem["type"] == f"urn:holdfast:error:{code}"
         assert problem["code"] == code
         assert problem["status"] == status
@@ -76,6 +77,10 @@ class Api:
         assert problem["title"]
         assert problem["detail"]
         return problem
+
+    def settling(self):
+        """From now on orders end by themselves."""
+        self.effects.submitted = lambda: asyncio.get_running_loop().call_soon(self.effects.complete_all, self.service)
 
     def ingest(self, name, **options):
         return ingest(self.service, self.effects, name, **options)
@@ -352,6 +357,7 @@ async def test_delete_of_what_is_pinned_or_leased_is_refused(api):
 
 async def test_pins(api):
     api.ingest("a", token_count=64)
+    api.settling()
     wanted = {"document": "a", "tier": "ddr", "ttl_seconds": 60, "owner": "ops", "reason": "launch"}
     async with api.client.post("/v1/pins", json=wanted) as response:
         assert response.status == 201
@@ -360,7 +366,13 @@ async def test_pins(api):
     assert (pin["document"], pin["tier"], pin["owner"], pin["reason"]) == ("a", "ddr", "ops", "launch")
     assert pin["expires_wall_ns"] - pin["created_wall_ns"] == 60 * 10**9
     found = await api.get("/v1/pins")
-    assert found == {"pins": [pin], "pinned_bytes": 2 * EXTENT_BYTES, "budget_bytes": (5 << 20) // 2}
+    assert found == {
+        "pins": [pin],
+        "pinned_bytes": 2 * EXTENT_BYTES,
+        "budget_bytes": (5 << 20) // 2,
+        "ddr_pinned_bytes": 2 * EXTENT_BYTES,
+        "ddr_budget_bytes": 3 << 18,
+    }
     assert (await api.get("/v1/documents/default/a"))["document"]["pin"] == pin
     async with api.client.delete("/v1/pins/default/a") as response:
         assert response.status == 200
@@ -371,6 +383,7 @@ async def test_pins(api):
 
 async def test_a_pin_ends_unless_told_otherwise(api):
     api.ingest("a")
+    api.settling()
     async with api.client.post("/v1/pins", json={"document": "a"}) as response:
         pin = await response.json()
     assert pin["expires_wall_ns"] - pin["created_wall_ns"] == 3600 * 10**9
@@ -383,10 +396,13 @@ async def test_a_pin_beyond_the_budget_changes_nothing():
     async with running(limits__pin_bytes="32 KiB") as api:
         api.ingest("a", token_count=64)
         api.ingest("b", token_count=64)
+        api.settling()
         async with api.client.post("/v1/pins", json={"document": "a"}) as response:
             assert response.status == 201
         problem = await api.refused("POST", "/v1/pins", 409, "pins-overcommitted", json={"document": "b"})
         assert "default/a" in problem["detail"]
+        (holder,) = problem["holders"]
+        assert (holder["kind"], holder["document"], holder["size_bytes"]) == ("pin", "a", 2 * EXTENT_BYTES)
         assert [pin["document"] for pin in (await api.get("/v1/pins"))["pins"]] == ["a"]
 
 
@@ -520,7 +536,7 @@ async def test_a_dry_run_changes_nothing(api):
 
 async def test_an_eviction_waits_until_it_is_done(api):
     document = api.ingest("a", token_count=64, write_policy=WritePolicy.BACK)
-    api.effects.submitted = lambda: asyncio.get_running_loop().call_soon(api.effects.complete_all, api.service)
+    api.settling()
     async with api.client.post("/v1/evictions", json={"document": "a"}) as response:
         assert response.status == 200
         found = await response.json()
@@ -577,7 +593,7 @@ async def test_evicting_bytes(api):
 
 async def test_evicting_out_of_nvme_drops(api):
     api.ingest("a", token_count=64)
-    api.effects.submitted = lambda: asyncio.get_running_loop().call_soon(api.effects.complete_all, api.service)
+    api.settling()
     async with api.client.post("/v1/evictions", json={"document": "a", "tier": "nvme"}) as response:
         assert response.status == 200
         assert (await response.json())["state"] == "done"

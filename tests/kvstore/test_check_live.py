@@ -80,12 +80,12 @@ def add_document(daemon):
     sql(
         daemon,
         "INSERT INTO documents SELECT tenant, 'ghost', fingerprint, token_count, extents, write_policy, "
-        "created_wall_ns FROM documents LIMIT 1",
+        "created_wall_ns, NULL FROM documents LIMIT 1",
     )
 
 
 def add_pin(daemon):
-    sql(daemon, "INSERT INTO pins VALUES ('default', 'nobody', 1, 10, 'me', '', 0, NULL)")
+    sql(daemon, "INSERT INTO pins VALUES ('default', 'nobody', 1, 10, 'me', '', 0, NULL, 'hard', NULL, 'never')")
 
 
 def orphan_file(daemon):

@@ -46,6 +46,7 @@ GOLDEN_KEYS = [
     "limits.requests_per_connection",
     "limits.lease_seconds",
     "limits.pin_bytes",
+    "limits.ddr_pin_bytes",
     "limits.pending_reservations",
     "limits.swap_records",
     "limits.documents",

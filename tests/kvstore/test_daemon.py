@@ -378,10 +378,21 @@ def test_a_pin_beyond_the_budget_is_refused():
         client = process.start().client()
         put(client, "small", 64)
         put(client, "large", 100)
+        put(client, "other", 64)
         assert client.pin("small", owner="me", reason="because").size_bytes == 32 << 10
-        with pytest.raises(PinsOvercommitted, match="default/small"):
+        with pytest.raises(PinsOvercommitted, match="default/small") as refused:
+            client.pin("other")
+        (holder,) = refused.value.holders
+        assert (holder.kind, holder.document, holder.owner, holder.size_bytes) == ("pin", "small", "me", 32 << 10)
+        with pytest.raises(PinsOvercommitted, match="by itself"):
             client.pin("large")
         assert client.document("large").pin is None
+        assert [pin.document for pin in client.pins()] == ["small"]
+        assert client.unpin_all(owner="you") == []
+        assert [pin.document for pin in client.unpin_all(owner="me")] == ["small"]
+        assert client.pin("other", kind="soft", ttl_seconds=60, refresh="hit").strength == 1.0
+        with pytest.raises(InvalidRequest, match="hard, soft"):
+            client.pin("other", kind="weak")
 
 
 IMPOSSIBLE = [

@@ -21,6 +21,7 @@ GOLDEN = {
     "holdfast_evictions_total": {"tier"},
     "holdfast_leases": set(),
     "holdfast_leases_overdue": set(),
+    "holdfast_leases_overdue_bytes": set(),
     "holdfast_link_bandwidth_bytes_per_second": {"source", "target"},
     "holdfast_not_restored_total": set(),
     "holdfast_nvme_fragmented_bytes": set(),
@@ -30,8 +31,11 @@ GOLDEN = {
     "holdfast_nvme_written_bytes_total": {"cause"},
     "holdfast_orders_in_flight": set(),
     "holdfast_pin_budget_bytes": set(),
+    "holdfast_pin_budget_ddr_bytes": set(),
     "holdfast_pinned_bytes": set(),
+    "holdfast_pinned_ddr_bytes": set(),
     "holdfast_pins": set(),
+    "holdfast_pins_soft": set(),
     "holdfast_prefetches_refused_total": set(),
     "holdfast_hints_live": set(),
     "holdfast_hints_total": set(),
@@ -127,6 +131,7 @@ def test_numbers_follow_the_service():
     assert after["holdfast_leases_overdue", ()] == 0
     clock.advance(301 * 10**9)
     assert samples(service)["holdfast_leases_overdue", ()] == 1
+    assert samples(service)["holdfast_leases_overdue_bytes", ()] == 4 * EXTENT_BYTES
 
 
 def test_evictions_and_moves_are_counted():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from holdfast.kvstore.claims import PinKind
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import (
     ClaimNotFound,
@@ -14,6 +15,7 @@ from holdfast.kvstore.errors import (
     InUse,
     InvalidRequest,
     NoCapacity,
+    PinsOvercommitted,
     StorageFailed,
     from_code,
 )
@@ -644,22 +646,19 @@ def test_slots_stay_their_writers_until_it_has_heard_of_a_failure():
     assert scene.empty()
 
 
-@pytest.mark.parametrize("is_named", [False, True])
-def test_a_pin_of_what_is_too_large_for_ddr_keeps_what_is_there(is_named):
-    """Also what is being written out of it just now, and an eviction of that document ends."""
+def test_what_is_too_large_for_ddr_is_pinned_below_it_or_softly():
+    """A hard pin would keep DDR full for ever, and never be met."""
     scene = Narrow()
-    ingest, _ = scene.begin("a", tokens(1, 6), WritePolicy.BACK, group="g")
+    document = scene.on_nvme(a=tokens(1, 6))
+    for floor in (Tier.DDR, Tier.HBM):
+        with pytest.raises(PinsOvercommitted, match="at nvme, or softly") as refused:
+            scene.service.pin(document, floor, None, "me", "")
+        assert refused.value.holders == ()
+    assert not scene.state.pins.all()
+    scene.service.pin(document, Tier.NVME, None, "me", "")
+    scene.service.pin(document, Tier.DDR, None, "me", "", PinKind.SOFT)
     scene.settle()
-    scene.commit(ingest)
-    scene.settle()
-    document = ingest.document.id
-    assert scene.tiers(document)[:2] == [{Tier.DDR}] * 2
-    heard = []
-    scene.service.evict(document if is_named else None, Tier.DDR, EXTENT_BYTES, FAR_NS, heard.append)
-    scene.service.pin(document, Tier.HBM, None, "me", "")
-    assert [type(answer) for answer in heard] == [InUse]
-    scene.settle()
-    assert all(Tier.DDR in tiers for tiers in scene.tiers(document)[:2])
+    assert scene.state.pins.get(document).floor is Tier.DDR
 
 
 # Ranges of tokens ------------------------------------------------------------------------------------

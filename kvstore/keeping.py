@@ -1,0 +1,204 @@
+"""Keeping: pins as commands. What operators want near is brought there, and told to the catalog so that it outlives us.
+
+A pin holds at once, and is answered when the catalog has it. Where the catalog refuses, the answer is its error: the
+pin holds all the same, and the catalog is told again at every tick; only a restart before that loses it. Ending a pin
+is answered in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+from .claims import NS, TOLD_PART, Pin, PinKind, PinSelection, Refresh
+from .document import NAME_LIMIT, Document, DocumentId
+from .errors import HoldfastError, InvalidRequest
+from .ledger import SwapRecord
+from .loading import Loading
+from .orders import DropPin, PutPin, Urgency
+from .pinning import check_pin
+from .residency import State, Tier
+from .upkeep import Upkeep
+
+PREFETCH_DEADLINE_NS: Final = 300 * NS  # nobody waits for it, but no wait is without end
+TTL_SECONDS_MAX: Final = 10**9
+NOBODY: Final = 0  # the client number of the daemon itself
+
+Told = Callable[[HoldfastError | None], None]
+
+
+class Keeping:
+    """Begins, refreshes and ends pins."""
+
+    def __init__(self, upkeep: Upkeep) -> None:
+        self.upkeep = upkeep
+        self.loader = upkeep.loader
+        self.store = upkeep.store
+        self.state = upkeep.state
+        upkeep.ingests.grew = self._grew
+        self._told_wall_ns: dict[DocumentId, int] = {}  # the ends of refreshing pins, as the catalog has them
+
+    def expire(self) -> None:
+        """End the pins whose time is up."""
+        expired = self.state.pins.expired(self.store.clock.wall_ns())
+        if expired:
+            self.unpin_all(PinSelection(documents={pin.document for pin in expired}))
+
+    def pin(
+        self,
+        document: DocumentId,
+        floor: Tier,
+        ttl_seconds: float | None,
+        owner: str,
+        reason: str,
+        kind: PinKind = PinKind.HARD,
+        refresh: Refresh = Refresh.NEVER,
+        done: Told = lambda _: None,
+    ) -> Pin:
+        """Keep a document at or above a tier, and bring it there. `done` hears when the catalog has it.
+
+        Raises PinsOvercommitted with the pins that would have to go, or InvalidRequest, changing nothing.
+        """
+        record = self.state.document(document)
+        now_ns = self.store.clock.wall_ns()
+        if ttl_seconds is not None and not 0 < ttl_seconds < TTL_SECONDS_MAX:
+            raise InvalidRequest(f"ttl_seconds must be positive, not {ttl_seconds}")
+        if refresh is not Refresh.NEVER and ttl_seconds is None:
+            raise InvalidRequest("a pin without an end has none to refresh: give it ttl_seconds")
+        if max(len(owner), len(reason)) > NAME_LIMIT:
+            raise InvalidRequest(f"a pin's owner and reason have at most {NAME_LIMIT} characters")
+        ttl_ns = None if ttl_seconds is None else max(1, int(ttl_seconds * NS))
+        pin = Pin(
+            document=document,
+            floor=floor,
+            size_bytes=sum(self.state.extents[e].extent.slot_bytes for e in record.document.extents),
+            owner=owner,
+            reason=reason,
+            created_wall_ns=now_ns,
+            expires_wall_ns=None if ttl_ns is None else now_ns + ttl_ns,
+            kind=kind,
+            ttl_ns=ttl_ns,
+            refresh=refresh,
+        )
+        self._check(pin, record.document)
+        self._put(pin, done)
+        if floor is not Tier.NVME:
+            if kind is PinKind.HARD:
+                self._keep(record.document)
+            self._prefetch(record.document)
+        self.upkeep.give_up_pinned()
+        return pin
+
+    def _check(self, pin: Pin, document: Document) -> None:
+        extents = [self.state.extents[extent].extent for extent in document.extents]
+        check_pin(self.state, pin, document, extents, self.store.clock.wall_ns())
+
+    def _put(self, pin: Pin, done: Told = lambda _: None) -> None:
+        self.state.pins.put(pin)
+        if pin.refresh is not Refresh.NEVER and pin.expires_wall_ns is not None:
+            self._told_wall_ns[pin.document] = pin.expires_wall_ns
+        else:
+            self._told_wall_ns.pop(pin.document, None)
+        self.upkeep.tell(pin.document, PutPin(pin), done=done)
+
+    def hit(self, document: DocumentId) -> None:
+        """The document is used: its pin's life starts again, if that was asked for.
+
+        The catalog hears of it when its word is an eighth of the pin's life late, so a restart may cost a pin that
+        much; recency never waits for a commit.
+        """
+        pin = self.state.pins.get(document)
+        if pin is None or pin.refresh is Refresh.NEVER:
+            return
+        pin = pin.refreshed(self.store.clock.wall_ns())
+        assert pin.ttl_ns is not None
+        assert pin.expires_wall_ns is not None
+        if pin.expires_wall_ns - self._told_wall_ns[document] >= pin.ttl_ns // TOLD_PART:
+            self._put(pin)
+        else:
+            self.state.pins.put(pin)
+
+    def _grew(self, document: Document) -> None:
+        """A pin holds the longer version too."""
+        pin = self.state.pins.get(document.id)
+        if pin is not None:
+            size_bytes = sum(self.state.extents[extent].extent.slot_bytes for extent in document.extents)
+            self._put(replace(pin, size_bytes=size_bytes))
+
+    def unpin(self, document: DocumentId, done: Told = lambda _: None) -> Pin:
+        """Let it sink again; `done` hears when the catalog has forgotten the pin. Raises ClaimNotFound."""
+        pin = self.state.pins.remove(document)
+        self._drop([pin], done)
+        return pin
+
+    def unpin_all(self, wanted: PinSelection, done: Told = lambda _: None) -> list[Pin]:
+        """End all of these pins, in one commit, which `done` hears of. `State.pins.select` is the dry run."""
+        pins = self.state.pins.select(wanted)
+        for pin in pins:
+            self.state.pins.remove(pin.document)
+        if pins:
+            self._drop(pins, done)
+        else:
+            done(None)
+        return pins
+
+    def _drop(self, pins: Sequence[Pin], done: Told) -> None:
+        drops: Mapping[DocumentId, DropPin] = {pin.document: DropPin(*pin.document) for pin in pins}
+        for document in drops:
+            self._told_wall_ns.pop(document, None)
+        self.upkeep.tell_all(drops, done=done)
+
+    def restore(self, pins: Iterable[Pin]) -> None:
+        """Restart: take over the pins of documents that are there, and bring those documents near."""
+        restored: list[Pin] = []
+        for pin in pins:
+            try:
+                self._check(pin, self.state.document(pin.document).document)
+            except HoldfastError:  # the document was never durable, or the budget shrank
+                self.state.ledger.counts["pins_not_restored"] += 1
+                self.upkeep.tell(pin.document, DropPin(*pin.document))
+                continue
+            self.state.pins.put(pin)
+            if pin.refresh is not Refresh.NEVER and pin.expires_wall_ns is not None:
+                self._told_wall_ns[pin.document] = pin.expires_wall_ns
+            restored.append(pin)
+        for pin in restored:
+            if pin.floor is not Tier.NVME:
+                self._prefetch(self.state.documents[pin.document].document)
+
+    def _keep(self, document: Document) -> None:
+        """What is on its way out of DDR stays."""
+        for extent in document.extents:
+            copy = self.state.extents[extent].ddr
+            if copy is not None and copy.state is State.DRAINING:
+                self.store.unhold(self.store.hold(copy))
+
+    def _prefetch(self, document: Document) -> None:
+        """Bring a document to DDR; best effort, because nobody waits for it."""
+        records = [self.state.extents[extent] for extent in document.extents]
+        loading = Loading(
+            document=document.id,
+            records=records,
+            spans={},
+            group=None,
+            layout=None,
+            urgency=Urgency.PREFETCH,
+            swap=SwapRecord(
+                id=self.store.new_id(),
+                document=str(document.id),
+                group=None,
+                client=NOBODY,
+                started_wall_ns=self.store.clock.wall_ns(),
+                token_count=document.token_count,
+            ),
+            started_ns=self.store.clock.monotonic_ns(),
+            granted=lambda: None,
+            layer_ready=lambda _: None,
+            ended=lambda _: None,
+            released=True,
+        )
+        try:
+            self.loader.start(loading, self.store.clock.monotonic_ns() + PREFETCH_DEADLINE_NS)
+        except HoldfastError:
+            self.state.ledger.counts["prefetches_refused"] += 1
