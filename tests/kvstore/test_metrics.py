@@ -17,6 +17,7 @@ GOLDEN = {
     "holdfast_catalog_failures_total": set(),
     "holdfast_ddr_fragmented_bytes": set(),
     "holdfast_documents": {"durable"},
+    "holdfast_documents_expired_total": set(),
     "holdfast_drains_cancelled_total": set(),
     "holdfast_evictions_total": {"tier"},
     "holdfast_leases": set(),
