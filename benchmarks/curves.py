@@ -1,4 +1,4 @@
-"""Curves as SVG without a library: both axes logarithmic, a legend beside them."""
+"""Curves as SVG without a library: on logarithmic or linear axes, a legend beside them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from typing import Final
 from plot import FONT, GRID, LINE, WIDTH, text
 
 PLOT: Final = (90, 60, 620, 330)  # left, top, width, height of the axes
-COLOURS: Final = ("#b5482f", "#2f5fb5", "#2a7f62", "#8a5fb5", "#b58a2f", "#555555")
+COLOURS: Final = (
+    *("#b5482f", "#2f5fb5", "#2a7f62", "#8a5fb5", "#b58a2f", "#555555"),
+    *("#d46a9f", "#4fb0c6", "#7fae3f", "#8c564b", "#1b1b6b", "#e08e45"),
+)
 MARK: Final = 3.5
 
 
@@ -25,11 +28,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """Logarithmic, over all values; marked at `ticks`, or at the powers of `base`, beyond the values where need be."""
+    """Over all values; marked at `ticks`, or at the powers of `base`, beyond the values where need be.
+
+    Logarithmic, unless it is `linear`: then it needs `ticks`.
+    """
 
     name: str
     base: float = 10
     ticks: tuple[float, ...] = ()
+    linear: bool = False
 
     def marks(self, values: Sequence[float]) -> list[float]:
         if self.ticks:
@@ -40,8 +47,8 @@ class Axis:
     def share(self, value: float, values: Sequence[float]) -> float:
         """Where a value lies between the ends of the axis: 0 to 1."""
         ends = [*values, *self.marks(values)]
-        low, high = math.log(min(ends)), math.log(max(ends))
-        return (math.log(value) - low) / ((high - low) or 1.0)
+        low, high, here = (each if self.linear else math.log(each) for each in (min(ends), max(ends), value))
+        return (here - low) / ((high - low) or 1.0)
 
 
 def relative(lines: Sequence[Curve]) -> list[Curve]:
@@ -54,7 +61,7 @@ def relative(lines: Sequence[Curve]) -> list[Curve]:
 
 
 def curves(lines: Sequence[Curve], title: str, across: Axis, up: Axis) -> str:
-    """Curves on logarithmic axes, with a legend."""
+    """Curves on their axes, with a legend."""
     left, top, width, height = PLOT
     all_x = [x for line in lines for x, _ in line.points]
     all_y = [y for line in lines for _, y in line.points]

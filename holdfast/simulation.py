@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from .eviction.cache import Cache
-from .eviction.policy import POLICIES, Policy
+from .eviction.policy import POLICIES, Policy, Worth
 from .eviction.replay import Step, replay
 from .eviction.use import UnitId
 from .kvstore.errors import InvalidRequest
@@ -156,18 +156,21 @@ class Timer:
 
 
 def simulate(
-    trace: Trace, name: str, capacity: Capacity, witness: Witness | None = None, progress: Progress | None = None
+    trace: Trace,
+    name: str,
+    capacity: Capacity,
+    witness: Witness | None = None,
+    progress: Progress | None = None,
+    worth: Worth = recompute_ns,
 ) -> dict[str, Any]:
     """One line of `holdfast policy simulate --json`; its --help says what the fields mean.
 
-    `seconds` are those of the replay: reading the trace, the witness and the progress are not in them.
+    `worth` is what a hit saves in the policy's eyes; the result is in prefill-seconds all the same. `seconds` are those of the replay: reading the trace, the witness and the progress are not in them.
     Raises InvalidRequest for an unknown policy or a capacity that holds nothing.
     """
     policy, units = make_policy(name, trace), capacity.units(trace)
     unit_bytes = trace.block_tokens * KV_BYTES_PER_TOKEN
-    cache = Cache(
-        policy, capacity_units=units, unit_tokens=trace.block_tokens, unit_bytes=unit_bytes, worth=recompute_ns
-    )
+    cache = Cache(policy, capacity_units=units, unit_tokens=trace.block_tokens, unit_bytes=unit_bytes, worth=worth)
     tally, timer = Tally(), Timer()
     steps = timer.timed(replay((one.request for one in trace.requests), policy, cache))
     for number, (one, step) in enumerate(zip(trace.requests, steps, strict=True)):
