@@ -38,12 +38,13 @@ from eviction_rows import (
     worst_row,
 )
 from holdfast.eviction.policy import POLICIES
-from holdfast.simulation import KV_BYTES_PER_TOKEN, OFFLINE, Capacity, simulate
-from holdfast.tiered_simulation import BYTES_PER_SECOND
-from holdfast.traces import Trace, read_trace
 from plot import picture
 from rich.console import Console
 from rows import Row, machine, report, show
+
+from holdfast.simulation import KV_BYTES_PER_TOKEN, OFFLINE, Capacity, simulate
+from holdfast.tiered_simulation import BYTES_PER_SECOND
+from holdfast.traces import Trace, read_trace
 
 HERE: Final = Path(__file__).resolve().parent
 TRACES: Final = HERE.parent.parent / "shared" / "traces"

@@ -55,7 +55,9 @@ def gap_row(grid: Grid) -> Row:
         for capacity in CAPACITIES[:2]:
             lru, ours, best = (saved(grid, trace, policy, capacity) for policy in ("lru", OURS, BEST))
             gained, gap = gained + ours - lru, gap + best - lru
-            raw |= {f"{trace} {capacity} {name}": each for name, each in (("lru", lru), ("ours", ours), ("belady", best))}
+            raw |= {
+                f"{trace} {capacity} {name}": each for name, each in (("lru", lru), ("ours", ours), ("belady", best))
+            }
             raw[f"{trace} {capacity} share"] = (ours - lru) / max(best - lru, 1e-9)
     return row("gap_share", gained / max(gap, 1e-9), 0.45, "higher", raw)
 
@@ -84,7 +86,11 @@ def hindsight_row(grid: Grid, classical: Sequence[str]) -> Row:
 def hbm_row(trace: str, lru: Mapping[str, Any], ours: Mapping[str, Any], best: Mapping[str, Any], held: int) -> Row:
     """Bytes to load into HBM above tiers that hold everything, over LRU's. `held`: hit tokens of an endless cache."""
     lru_tokens, our_tokens, best_tokens = (held - int(one["hit_tokens"]) for one in (lru, ours, best))
-    raw = ROUNDS | {"belady": best_tokens / max(lru_tokens, 1), "lru_mtokens": lru_tokens / 1e6, "held_mtokens": held / 1e6}
+    raw = ROUNDS | {
+        "belady": best_tokens / max(lru_tokens, 1),
+        "lru_mtokens": lru_tokens / 1e6,
+        "held_mtokens": held / 1e6,
+    }
     return row(f"hbm_bytes_{trace}", our_tokens / max(lru_tokens, 1), HBM_GOALS[trace], "lower", raw)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+from .eviction.belady import Belady
 from .eviction.cache import Cache
 from .eviction.policy import POLICIES, Policy, Worth
 from .eviction.replay import Step, replay
@@ -33,7 +34,9 @@ KV_BYTES_PER_TOKEN: Final = 327_680
 FLOPS_PER_SECOND: Final = 3.56e15  # effective; 100K tokens take 7.6 s
 NS_PER_SECOND: Final = 1_000_000_000
 PROGRESS_REQUESTS: Final = 64
-OFFLINE: Final[Mapping[str, Callable[[Iterable[Sequence[UnitId]]], Policy]]] = {}  # made with all chains to come
+OFFLINE: Final[Mapping[str, Callable[[Iterable[Sequence[UnitId]]], Policy]]] = {
+    "belady": Belady,  # made with all chains to come
+}
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]  # requests replayed since the last call
@@ -165,7 +168,8 @@ def simulate(
 ) -> dict[str, Any]:
     """One line of `holdfast policy simulate --json`; its --help says what the fields mean.
 
-    `worth` is what a hit saves in the policy's eyes; the result is in prefill-seconds all the same. `seconds` are those of the replay: reading the trace, the witness and the progress are not in them.
+    `worth` is what a hit saves in the policy's eyes; the result is in prefill-seconds all the same. `seconds` are those
+    of the replay: reading the trace, the witness and the progress are not in them.
     Raises InvalidRequest for an unknown policy or a capacity that holds nothing.
     """
     policy, units = make_policy(name, trace), capacity.units(trace)

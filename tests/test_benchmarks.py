@@ -9,6 +9,8 @@ from xml.etree import ElementTree as ET
 import pytest
 import torch
 
+from replay_judge import write_trace
+
 ROOT = Path(__file__).resolve().parent.parent
 REATTACH = {
     "put_vs_memcpy",
@@ -49,6 +51,16 @@ GPU = {
     "gpu_reattach_vs_h2d",
     "gpu_decode_1m_tokens_hbm_share",
 }
+EVICTION = {
+    "gap_share",
+    "worst_vs_lru",
+    "near_best_classical",
+    "hbm_bytes_agent_a",
+    "hbm_bytes_long_s1",
+    "hbm_bytes_conv_h1",
+    "us_per_block",
+    "ms_per_request",
+}
 STORE = {
     "put_vs_memcpy",
     "put_checksummed_vs_memcpy",
@@ -63,6 +75,7 @@ STORE = {
     "daemon_rss_mib",
     "recovery_100k_extents_s",
 }
+SIGNED = {"worst_vs_lru", "gap_share", "near_best_classical"}  # a policy may lose
 
 GOAL_X = r'<line x1="([\d.]+)"[^>]* stroke="#222222"/>'
 SPREAD_X = r'<line x1="[\d.]+" x2="([\d.]+)" y1="[\d.]+" y2="[\d.]+" stroke="#222222"/>\n</svg>'
@@ -205,7 +218,7 @@ def check_shape(report, names):
     assert sorted(row["name"] for row in report["rows"]) == sorted(names)
     for row in report["rows"]:
         assert set(row) == {"name", "value", "goal", "better", "met", "raw"}
-        assert row["value"] > 0
+        assert row["value"] > 0 or row["name"] in SIGNED
         reached = row["value"] <= row["goal"] if row["better"] == "lower" else row["value"] >= row["goal"]
         assert reached or not row["met"]
         assert row["met"] == (reached and row["raw"].get("growth", 0) <= row["raw"].get("growth_goal", 0))
@@ -241,10 +254,74 @@ def test_a_quick_run_of_the_ring_compares_outputs_and_writes_every_row_and_pictu
     assert all(ET.parse(path) for path in tmp_path.glob("*.svg"))
 
 
+EVICTION_TRACES = ("mooncake_conversation_h1", "mooncake_synthetic_h1", "agentic_a", "longdoc_synth_s1")
+
+
+def test_a_quick_run_of_eviction_replays_every_trace_and_writes_every_row_table_and_picture(tmp_path):
+    ladder = [(100 * n, 600 * n, 9, n % 3, tuple(range(100 * (n % 5), 100 * (n % 5) + 40 + n))) for n in range(1, 30)]
+    for name in EVICTION_TRACES:
+        write_trace(tmp_path / f"{name}.jsonl.gz", ladder)
+    report = run("eviction.py", tmp_path / "eviction.json", "--quick", "--traces", tmp_path)
+    check_shape(report, EVICTION)
+    table = [json.loads(line) for line in (tmp_path / "eviction_table.jsonl").read_text().splitlines()]
+    assert len({(one["trace"], one["policy"], one["capacity"]) for one in table}) == len(table) == 4 * 4 * 4 + 3
+    drawn = {path.stem for path in tmp_path.glob("*.svg")}
+    assert drawn == {"eviction", *(f"eviction_{name}" for name in ("conv_h1", "syn_h1", "agent_a", "long_s1"))}
+    assert all(ET.parse(path) for path in tmp_path.glob("*.svg"))
+
+
+def test_eviction_without_its_traces_says_which_are_missing(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "eviction.py", "--traces", tmp_path, "--out", tmp_path / "x.json"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "agentic_a.jsonl.gz" in done.stderr
+    assert not (tmp_path / "x.json").exists()
+
+
+def grid_of(**saved):
+    """Every point of the table, by policy: what it saves."""
+    points = [(trace, capacity) for trace in ("conv_h1", "syn_h1", "agent_a", "long_s1") for capacity in CAPACITIES]
+    return {
+        (trace, policy, capacity): {"prefill_seconds_saved": value(trace, capacity) if callable(value) else value}
+        for policy, value in saved.items()
+        for trace, capacity in points
+    }
+
+
+CAPACITIES = ("1%", "5%", "10%", "20%")
+
+
+def test_the_rows_of_eviction_are_the_goals_arithmetic(modules):
+    rows = modules("eviction_rows")
+    grid = grid_of(lru=0.2, arc=0.25, belady=0.6, popularity=lambda trace, size: 0.4 if size == "1%" else 0.3)
+    gap = rows.gap_row(grid)
+    assert gap.value == pytest.approx((3 * 0.2 + 3 * 0.1) / (6 * 0.4))
+    assert gap.raw["agent_a 1% share"] == pytest.approx(0.5)
+    grid["syn_h1", "popularity", "20%"] = {"prefill_seconds_saved": 0.197}
+    assert rows.worst_row(grid).value == pytest.approx(-0.003)
+    assert not rows.worst_row(grid).met
+    grid["syn_h1", "popularity", "10%"] = {"prefill_seconds_saved": 0.248}
+    near = rows.hindsight_row(grid, ["lru", "arc"])
+    assert (near.value, near.met) == (15.0, True)
+    hits = [{"hit_tokens": 10**6 * n} for n in (40, 60, 80)]
+    assert rows.hbm_row("agent_a", *hits, 10**8).value == pytest.approx(40 / 60, abs=1e-4)
+
+
+def test_a_linear_axis_begins_at_nothing(modules):
+    curves = modules("curves")
+    up = curves.Axis("y", ticks=(0, 0.5, 1.0), linear=True)
+    assert [up.share(value, (0.2, 0.9)) for value in (0, 0.25, 1.0)] == [0.0, 0.25, 1.0]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_a_committed_result_has_the_same_shape(path):
     report = json.loads(path.read_text())
     names = {row["name"] for row in report["rows"]}
-    known = {"reattach": [REATTACH], "store": [STORE, STORE | LMCACHE], "ring": [RING, RING | GPU]}
+    known = {
+        "reattach": [REATTACH],
+        "store": [STORE, STORE | LMCACHE],
+        "ring": [RING, RING | GPU],
+        "eviction": [EVICTION],
+    }
     assert names in known[path.stem]
     check_shape(report, names)

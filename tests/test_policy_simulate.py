@@ -152,7 +152,7 @@ def test_people_see_a_table(tmp_path):
     assert "5 requests, 9 different blocks of 512 tokens" in shown
     assert "POLICY" in shown
     listed = run("ls").stdout
-    assert all(name in listed for name in POLICIES)
+    assert all(name in listed for name in (*POLICIES, "belady"))
 
 
 BAD = [
