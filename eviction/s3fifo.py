@@ -88,7 +88,9 @@ class S3FifoRanking(QueuedRanking):
         mean_bytes = self._mean_bytes()
         share_bytes = max(self._small_bytes, mean_bytes)
         self._outdone = self._beyond(coming, share_bytes)
-        self._small.resize(share_bytes - mean_bytes * len(coming))
+        # The paper asks before each insertion whether the small queue has reached its share, wherever that one goes.
+        room_bytes = mean_bytes * max(len(coming), min(1, len(missing)))
+        self._small.resize(share_bytes - room_bytes)
 
     def _renew(self, unit: UnitId) -> None:
         """A FIFO knows no age."""

@@ -10,7 +10,8 @@ from .use import UnitId
 
 ROWS: Final = 4
 COUNT_MAX: Final = 15
-SAMPLE_PER_COUNTER: Final = 2.5  # uses until all counts are halved: ten for each unit, at four counters a row each
+COUNTERS_PER_UNIT: Final = 4  # in each row
+SAMPLE_PER_UNIT: Final = 10  # uses until all counts are halved
 HALVES: Final = bytes(count // 2 for count in range(256))
 
 
@@ -24,12 +25,14 @@ class Sketch:
 
     def __init__(self) -> None:
         self._mask = 63
+        self._unit_count = 16
         self._rows = [bytearray(64) for _ in range(ROWS)]
         self._added = 0
 
     def widen(self, unit_count: int) -> None:
-        """At least four counters a row for each of so many units. No estimate changes."""
-        while self._mask + 1 < 4 * unit_count:
+        """Room for so many units. No estimate changes."""
+        self._unit_count = max(self._unit_count, unit_count)
+        while self._mask + 1 < COUNTERS_PER_UNIT * unit_count:
             self._rows = [row + row for row in self._rows]
             self._mask = 2 * self._mask + 1
 
@@ -43,7 +46,7 @@ class Sketch:
                 if row[counter] == count:
                     row[counter] = count + 1
         self._added += 1
-        if self._added >= SAMPLE_PER_COUNTER * (self._mask + 1):
+        if self._added >= SAMPLE_PER_UNIT * self._unit_count:
             self._rows = [row.translate(HALVES) for row in self._rows]
             self._added //= 2
 
