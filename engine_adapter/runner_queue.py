@@ -11,7 +11,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -175,6 +175,18 @@ class JobQueue:
                 for job in self._running[1:]:
                     self._waiting.remove(job)
             return list(self._running)
+
+    def give_back(self, jobs: Sequence[Job]) -> None:
+        """They could not be carried out together with the others: they are the next, unless nobody waits any more."""
+        with self._changed:
+            for job in jobs:
+                self._running.remove(job)
+            left = [job for job in jobs if not job.abandoned]
+            if self._refusal is not None:
+                for job in left:
+                    job.fail(self._refusal)
+                return
+            self._waiting.extendleft(reversed(left))
 
     def close(self, refusal: HoldfastError) -> None:
         """Refuse everything that waits, and everything that comes."""

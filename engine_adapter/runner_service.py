@@ -289,10 +289,13 @@ class RunnerService:
             replies = [error] * len(answers)
         except AbandonedError:
             return
+        crowded = [answer for answer, reply in zip(answers, replies, strict=True) if isinstance(reply, NoCapacity)]
+        if len(answers) > 1 and crowded:  # the others had the room, and have left it
+            self._queue.give_back([answer.job for answer in crowded if answer is not answers[0]])
+            if crowded[0] is answers[0]:  # it was the first to be attached: what it lacks is not the others' fault
+                self._ask([(answers[0].job, answers[0].request)])
         for answer, reply in zip(answers, replies, strict=True):
-            if isinstance(reply, NoCapacity) and len(answers) > 1:  # the others had the room, and have left it
-                self._ask([(answer.job, answer.request)])
-            else:
+            if len(answers) == 1 or answer not in crowded:
                 self._end(answer.job, partial(self._final, answer, reply))
 
     def _begun(self, job: Job, request: AskRequest) -> Answering:

@@ -70,6 +70,7 @@ class Attaches:
         self.lease_ns = lease_ns
         self.limit_bytes = limit_bytes
         self.open: dict[int, Attach] = {}
+        self.used: Callable[[DocumentId, str | None], None] = lambda _, __: None  # hears of each grant, and where
 
     def attach(
         self,
@@ -141,6 +142,8 @@ class Attaches:
         def answer(result: Attach | HoldfastError) -> None:
             if not attach.answered:
                 attach.answered = True
+                if isinstance(result, Attach):
+                    self.used(owner.id, group)
                 granted(result)
 
         def ended(error: HoldfastError | None) -> None:

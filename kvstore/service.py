@@ -86,6 +86,7 @@ class Service:
         lease_ns = int(config.limits.lease_seconds * NS)
         self.attaches = Attaches(self.loader, lease_ns, lambda name: config.tenant(name).ddr_lease_bytes)
         self.prefetching = Prefetching(self.loader)
+        self.attaches.used = self.prefetching.used
         self.upkeep = Upkeep(self.loader, self.ingests)
         self.keeping = Keeping(self.upkeep)
         self.measurements = Measurements(self.store)
@@ -340,7 +341,6 @@ class Service:
         attach = self.attaches.attach(client, document, fingerprint, group, layout, deadline_ns, granted, tokens)
         self.keeping.hit(document)
         self.writes.came_back(self.state.documents[document], "attached again")
-        self.prefetching.used(document, group)
         self._pump()
         return attach
 

@@ -664,3 +664,44 @@ def test_a_document_s_questions_are_taken_together_before_others():
     taken = [job.request.document for job in queue.take(0, lambda *_: True)]
     assert taken == ["a", "a", "a", "b", "c"]
     assert queue.foreseen() == ({}, {"a", "b", "c"})
+
+
+def test_documents_that_do_not_fit_together_are_answered_one_after_the_other_each_with_one_reattach(stage):
+    """Their questions wait again, and stay together; before, each was attached by itself."""
+    texts = {name: (name + TEXT) * 4 for name in "pqr"}  # about 900 of the group's 1200 tokens each
+    for name, text in texts.items():
+        stage.ingest(name, text, WritePolicy.THROUGH)
+    stage.engine.gate.clear()
+    stage.engine.reached.clear()
+    with ExitStack() as stack:
+        asking(stage, stack, "p")
+        assert stage.engine.reached.wait(20)
+        asked = {name: asking(stage, stack, name, 2) for name in "qr"}
+        until(lambda: stage.service.status().waiting == 4, "four questions wait")
+        stage.engine.gate.set()
+    for name, answers in asked.items():
+        assert [(a.reason, a.swap.document, a.swap.queries) for a in answers] == [("", f"default/{name}", 2)] * 2
+    assert stage.client().status().recomputed == 0
+
+
+def test_a_document_larger_than_the_group_does_not_keep_those_beside_it_waiting(stage):
+    """It is computed again, alone, and they are answered."""
+    stage.ingest("small", TEXT)
+    stage.engine.gate.clear()
+    stage.engine.reached.clear()
+    with ExitStack() as stack:
+        first = asking(stage, stack, "small")
+        assert stage.engine.reached.wait(20)
+        client = stack.enter_context(closing(Client(stage.daemon.socket)))
+        tokens = list(TEXT.encode()) * 6
+        fingerprint = client.register_spec(SPEC)
+        opened = client.begin_ingest("large", fingerprint, tokens, write_policy=WritePolicy.MEMORY)
+        client.commit_ingest(opened.ingest)
+        stage.texts.put("large", tokens, client.document("large").created_wall_ns)
+        alone = asking(stage, stack, "large")
+        until(lambda: stage.service.status().waiting == 1, "the large one waits first")
+        beside = asking(stage, stack, "small", 2)
+        until(lambda: stage.service.status().waiting == 3, "and the small ones behind it")
+        stage.engine.gate.set()
+    assert [answer.reason for answer in (*first, *beside)] == [""] * 3
+    assert [answer.reason for answer in alone] == ["no-capacity"]
