@@ -138,15 +138,15 @@ class Pin:
         """Whether its bytes count in a tier's budget: its floor, and those below, where it keeps copies."""
         return self.floor <= tier
 
-    def holder(self, wall_ns: int, tier: Tier) -> Holder:
-        """Who would have to let go."""
+    def holder(self, wall_ns: int, tier: Tier, size_bytes: int | None = None) -> Holder:
+        """Who would have to let go: of all bytes of the document, or of so many."""
         return Holder(
             kind=Kind.PIN,
             owner=self.owner,
             tenant=self.document.tenant,
             document=self.document.name,
             tier=tier.label,
-            size_bytes=self.size_bytes,
+            size_bytes=self.size_bytes if size_bytes is None else size_bytes,
             remaining_seconds=self.remaining_seconds(wall_ns),
         )
 

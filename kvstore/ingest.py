@@ -106,6 +106,7 @@ class Ingests:
                 self._end(ingest, error)
 
         ingest.reservation = Reservation(
+            document=ingest.document.id,
             demand=lambda: Demand(slots=slots_of(passage.window)),
             granted=lambda: self._granted(ingest, deadline_ns),
             refused=refused,

@@ -43,6 +43,7 @@ class Loader:
         """Hold what is there and queue for room. Raises DocumentIncomplete or NoCapacity, holding nothing."""
         self._refuse(loading)
         loading.reservation = Reservation(
+            document=loading.document,
             demand=lambda: self._demand(loading),
             granted=lambda: self._granted(loading),
             refused=lambda error: self._refused(loading, error),
@@ -274,6 +275,7 @@ class Loader:
             self._enter(loading)
 
         loading.reservation = Reservation(
+            document=loading.document,
             demand=demand,
             granted=granted,
             refused=lambda error: self._refused(loading, error),

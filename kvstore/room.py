@@ -1,25 +1,30 @@
 """Room: who waits for space, and who leaves for them.
 
 Reservations are granted in order, all of a demand at once or not at all. A demand that no set of victims can meet is
-refused at once, with the holders named; nothing waits without a deadline, and the queue has a limit.
+refused at once, with the holders named, and so is one that only a lease, a pin or an open ingest could make possible
+by its end, whatever else moves (see claimed); nothing waits without a deadline, and the queue has a limit.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
+from typing import Protocol
 
 from .demand import Demand
-from .errors import DeadlineExceeded, HoldfastError, NoCapacity
+from .document import DocumentId
+from .errors import DeadlineExceeded, HoldfastError, InUse, NoCapacity
 from .geometry import extent_geometry
+from .holders import Holder
 from .ledger import Hop
 from .orders import Outcome, Part, SaveShard, Seal
 from .placing import drain, place
 from .planner import Victim
 from .residency import Event, Placement, State, Tier
-from .state import DDR, ExtentRecord, Shard
+from .slots import SlotClass
+from .state import ExtentRecord, Shard
 from .store import Store
 from .writes import Writes
 
@@ -28,9 +33,10 @@ from .writes import Writes
 class Reservation:
     """Somebody waits for `demand()`, asked afresh at each try because the state moves on meanwhile.
 
-    None says "not yet, and not for lack of room": others go first.
+    None says "not yet, and not for lack of room": others go first. `document` is what it is for.
     """
 
+    document: DocumentId
     demand: Callable[[], Demand | None]
     granted: Callable[[], None]
     refused: Callable[[HoldfastError], None]
@@ -45,8 +51,34 @@ class Cleared(Enum):
     REFUSED = auto()
 
 
+class Judge(Protocol):
+    """Knows who claims what, and so whether waiting could help (see claimed)."""
+
+    def is_hopeless(self, demand: Demand) -> bool:
+        """Whether the demand cannot be met before somebody lets go."""
+        ...
+
+    def is_hopeless_on_nvme(self, wanted: Mapping[SlotClass, int]) -> bool:
+        """The same of slots on NVMe."""
+        ...
+
+    def refusal(self, demand: Demand) -> NoCapacity:
+        """What to tell whoever cannot have this."""
+        ...
+
+    def holders(self, tier: Tier, group: str | None = None) -> tuple[Holder, ...]:
+        """Who keeps bytes of a tier."""
+        ...
+
+    def of(self, document: DocumentId) -> tuple[Holder, ...]:
+        """Who uses or writes a document."""
+        ...
+
+
 class Room:
-    """Grants reservations and carries out verdicts through the store."""
+    """Grants reservations and carries out verdicts through the store. `judge` is there before the first request."""
+
+    judge: Judge
 
     def __init__(self, store: Store, writes: Writes, limit: int) -> None:
         self.store = store
@@ -82,6 +114,30 @@ class Room:
             if not self._try(reservation):
                 break
         self.writes.pump()
+        self._refuse_stuck()
+
+    def _refuse_stuck(self) -> None:
+        """While nothing moves, who still waits could only wait for somebody to let go: it is told who.
+
+        Clients of an earlier daemon are waited for: they come back and say what they hold, or end.
+        """
+        if self.store.orders_in_flight or self.store.records.ddr.fenced_bytes:
+            return
+        for reservation in list(self._waiting):
+            if reservation in self._waiting:
+                self._waiting.remove(reservation)
+                reservation.refused(self._why(reservation))
+
+    def _why(self, reservation: Reservation) -> HoldfastError:
+        try:
+            demand = reservation.demand()
+        except HoldfastError as error:
+            return error
+        if demand is not None:
+            return self.judge.refusal(demand)
+        holders = self.judge.of(reservation.document)
+        by = ", ".join(map(str, holders)) or "a move that has ended"
+        return InUse(f"{reservation.document} cannot be moved while others fill or use it: {by}; try again", holders)
 
     def _try(self, reservation: Reservation) -> bool:
         """Grant, refuse or pass over one reservation; False when those behind it have to wait for it."""
@@ -106,12 +162,12 @@ class Room:
                         self._waiting.remove(reservation)
                         reservation.refused(over)
                     return True  # it may wait for copies of its own, but nobody behind it does
-                if self.store.orders_in_flight:
+                if self.store.orders_in_flight and not self.judge.is_hopeless(demand):
                     return False  # what is being moved may leave when its move has ended
                 if self.store.records.ddr.fenced_bytes:
                     return True  # clients of the last daemon may come back, or end; nobody waits behind this one
                 self._waiting.remove(reservation)
-                reservation.refused(NoCapacity(self._holders(demand)))
+                reservation.refused(self.judge.refusal(demand))
                 return True
             self.execute(victims, "pressure")
         if not planner.fits(demand):
@@ -140,23 +196,8 @@ class Room:
         """Refuse who has waited past the deadline."""
         while (reservation := next((r for r in self._waiting if r.deadline_ns <= now_ns), None)) is not None:
             self._waiting.remove(reservation)
-            fenced_bytes = self.store.records.ddr.fenced_bytes
-            fences = f"; {fenced_bytes} B of DDR are kept for clients of an earlier daemon" if fenced_bytes else ""
-            reservation.refused(DeadlineExceeded(f"no room was freed before the deadline{fences}"))
-
-    def _holders(self, demand: Demand) -> str:
-        records = self.store.records
-        leases = sorted({str(lease.document) for lease in records.leases.values()})
-        pins = [str(pin.document) for pin in records.pins.all()]
-        filling = sum(copy.size_bytes for copies in records.private.values() for copy in copies if copy.device == DDR)
-        wanted = sum(kind.slot_bytes * count for kind, count in demand.slots.items())
-        rows = f" and {max(demand.rows)} rows per rank in group {demand.group}" if demand.rows else ""
-        return (
-            f"{wanted} B of DDR{rows} are needed and cannot be freed "
-            f"(DDR {records.ddr.used_bytes} of {records.ddr.capacity_bytes} B used); "
-            f"leased: {', '.join(leases[:5]) or 'none'}; pinned: {', '.join(pins[:5]) or 'none'}; "
-            f"being filled by ingests: {filling} B"
-        )
+            why = self._why(reservation)
+            reservation.refused(DeadlineExceeded(f"no room was freed before the deadline: {why.message}", why.holders))
 
     # Verdicts ----------------------------------------------------------------------------------
 

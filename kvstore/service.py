@@ -18,6 +18,7 @@ from ..eviction.policy import POLICIES
 from .adoption import Adoption
 from .attach import Attach, Attaches, checked_layout
 from .awaiting import Awaiting, Waiter
+from .claimed import Claimed
 from .claims import Pin, PinKind, Pins, PinSelection, Refresh
 from .clock import Clock
 from .config import Config
@@ -87,6 +88,7 @@ class Service:
         self.attaches = Attaches(self.loader, lease_ns, lambda name: config.tenant(name).ddr_lease_bytes)
         self.prefetching = Prefetching(self.loader)
         self.attaches.used = self.prefetching.used
+        self.room.judge = Claimed(self.state, clock, self.attaches.open, self.ingests.open)
         self.upkeep = Upkeep(self.loader, self.ingests)
         self.keeping = Keeping(self.upkeep)
         self.measurements = Measurements(self.store)

@@ -15,6 +15,7 @@ from .ledger import Hop
 from .orders import Outcome, Urgency, WriteOut
 from .residency import Placement, Tier
 from .room import Room
+from .slots import SlotClass
 from .store import Store
 from .wear import count_wear
 
@@ -66,10 +67,12 @@ class Spill:
                 continue
             victims = self.store.planner.make_nvme_room([spilling.extent])
             if victims is None:
-                if self.store.orders_in_flight:
+                wanted = {SlotClass("", spilling.extent.slot_bytes): 1}
+                if self.store.orders_in_flight and not self.room.judge.is_hopeless_on_nvme(wanted):
                     return  # what is being moved may leave when its move has ended
                 self._waiting.popleft()
-                full = NoCapacity("NVMe is full of leased or pinned extents, and of other open ingests")
+                holders = self.room.judge.holders(Tier.NVME)
+                full = NoCapacity(f"NVMe is full of what has to stay: {', '.join(map(str, holders))}", holders)
                 extent = spilling.extent
                 over = self.store.planner.tenancy.refusal(Tier.NVME, extent.tenant, extent.slot_bytes)
                 spilling.done(over or full)

@@ -80,8 +80,8 @@ class Tenancy:
         return self.state.usage.used(tier, tenant) - left_bytes + wanted_bytes <= maximum_bytes
 
     def leaving(self, tier: Tier) -> list[Placement]:
-        """Copies that give their room back without anybody's doing."""
-        leaving = [copy for copy in self.state.leaving if copy.tier is tier]
+        """Copies that give their room back without anybody's doing; not what is lost and held: a lease may hold it."""
+        leaving = [c for c in self.state.leaving if c.tier is tier and not (c.holds and c.state is Phase.LOST)]
         if tier is Tier.DDR:
             leaving += [copy for copy in self.state.draining.values() if copy.state is Phase.DRAINING]
         return leaving

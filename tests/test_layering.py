@@ -129,6 +129,7 @@ FLOOR_OF = {
     "admin": "edges",
     "check_view": "edges",
     "checks": "edges",
+    "claimed": "service",
     "claim_messages": "edges",
     "claim_requests": "edges",
     "claim_routes": "edges",
