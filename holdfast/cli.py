@@ -29,6 +29,7 @@ from .cli_session import (
     session_of,
     split,
 )
+from .cli_trace import trace_app
 from .kvstore.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ doc_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Documen
 app.add_typer(config_app, name="config")
 app.add_typer(doc_app, name="doc")
 app.add_typer(policy_app, name="policy")
+app.add_typer(trace_app, name="trace")
 app.command()(calibrate)
 app.command()(runner)
 app.command()(ingest)

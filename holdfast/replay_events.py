@@ -15,51 +15,28 @@ resident block followed it.
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Final, Self
-
-import msgspec
+from typing import Any
 
 from .eviction.cache import Unit
 from .eviction.replay import Step
-from .kvstore.errors import InvalidRequest
+from .json_lines import JsonLines
 from .traces import blocks_of, stem
 
-LEVEL: Final = 3  # of gzip: a third slower than the replay at 9
 
-
-class EventsFile:
-    """Written while a replay runs; complete when closed."""
+class EventsFile(JsonLines):
+    """Written while a replay runs."""
 
     def __init__(self, path: Path, heading: dict[str, Any]) -> None:
         """Raises InvalidRequest when the file cannot be made."""
-        self.path = path
+        super().__init__(path)
         self._block_tokens: int = heading["block_tokens"]
-        self._encoder = msgspec.json.Encoder()
-        try:
-            self._raw = path.open("wb")
-        except OSError as error:
-            raise InvalidRequest(f"cannot write {path} ({error.strerror}); name another file") from error
-        self._file: IO[bytes] | gzip.GzipFile = self._raw
-        if path.suffix == ".gz":  # without name and time, so that equal replays are equal files
-            self._file = gzip.GzipFile(filename="", mode="wb", compresslevel=LEVEL, fileobj=self._raw, mtime=0)
-        self._write(heading)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._raw.close()
+        self.write(heading)
 
     def saw(self, number: int, hit_tokens: int, step: Step) -> None:
         """One request."""
-        self._write(
+        self.write(
             {
                 "request": number,
                 "hit_blocks": step.hit_units,
@@ -71,9 +48,6 @@ class EventsFile:
 
     def _names(self, units: Iterable[Unit]) -> list[tuple[int, int]]:
         return [blocks_of(unit.id, unit.stop_tokens, self._block_tokens) for unit in units]
-
-    def _write(self, record: dict[str, Any]) -> None:
-        self._file.write(self._encoder.encode(record) + b"\n")
 
 
 def events_path(path: Path, trace_stem: str, policy: str, capacity: str) -> Path:

@@ -152,6 +152,17 @@ def expand(runs: Sequence[int], where: str) -> list[int]:
     return blocks
 
 
+def runs_of(blocks: Sequence[int]) -> list[int]:
+    """The shortest (start, length) pairs that `expand` makes these of."""
+    runs: list[int] = []
+    for block in blocks:
+        if runs and runs[-2] + runs[-1] == block:
+            runs[-1] += 1
+        else:
+            runs += (block, 1)
+    return runs
+
+
 def joined(blocks: Sequence[int], join: int) -> tuple[UnitId, ...]:
     """Units of `join` blocks each, named by their last; what remains is named apart."""
     full = len(blocks) // join * join

@@ -24,6 +24,7 @@ from .hint_admin import HintRoutes
 from .metrics import Metrics
 from .planner import Victim
 from .problems import Done, body, ended, problems, query, reply, told
+from .recent_admin import RecentRoutes
 from .residency import Tier
 from .service import NS, Service
 from .state import Backend, Group, hbm_device
@@ -379,5 +380,5 @@ def make_app(service: Service, ready: Callable[[], str | None], backing: str) ->
     admin = Admin(service, ready, backing)
     for more in (ClaimRoutes(service, admin.must_be_ready), HintRoutes(service, admin.must_be_ready)):
         app.add_routes(more.routes())
-    app.add_routes(admin.routes() + Calibrations(service).routes())
+    app.add_routes(admin.routes() + Calibrations(service).routes() + RecentRoutes(service).routes())
     return app

@@ -20,7 +20,7 @@ from .orders import Urgency
 from .residency import Placement, Tier
 from .residency import State as Residency
 from .state import ShardKey, State
-from .uses import Chains
+from .uses import Attached
 
 Waiting = Callable[[int | HoldfastError], None]
 
@@ -29,7 +29,7 @@ Waiting = Callable[[int | HoldfastError], None]
 class Attach:
     """A lease, its loading, and who waits for its layers. `answered`: its holder knows the lease, or its refusal.
 
-    `owner` is the version of the document that is leased: it may have grown since. `chains` are what it uses.
+    `owner` is the version of the document that is leased: it may have grown since. `used` is how its use was told.
     """
 
     owner: Document
@@ -37,7 +37,7 @@ class Attach:
     loading: Loading
     waiting: list[tuple[int, Waiting]] = field(default_factory=list)
     answered: bool = False
-    chains: Chains = ()
+    used: Attached | None = None
 
 
 def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int, layout: Layout | None) -> Layout:
@@ -124,7 +124,7 @@ class Attaches:
         elif group is not None or not self._is_here(attach.loading):
             self.loader.start(attach.loading, deadline_ns)
             attach.loading.swap.predicted_ns = self.loader.predicted_ns(attach.loading)
-        attach.chains = self.uses.attached(self.state.documents[document], attach.loading.records)
+        attach.used = self.uses.attached(self.state.documents[document], attach.loading.records)
         self.open[lease.id] = attach
         self.state.leases[lease.id] = lease
         self.state.ledger.swaps.append(attach.loading.swap)
@@ -255,7 +255,10 @@ class Attaches:
 
     def report(self, client: int, lease_id: int, seen: Seen) -> SwapRecord:
         """What the engine saw of an attach, added to its swap record, which is returned."""
-        swap = self.claim(client, lease_id).loading.swap
+        attach = self.claim(client, lease_id)
+        if attach.used is not None:
+            self.uses.reported(attach.used, seen)
+        swap = attach.loading.swap
         self.state.ledger.reported(swap, seen)
         return swap
 
@@ -266,7 +269,8 @@ class Attaches:
     def end(self, attach: Attach) -> None:
         """End a lease; its copies stay where they are until eviction wants their room."""
         self._forget(attach)
-        self.uses.released(attach.chains)
+        if attach.used is not None:
+            self.uses.released(attach.used)
         self.loader.release(attach.loading)
         for _, done in attach.waiting:
             done(ClaimNotFound(f"lease {attach.lease.id} ended"))

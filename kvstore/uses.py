@@ -3,58 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..eviction.policy import Policy
 from ..eviction.use import Use
 from .clock import Clock
 from .document import Document
 from .extent import ExtentId
+from .ledger import Seen
+from .recent import RecentUse, RecentUses
 from .state import DocumentRecord, ExtentRecord, State
 
 Chains = tuple[tuple[ExtentId, ...], ...]
 """One a layer group, each in document order."""
 
 
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A use that goes on: what the policy was told of it, and how it is remembered."""
+
+    chains: Chains
+    recent: RecentUse
+
+
 class Uses:
-    """Tells the policy, and counts on the document's record."""
+    """Tells the policy, counts on the document's record, and remembers the newest for `holdfast trace record`."""
 
     def __init__(self, state: State, policy: Policy, clock: Clock) -> None:
         self._state = state
         self._policy = policy
         self._clock = clock
+        self.recent = RecentUses(clock.wall_ns())
 
     def published(self, document: Document) -> None:
         """Publishing is a use of the whole document. Told before its copies are there for others."""
-        self._used(document, _split(document.extents, self._groups(document)), document.token_count)
+        chains = _split(document.extents, self._groups(document))
+        self._used(document, chains, document.token_count)
+        self._remember(document, chains[0], len(chains[0]), document.token_count)
 
-    def attached(self, owner: DocumentRecord, records: Sequence[ExtentRecord]) -> Chains:
-        """A use of these extents of it, which are all or a range; `released` wants to have back what this returns."""
+    def attached(self, owner: DocumentRecord, records: Sequence[ExtentRecord]) -> Attached:
+        """A use of these extents of it, which are all or a range; `released` wants to have back what this returns.
+
+        It is remembered as a use of all that is in front of them too.
+        """
         groups = self._groups(owner.document)
         if not owner.chains:
             owner.chains = _split(owner.document.extents, groups)
-        chains = owner.chains
+        whole = chains = owner.chains
+        last = records[len(records) // groups - 1].extent
         if len(records) < len(owner.document.extents):
             chains = _split(tuple(record.extent.id for record in records), groups)
         self._used(owner.document, chains, sum(record.extent.valid_tokens for record in records) // groups)
         self.count(owner)
-        return chains
+        count = -(-last.stop // self._extent_tokens(owner.document))
+        recent = self._remember(owner.document, whole[0], count, last.stop)
+        recent.is_open = True
+        return Attached(chains, recent)
 
     def count(self, owner: DocumentRecord) -> None:
         """For people: one more use of a document."""
         owner.use_count += 1
         owner.last_use_ns = self._clock.monotonic_ns()
 
-    def released(self, chains: Chains) -> None:
+    def reported(self, attached: Attached, seen: Seen) -> None:
+        """An engine tells what it answered."""
+        attached.recent.answer_tokens += seen.answer_tokens
+
+    def released(self, attached: Attached) -> None:
         """The lease of an attach has ended."""
-        for chain in chains:
+        attached.recent.is_open = False
+        for chain in attached.chains:
             self._policy.released(chain, self._clock.monotonic_ns())
+
+    def _remember(self, document: Document, chain: Sequence[ExtentId], count: int, token_count: int) -> RecentUse:
+        now_ns, extent_tokens = self._clock.monotonic_ns(), self._extent_tokens(document)
+        return self.recent.add(now_ns, document.id, chain, count, extent_tokens, token_count)
+
+    def _extent_tokens(self, document: Document) -> int:
+        return self._state.specs[document.fingerprint].extent_tokens
 
     def _groups(self, document: Document) -> int:
         return len(self._state.specs[document.fingerprint].groups)
 
     def _used(self, document: Document, chains: Chains, token_count: int) -> None:
         now_ns = self._clock.monotonic_ns()
-        unit_tokens = self._state.specs[document.fingerprint].extent_tokens
+        unit_tokens = self._extent_tokens(document)
         session = str(document.id)
         for chain in chains:
             use = Use(chain=chain, token_count=token_count, unit_tokens=unit_tokens, now_ns=now_ns, session=session)

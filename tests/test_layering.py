@@ -79,6 +79,7 @@ FLOOR_OF = {
     "transfers": "rules",
     "upcoming": "rules",
     "uses": "rules",
+    "recent": "rules",
     "hints": "rules",
     "arena": "effects",
     "backing": "effects",
@@ -143,6 +144,7 @@ FLOOR_OF = {
     "handout": "edges",
     "inheritance": "edges",
     "hint_admin": "edges",
+    "recent_admin": "edges",
     "hint_views": "edges",
     "hint_wire": "edges",
     "message": "edges",
@@ -164,6 +166,7 @@ THIRD_PARTY = {
     "aiohttp": (
         "kvstore/admin.py",
         "kvstore/hint_admin.py",
+        "kvstore/recent_admin.py",
         "kvstore/checks.py",
         "kvstore/calibrations.py",
         "kvstore/claim_routes.py",
