@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from holdfast.kvstore.errors import Unavailable
+from holdfast.kvstore.errors import InvalidRequest, Unavailable
 from typer.testing import CliRunner
 
 from daemon_process import DaemonProcess, fetch, put
@@ -49,6 +49,23 @@ def test_what_a_daemon_was_asked_replays_and_names_nothing(tmp_path):
     found = json.loads(run(*simulate, "--json").stdout)
     judge(out, events, found)
     assert found["token_hit_ratio"] == pytest.approx((1100 + 96 + 1100) / sum(line["in"] for line in lines))
+
+
+def test_the_daemon_hands_out_uses_from_a_cursor_on():
+    with DaemonProcess() as daemon:
+        client = daemon.start().client()
+        put(client, "a", 96)
+        rest = daemon.rest()
+        now = rest.get("/v1/uses")
+        assert (now["uses"], now["next_cursor"], now["newest"], now["lost"]) == ([], 1, 1, 0)
+        fetch(client, "a")
+        page = rest.get("/v1/uses", {"cursor": "1"})
+        (found,) = page["uses"]
+        assert (found["number"], found["document"], found["token_count"], found["open"]) == (1, "default/a", 96, False)
+        assert page["life"] == now["life"]
+        assert rest.get("/v1/uses", {"cursor": "99"})["next_cursor"] == 2
+        with pytest.raises(InvalidRequest):
+            rest.get("/v1/uses", {"cursor": "-1"})
 
 
 class Scripted:

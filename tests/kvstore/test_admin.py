@@ -43,6 +43,7 @@ ROUTES = {
     "GET /v1/status",
     "GET /v1/swaps",
     "GET /v1/tiers",
+    "GET /v1/uses",
     "GET /v1/version",
 }
 
