@@ -121,6 +121,7 @@ class Attaches:
         if begun is not None:
             theirs, attach.loading = attach.loading, begun
             begun.pass_to(theirs)
+            self.loader.reads.hasten(begun.records)
         elif group is not None or not self._is_here(attach.loading):
             self.loader.start(attach.loading, deadline_ns)
             attach.loading.swap.predicted_ns = self.loader.predicted_ns(attach.loading)

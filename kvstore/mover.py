@@ -21,7 +21,7 @@ from .clock import Clock
 from .errors import CorruptExtent, Draining, HoldfastError, StorageFailed
 from .extent import ExtentId
 from .geometry import Geometry
-from .orders import MoverOrder, Outcome, ReadIn, RetireSlab, Scrub, Seal, Urgency, Verify, Write, WriteOut
+from .orders import Hasten, MoverOrder, Outcome, ReadIn, RetireSlab, Scrub, Seal, Urgency, Verify, Write, WriteOut
 from .seal import CHECKSUM_BYTES, seal_planes
 from .segments import Segments
 from .transfers import Transfers
@@ -155,6 +155,9 @@ class Mover:
                     starts = range(0, size_bytes, WRITE_BYTES) or range(1)
                     pieces = [_Piece(job, (), start, min(start + WRITE_BYTES, size_bytes)) for start in starts]
                     self._push(order.urgency, pieces)
+                case Hasten(reads=reads):
+                    count = self._transfers.hasten(lambda piece: getattr(piece.job.order, "id", None) in reads)
+                    self._piece_came.notify(count)
                 case ReadIn(target=target, geometry=geometry):
                     assert geometry.size_bytes <= min(order.source.size_bytes, target.size_bytes), order
                     job = _Job(order, now_ns, target.slab)

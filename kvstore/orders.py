@@ -72,6 +72,13 @@ class ReadIn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hasten:
+    """Somebody waits for these reads by now: what is left of them goes with those of attaches. Never answered."""
+
+    reads: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WriteOut:
     """DDR slot to NVMe slot; finished means synced as far as fdatasync goes."""
 
@@ -288,7 +295,7 @@ class Note:
     records: tuple[Record, ...]
 
 
-MoverOrder = Seal | Verify | ReadIn | WriteOut | Scrub | RetireSlab | Write
+MoverOrder = Seal | Verify | ReadIn | Hasten | WriteOut | Scrub | RetireSlab | Write
 RankOrder = OpenShard | LoadShard | SaveShard | CloseShard
 Order = MoverOrder | RankOrder | Note
 

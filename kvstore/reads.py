@@ -5,14 +5,14 @@ A copy that an earlier daemon left in DDR is waited for in the same way, until i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .errors import HoldfastError
 from .extent import ExtentId
 from .geometry import Geometry, extent_geometry
 from .ledger import Hop, HopTime
 from .loading import Loading, unreadable
-from .orders import Outcome, ReadIn, Urgency
+from .orders import Hasten, Outcome, ReadIn, Urgency
 from .placing import place
 from .residency import Placement, Tier
 from .state import ExtentRecord
@@ -36,6 +36,7 @@ class Reads:
         self.unverified: dict[ExtentId, Callable[[], None]] = {}
         self._arrived = arrived
         self._failed = failed
+        self._unhurried: dict[ExtentId, int] = {}  # reads that nobody waited for when they were ordered
 
     def geometry(self, record: ExtentRecord) -> Geometry:
         """Canonical geometry of an extent."""
@@ -50,8 +51,17 @@ class Reads:
         verify_now = self.unverified.get(record.extent.id)
         loading.came_from(Tier.NVME if verify_now is None else Tier.DDR, record)
         self.waiting.setdefault(record.extent.id, []).append(loading)
-        if verify_now is not None and loading.urgency is Urgency.ATTACH:
-            verify_now()
+        if loading.urgency is Urgency.ATTACH:
+            if verify_now is not None:
+                verify_now()
+            self.hasten([record])
+
+    def hasten(self, records: Iterable[ExtentRecord]) -> None:
+        """Somebody waits for these by now, if they are being read."""
+        found = [self._unhurried.pop(record.extent.id, None) for record in records]
+        reads = frozenset(number for number in found if number is not None)
+        if reads:
+            self.store.submit(Hasten(reads=reads))
 
     def start(self, record: ExtentRecord, source: Placement, urgency: Urgency) -> None:
         """Read an NVMe copy into a DDR slot, which there has to be."""
@@ -75,6 +85,8 @@ class Reads:
             geometry=self.geometry(record),
             urgency=urgency,
         )
+        if urgency is not Urgency.ATTACH:
+            self._unhurried[order.extent] = order.id
         self.store.submit(order, lambda outcome: self._done(record, source, target, outcome, started_ns))
         self.store.watch(order.id, lambda layers: self._has_layers(record, target, layers))
 
@@ -89,6 +101,7 @@ class Reads:
         self, record: ExtentRecord, source: Placement, target: Placement, outcome: Outcome, started_ns: int
     ) -> None:
         waiting = self.waiting.pop(record.extent.id, [])
+        self._unhurried.pop(record.extent.id, None)
         if outcome.error is not None:
             self.store.distrust(record, source, outcome.error)
             self.store.unhold(source)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
+from collections.abc import Callable
 from typing import Final, Generic, TypeVar
 
 from .orders import Urgency
@@ -39,6 +40,19 @@ class Transfers(Generic[T]):
         """Let a piece wait; lower places go first within its class."""
         self._sequence += 1
         heapq.heappush(self._waiting[urgency], (place, self._sequence, piece))
+
+    def hasten(self, wanted: Callable[[T], bool]) -> int:
+        """Let the wanted pieces wait with those of attaches; returns how many those are that did not."""
+        count = 0
+        for urgency in [urgency for urgency in Urgency if urgency is not Urgency.ATTACH]:
+            found = [item for item in self._waiting[urgency] if wanted(item[2])]
+            if found:
+                self._waiting[urgency] = [item for item in self._waiting[urgency] if not wanted(item[2])]
+                heapq.heapify(self._waiting[urgency])
+            for item in found:
+                heapq.heappush(self._waiting[Urgency.ATTACH], item)
+            count += len(found)
+        return count
 
     def pop(self) -> tuple[Urgency, T] | None:
         """The piece whose turn it is, with its class; `done` must follow. None when there is none."""

@@ -20,6 +20,7 @@ from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import HoldfastError
 from holdfast.kvstore.orders import (
     CloseShard,
+    Hasten,
     Note,
     OpenShard,
     Order,
@@ -51,11 +52,15 @@ class ManualEffects:
     def __init__(self, submitted: Callable[[], None] = lambda: None) -> None:
         self.orders: list[Order] = []
         self.notes: list[Record] = []
+        self.hastened: set[int] = set()
         self.submitted = submitted
 
     def submit(self, order: Order) -> None:
         if isinstance(order, Note):
             self.notes += order.records  # never answered, and never in the way
+            return
+        if isinstance(order, Hasten):
+            self.hastened |= order.reads  # the same
             return
         self.orders.append(order)
         self.submitted()

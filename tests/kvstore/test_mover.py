@@ -21,6 +21,7 @@ from holdfast.kvstore.geometry import Geometry
 from holdfast.kvstore.mover import COMMIT_WRITES_MAX, Mover, _cut
 from holdfast.kvstore.orders import (
     DropDocument,
+    Hasten,
     PutDocument,
     PutExtent,
     ReadIn,
@@ -542,6 +543,29 @@ def test_who_waits_goes_first(house):
     assert [event[1] for event in heard.events if event[0] == "finished"] == [5, 1, 999, 4, 2, 3], (
         "what was under way is synced when no attach waits any more"
     )
+
+
+def test_a_read_that_is_waited_for_by_now_goes_before_others(house):
+    mover, heard = house.mover(threads=1), house.heard
+    datas = [house.stored(number)[0] for number in range(2)]
+    reads = [
+        house.read_in(
+            1 + number,
+            Slot(0, number * SLOT_BYTES, SLOT_BYTES),
+            Slot(1, number * SLOT_BYTES, SLOT_BYTES),
+            data,
+            Urgency.PREFETCH,
+        )
+        for number, data in enumerate(datas)
+    ]
+    house.blocked(mover)
+    for read in reads:
+        mover.submit(read)
+    mover.submit(Hasten(reads=frozenset({2, 77})))
+    house.io.gate.set()
+    for order_id in (1, 2):
+        assert heard.outcome(order_id).error is None
+    assert [event[1] for event in heard.events if event[0] == "finished" and event[1] in (1, 2)] == [2, 1]
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -247,6 +247,18 @@ def test_a_document_that_leaves_before_its_queries_come_was_brought_for_nothing(
     assert stage.counts["prefetched_unused"] == 1
 
 
+def test_an_attach_to_ddr_waits_for_the_reads_of_a_hint_and_hastens_them():
+    stage = Stage("a")
+    stage.hint("a")
+    first, second = stage.pending(ReadIn)
+    stage.end(first)
+    heard = stage.attach(stage.documents["a"])
+    assert stage.effects.hastened == {second.id}
+    assert stage.pending(ReadIn) == [second]
+    stage.settle()
+    assert heard[0].loading.layers == 2
+
+
 # Groups ------------------------------------------------------------------------------------------
 
 
@@ -287,7 +299,7 @@ def test_an_attach_goes_on_with_the_moves_of_a_hint():
     assert [attach.loading.group for attach in heard] == ["g"]
     assert hint.state is HintState.USED
     assert "moving" in hint.reason
-    assert len(stage.pending(ReadIn)) == 1
+    assert {order.id for order in stage.pending(ReadIn)} == stage.effects.hastened
     ready = []
     stage.service.wait_layers(CLIENT, heard[0].lease.id, 1, ready.append)
     assert not ready

@@ -136,3 +136,14 @@ def test_nothing_is_lost(workers, steps):
         elif step == "done" and running:
             transfers.done(running.pop(place % len(running)))
     assert len(transfers) == len(waiting)
+
+
+def test_what_somebody_waits_for_by_now_goes_with_attaches_in_its_place():
+    transfers = Transfers(1)
+    for place, piece in enumerate("abcd"):
+        transfers.push(PREFETCH, place, piece)
+    transfers.push(DEMOTE, 0, "demoted")
+    transfers.push(ATTACH, 2, "attached")
+    assert transfers.hasten(lambda piece: piece in "bd") == 2
+    assert transfers.hasten(lambda piece: piece in "bd") == 0
+    assert taken(transfers, 6) == ["b", "attached", "d", "demoted", "a", "c"]
