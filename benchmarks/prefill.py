@@ -39,13 +39,13 @@ def recompute(client: Client, directory: Path, sock: Path, token_count: int, rou
             session.ingest("long", rng.integers(0, 256, token_count).tolist())
             times["prefill"].append(group.seconds)
             before = session.ask("long", [1, 2, 3], 4)
-            client.evict("long", "ddr")
+            client.free("long", "nvme")
             started = time.perf_counter()
             with session.attached("long") as attached:
                 client.wait_layers(attached.lease, len(stage.spec.groups[0].layers))
                 times["reattach"].append(time.perf_counter() - started)
             after = session.ask("long", [1, 2, 3], 4)
             assert np.abs(after.answer.logits - before.answer.logits).max() <= 1e-4, "reattached KV answers differently"
-            client.evict("long", "ddr")
+            client.free("long", "nvme")
             client.delete("long")
     return times

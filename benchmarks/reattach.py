@@ -265,7 +265,7 @@ class Bench:
         chunk = min(RAW_CHUNK_BYTES, self.slot)
         written, bare = in_turn(
             ours_first,
-            lambda: timed(lambda: self.client.evict("doc", "ddr"))[0],
+            lambda: timed(lambda: self.client.free("doc", "nvme"))[0],
             lambda: timed(lambda: write_all(self.pool, self.raw_file, memoryview(memory), chunk))[0],
         )
         self.add("write", written)
@@ -302,7 +302,7 @@ class Bench:
 
     def loop_lag(self) -> None:
         """Round trips of a tiny request on another connection, idle and while the document is read from NVMe."""
-        self.client.evict("doc", "ddr")
+        self.client.free("doc", "nvme")
         stop = threading.Event()
         self.ping("ping_idle", lambda count: count == 200)
 

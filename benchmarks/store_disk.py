@@ -55,7 +55,7 @@ class Reads:
 
     def round(self, number: int, name: str, source: Source, pieces: list[Piece], views: list[memoryview]) -> None:
         def ours() -> None:
-            self.stage.store.evict("read")
+            self.stage.store.free("read")
             started = time.perf_counter()
             with self.stage.store.attach("read") as attachment:
                 layers = attachment.layers()
@@ -151,9 +151,9 @@ class Writes:
 
         alternate(number, lambda: self.samples.timed(kind, persist), bare)
         os.close(descriptor)
-        self.stage.store.evict(name)  # so that what is checked comes from NVMe
+        self.stage.store.free(name)  # so that what is checked comes from NVMe
         self.stage.check(name, self.source)
-        self.stage.store.evict(name)
+        self.stage.store.free(name)
 
     def rows(self) -> list[Row]:
         s = self.samples
@@ -205,7 +205,7 @@ class Storm:
         self.stage.forget(*names)
 
     def attach(self, name: str) -> float:
-        self.stage.store.evict("small")
+        self.stage.store.free("small")
         started = time.perf_counter()
         with self.stage.store.attach("small") as attachment:
             for _ in attachment.layers():

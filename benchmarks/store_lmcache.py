@@ -116,10 +116,10 @@ class Versus:
             self.load("retrieve", name, self.threads)
             self.load("retrieve_1", name, 1)
             self.order("retrieve_in_order", name)
-            self.stage.store.evict(name)
+            self.stage.store.free(name)
             drop_cache(self.stage.segments)
             self.load("load", name, self.threads)
-            self.stage.store.evict(name)
+            self.stage.store.free(name)
 
         def theirs() -> None:
             for manager in RAM:

@@ -57,7 +57,7 @@ class Lag:
             name = f"write-{number}"
             opened = self.stage.open(name, write, WritePolicy.THROUGH, write.renew())
             opened.write()
-            self.stage.store.evict("read")
+            self.stage.store.free("read")
 
             def move(name: str = name, opened: Opened = opened) -> None:
                 started = time.perf_counter()

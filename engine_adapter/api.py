@@ -363,13 +363,16 @@ class Store:
         """The tenant's pins, by document."""
         return self._client.pins()
 
-    def evict(self, name: str, tier: str = "ddr") -> list[VictimView]:
-        """Take a document out of `tier` and all nearer ones; returns when it has happened. Raises InUse."""
-        return self._client.evict(name, tier)
+    def free(self, name: str, to: str = "nvme") -> list[VictimView]:
+        """Take a document down to "ddr", "nvme" or "none" (out of the cache); returns when it has happened.
 
-    def plan_eviction(self, name: str, tier: str = "ddr") -> list[VictimView]:
-        """What `evict` would do; nothing changes."""
-        return self._client.plan_eviction(name, tier)
+        Raises InUse for what is leased or pinned.
+        """
+        return self._client.free(name, to)
+
+    def plan_free(self, name: str, to: str = "nvme") -> list[VictimView]:
+        """What `free` would do; nothing changes."""
+        return self._client.plan_free(name, to)
 
     def delete(self, name: str) -> None:
         """Forget a document. Raises InUse while it is leased or pinned."""

@@ -29,7 +29,7 @@ with holdfast.connect(data_dir=sys.argv[1] if len(sys.argv) > 1 else None) as st
                 writer.write(layer, start, key[:, start:stop], value[:, start:stop])
     print("stored", store.document("example").resident_bytes)
 
-    store.evict("example")  # down to NVMe
+    store.free("example")  # down to NVMe
     with store.attach("example", spec=spec) as document:
         for layer in document.layers():
             key, value = layer.gathered()

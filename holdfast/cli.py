@@ -13,6 +13,7 @@ from . import __version__
 from .cli_ask import ask, ingest
 from .cli_calibrate import calibrate
 from .cli_claims import leases, pin, pins, unpin
+from .cli_free import free
 from .cli_hints import hints, prefetch
 from .cli_policy import policy_app
 from .cli_runner import demo_model, runner
@@ -29,8 +30,8 @@ from .cli_session import (
     session_of,
     split,
 )
+from .cli_tenants import tenants
 from .cli_trace import trace_app
-from .kvstore.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,6 +61,8 @@ app.command()(ingest)
 app.command()(ask)
 app.command()(prefetch)
 app.command()(hints)
+app.command()(tenants)
+app.command()(free)
 app.command()(demo_model)
 for claim in (pin, unpin, pins, leases):
     app.command()(claim)
@@ -273,52 +276,6 @@ def doc_ttl(
         return [f"{tenant}/{document} ends {moment(until)}" if until is not None else f"{tenant}/{document} has no end"]
 
     session.show(found, human)
-
-
-@app.command()
-def evict(
-    ctx: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="[[TENANT/]NAME]", help="The document to evict.")] = None,
-    size: Annotated[str | None, typer.Option("--bytes", metavar="SIZE", help="Free that much instead: 1GiB.")] = None,
-    tier: Annotated[TierName, typer.Option(help="Leave this tier and all nearer ones.")] = TierName.DDR,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave, and change nothing.")] = False,
-    deadline: Annotated[str, typer.Option(metavar="DURATION", help="How long to wait; it goes on after that.")] = "30s",
-) -> None:
-    """Take a document out of a tier, or free bytes there; out of nvme means gone."""
-    session = session_of(ctx)
-    wait = seconds(deadline)
-    if wait is None:
-        raise InvalidRequest("every wait has an end: give --deadline a duration")
-    body = target(name, size) | {"tier": tier, "dry_run": dry_run, "deadline_seconds": wait}
-    rest = session.rest()
-    with session.patience("evicting"):
-        found = rest.post("/v1/evictions", body, timeout_seconds=wait + 10)
-
-    def human() -> list[RenderableType]:
-        from . import cli_tables
-
-        verb = {"planned": "would leave", "done": "left", "running": "leaves"}[found["state"]]
-        said = f"{cli_tables.size(found['size_bytes'])} {verb} {tier}" if found["plan"] else f"nothing to leave {tier}"
-        return [cli_tables.victims(found["plan"]), said] if found["plan"] else [said]
-
-    session.show(found, human)
-    if found["state"] == "running":
-        print(f"not done after {deadline}; it goes on", file=sys.stderr)
-
-
-def target(name: str | None, size: str | None) -> dict[str, object]:
-    """What to evict: a document or bytes."""
-    from .kvstore.sizes import parse_size
-
-    if (name is None) == (size is None):
-        raise InvalidRequest("name either a document or --bytes")
-    if name is not None:
-        tenant, document = split(name)
-        return {"tenant": tenant, "document": document}
-    try:
-        return {"bytes": parse_size(size)}
-    except ValueError as error:
-        raise InvalidRequest(f"--bytes {size}: {error}; say 1GiB, 500MB or a number of bytes") from error
 
 
 @app.command()

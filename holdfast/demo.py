@@ -277,10 +277,10 @@ class Demo:
         story = self._story
         self._say("Control: one corrupted extent must make the comparison fail")
         self._await_durable(MAIN)
-        self.client.evict(MAIN, "hbm")
+        self.client.free(MAIN, "ddr")
         self._flip_one_extent()
         answer = self.session.ask(MAIN, list(QUESTIONS[0].encode()), NEW_TOKENS).answer
-        self.client.evict(MAIN, "hbm")
+        self.client.free(MAIN, "ddr")
         self._flip_one_extent()
         verdict = compare(answer, story.references[0])
         story.control_detected = not verdict.identical
@@ -313,8 +313,8 @@ class Demo:
 
     def _evict_and_kill(self) -> None:
         self._say("Evicting the document to NVMe")
-        plan = self.client.plan_eviction(MAIN, "ddr")
-        self.client.evict(MAIN, "ddr")
+        plan = self.client.plan_free(MAIN, "nvme")
+        self.client.free(MAIN, "nvme")
         view = self.client.document(MAIN)
         self._screen.print(
             f"    {len(plan)} copies left; resident: "
@@ -330,10 +330,10 @@ class Demo:
 
     def _return_trip(self) -> None:
         """The same questions with another degree: from NVMe, from HBM, and from DDR."""
-        self.client.evict(MAIN, "ddr")
+        self.client.free(MAIN, "nvme")
         self._ask(0)
         self._ask(1)
-        self.client.evict(MAIN, "hbm")
+        self.client.free(MAIN, "ddr")
         self._ask(2)
 
     # Pressure ----------------------------------------------------------------------------------

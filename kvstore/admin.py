@@ -7,34 +7,32 @@ from __future__ import annotations
 
 import base64
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 from aiohttp import web
 
 from . import views
 from .calibrations import Calibrations
-from .claim_routes import DEFAULT_TENANT, ClaimRoutes, Near
+from .claim_routes import ClaimRoutes, Near
 from .document import DocumentId
-from .errors import DeadlineExceeded, InvalidRequest, Unavailable
+from .errors import InvalidRequest, Unavailable
+from .free_admin import FreeRoutes, Limit, LogQuery
 from .hint_admin import HintRoutes
 from .metrics import Metrics
-from .planner import Victim
-from .problems import Done, body, ended, problems, query, reply, told
+from .problems import body, problems, query, reply, told
 from .recent_admin import RecentRoutes
 from .residency import Tier
-from .service import NS, Service
+from .service import Service
 from .state import Backend, Group, hbm_device
+from .tenant_admin import TenantRoutes
 from .wire import PROTOCOL_VERSION
 
 BODY_BYTES_MAX: Final = 64 << 10
-PAGE_MAX: Final = 1000
 SCAN_MAX: Final = 1000  # documents looked at per page: a filter that matches nothing must not hold up the loop
-
-Limit = Annotated[int, msgspec.Meta(ge=1, le=PAGE_MAX)]
 
 
 # Requests --------------------------------------------------------------------------------------
@@ -56,33 +54,6 @@ class DocumentChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     ttl_seconds: float | None
 
 
-class LogQuery(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How much of a log, newest first."""
-
-    limit: Limit = 100
-
-
-class EvictionRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Take one document out of `tier` and all nearer ones, or free `bytes` of a tier, over all tenants."""
-
-    tenant: str | None = None
-    document: str | None = None
-    bytes: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    tier: Near = "ddr"
-    dry_run: bool = False
-    deadline_seconds: Annotated[float, msgspec.Meta(ge=0, le=600)] = 30.0
-
-    def target(self) -> DocumentId | None:
-        """The document, or None for bytes. Raises InvalidRequest."""
-        if (self.document is None) == (self.bytes is None):
-            raise InvalidRequest("name either a document or a number of bytes to evict")
-        if self.document is None:
-            if self.tenant is not None:
-                raise InvalidRequest("bytes are freed over all tenants; leave the tenant out")
-            return None
-        return DocumentId(DEFAULT_TENANT if self.tenant is None else self.tenant, self.document)
-
-
 # Answers ---------------------------------------------------------------------------------------
 
 
@@ -98,19 +69,6 @@ class DocumentDetail(msgspec.Struct, frozen=True, kw_only=True):
 
     document: views.DocumentView
     extents: list[views.ExtentView]
-
-
-class EvictionView(msgspec.Struct, frozen=True, kw_only=True):
-    """What leaves. `state` is "planned" (a dry run), "done", or "running" when the deadline came first."""
-
-    state: str
-    size_bytes: int
-    plan: list[views.VictimView]
-
-    @classmethod
-    def of(cls, state: str, plan: Sequence[Victim]) -> EvictionView:
-        """Show an eviction."""
-        return cls(state=state, size_bytes=sum(v.size_bytes for v in plan), plan=views.victim_views(plan))
 
 
 class GroupView(msgspec.Struct, frozen=True, kw_only=True):
@@ -208,8 +166,6 @@ class Admin:
             web.get(f"/v1/documents/{name}", self.document),
             web.patch(f"/v1/documents/{name}", self.change_document),
             web.delete(f"/v1/documents/{name}", self.delete_document),
-            web.get("/v1/evictions", self.verdicts),
-            web.post("/v1/evictions", self.evict),
             web.get("/v1/tiers", self.tiers),
             web.get("/v1/swaps", self.swaps),
             web.get("/v1/groups", self.groups),
@@ -312,34 +268,6 @@ class Admin:
         await told(lambda done: self.service.delete(named(request), done))
         return web.Response(status=204)
 
-    # Evictions ---------------------------------------------------------------------------------
-
-    async def evict(self, request: web.Request) -> web.Response:
-        """Plan an eviction, and unless it is a dry run, carry it out and wait: 202 when it goes on."""
-        self.must_be_ready()
-        wanted = await body(request, EvictionRequest)
-        document, tier, size_bytes = wanted.target(), Tier[wanted.tier.upper()], wanted.bytes or 0
-        if wanted.dry_run:
-            return reply(EvictionView.of("planned", self.service.upkeep.plan_eviction(document, tier, size_bytes)))
-        deadline_ns = self.service.clock.monotonic_ns() + int(wanted.deadline_seconds * NS)
-        plan: list[Victim] = []
-
-        def start(done: Done) -> None:
-            plan.extend(self.service.evict(document, tier, size_bytes, deadline_ns, done))
-
-        error = await ended(start)  # the service keeps the deadline
-        if isinstance(error, DeadlineExceeded):
-            return reply(EvictionView.of("running", plan), status=202)
-        if error is not None:
-            raise error
-        return reply(EvictionView.of("done", plan))
-
-    async def verdicts(self, request: web.Request) -> web.Response:
-        """What left and why, newest first."""
-        limit = query(request, LogQuery).limit
-        newest = islice(reversed(self.service.state.ledger.verdicts), limit)
-        return reply({"evictions": [views.verdict_view(verdict) for verdict in newest]})
-
     # The rest ----------------------------------------------------------------------------------
 
     async def tiers(self, request: web.Request) -> web.Response:
@@ -378,7 +306,9 @@ def make_app(service: Service, ready: Callable[[], str | None], backing: str) ->
     """The admin API over a service. `ready` returns why it cannot serve, or None; `backing` is shown as it is."""
     app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
     admin = Admin(service, ready, backing)
-    for more in (ClaimRoutes(service, admin.must_be_ready), HintRoutes(service, admin.must_be_ready)):
-        app.add_routes(more.routes())
-    app.add_routes(admin.routes() + Calibrations(service).routes() + RecentRoutes(service).routes())
+    for part in (ClaimRoutes, HintRoutes, FreeRoutes):
+        app.add_routes(part(service, admin.must_be_ready).routes())
+    for looking in (Calibrations, RecentRoutes, TenantRoutes):
+        app.add_routes(looking(service).routes())
+    app.add_routes(admin.routes())
     return app

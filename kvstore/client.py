@@ -36,10 +36,10 @@ from .wire import (
     DeleteDocument,
     Detach,
     Documents,
-    EvictDocument,
-    EvictionPlan,
     FindRing,
     Found,
+    FreeDocument,
+    FreedPlan,
     IngestOpened,
     KeepRing,
     Keys,
@@ -204,14 +204,14 @@ class Client:
         """The tenant's pins, by document."""
         return self._ask(Pins, ListPins()).pins
 
-    def evict(self, name: str, tier: str = "ddr", *, deadline_seconds: float = 60.0) -> list[VictimView]:
-        """Take a document out of `tier` and all nearer ones; returns when it has happened."""
-        body = EvictDocument(name, tier, deadline_seconds)
-        return self._ask(EvictionPlan, body, deadline_seconds + MARGIN_SECONDS).victims
+    def free(self, name: str, to: str = "nvme", *, deadline_seconds: float = 60.0) -> list[VictimView]:
+        """Take a document down to "ddr", "nvme" or "none" (out of the cache); returns when it has happened."""
+        body = FreeDocument(name, to, deadline_seconds)
+        return self._ask(FreedPlan, body, deadline_seconds + MARGIN_SECONDS).victims
 
-    def plan_eviction(self, name: str, tier: str = "ddr") -> list[VictimView]:
-        """What `evict` would do; nothing changes."""
-        return self._ask(EvictionPlan, EvictDocument(name, tier, 1.0, dry_run=True)).victims
+    def plan_free(self, name: str, to: str = "nvme") -> list[VictimView]:
+        """What `free` would do; nothing changes."""
+        return self._ask(FreedPlan, FreeDocument(name, to, 1.0, dry_run=True)).victims
 
     def tiers(self) -> list[TierView]:
         """Capacity and use of every device."""

@@ -105,7 +105,7 @@ KINDS: Final[dict[Code, Kind]] = {
     ),
     Code.EXTENT_CORRUPT: Kind(_E, "the device or somebody changed stored bytes", "fix it", _LOST_ROW),
     Code.EXTENT_UNREADABLE: Kind(
-        _E, "the device refuses to read", "look at the kernel's log; evict the document out of nvme if it stays so"
+        _E, "the device refuses to read", "look at the kernel's log; free the document to none if it stays so"
     ),
     Code.SLOTS_OVERLAP: Kind(
         _E, "the catalog was edited or damaged", "fix it", f"of the corrupt or later one {_LOST_ROW}"

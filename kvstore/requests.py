@@ -16,10 +16,11 @@ import numpy as np
 from .attach import Attach
 from .awaiting import Waiter
 from .claim_messages import ListPins, PinDocument, UnpinDocument, UnpinDocuments
-from .claim_requests import handle_claim, tier_named
+from .claim_requests import handle_claim
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .extent import Extent
+from .freeing import emptied
 from .hint_views import hint_view
 from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .ingesting import Ingest
@@ -44,10 +45,10 @@ from .wire import (
     Detach,
     Documents,
     Done,
-    EvictDocument,
-    EvictionPlan,
     FindRing,
     Found,
+    FreeDocument,
+    FreedPlan,
     IngestOpened,
     KeepRing,
     Keys,
@@ -79,7 +80,7 @@ ALL_LAYERS = 1 << 31
 KEYS_AT_ONCE = 512  # half a millisecond of work
 LATELY_MAX = 256  # documents whose runs are remembered
 LONGEST_SECONDS = 3600.0  # no wait is without end
-NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, EvictDocument)
+NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, FreeDocument)
 
 
 class Requests:
@@ -113,8 +114,8 @@ class Requests:
                 # The last bytes may be used before their move is reported: a receipt counts them all.
                 _ = await self._call(lambda done: self._service.wait_layers(client, lease, ALL_LAYERS, done))
                 return self._simple(client, tenant, body)
-            case EvictDocument():
-                return await self._evict(tenant, body)
+            case FreeDocument():
+                return await self._free(tenant, body)
             case DeleteDocument(name=name):
                 return await self._done(lambda done: self._service.delete(DocumentId(tenant, name), done))
             case PinDocument() | UnpinDocument() | UnpinDocuments() | ListPins():
@@ -282,18 +283,18 @@ class Requests:
                 undo()
             raise
 
-    async def _evict(self, tenant: str, body: EvictDocument) -> Reply:
+    async def _free(self, tenant: str, body: FreeDocument) -> Reply:
         document = DocumentId(tenant, body.name)
-        tier = tier_named(body.tier)
+        tier = emptied(body.to)
         if body.dry_run:
-            return EvictionPlan(victim_views(self._service.upkeep.plan_eviction(document, tier, 0)))
+            return FreedPlan(victim_views(self._service.upkeep.plan_eviction(document, tier, 0)))
         plan: list[Victim] = []
 
         def start(done: Answered[None]) -> None:
             plan.extend(self._service.evict(document, tier, 0, self._deadline_ns(body.deadline_seconds), done))
 
         await self._call(start)
-        return EvictionPlan(victim_views(plan))
+        return FreedPlan(victim_views(plan))
 
     async def _done(self, start: Callable[[Answered[None]], None]) -> Reply:
         """Done, when a command that answers nothing else says so."""

@@ -27,6 +27,10 @@ class Tenancy:
     def _pool(self, tier: Tier) -> SlabPool:
         return self.state.ddr if tier is Tier.DDR else self.state.nvme
 
+    def capacity_bytes(self, tier: Tier) -> int:
+        """Of DDR or NVMe."""
+        return self._pool(tier).capacity_bytes
+
     def quota(self, tier: Tier, tenant: str) -> Quota:
         """The tenant's."""
         return self.state.quotas.of(tenant, tier)

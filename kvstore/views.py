@@ -16,7 +16,7 @@ from .extent import ExtentId
 from .ledger import SwapRecord, Verdict
 from .planner import Planner, Victim
 from .prefix import Prefix
-from .residency import Tier
+from .residency import Placement, Tier
 from .state import DDR, NVME, DocumentRecord, ExtentRecord, State, hbm_device
 
 
@@ -242,7 +242,9 @@ def tier_views(state: State) -> list[TierView]:
     leased: Counter[str] = Counter()
     for copy in state.held():
         leased[copy.device] += copy.size_bytes
-    pinned = _pinned_bytes(state)
+    pinned: Counter[str] = Counter()
+    for copy in pinned_copies(state):
+        pinned[copy.device] += copy.size_bytes
     capacity = {hbm_device(group.name): group.capacity_bytes for group in state.groups.values()}
     pools = {DDR: state.ddr, NVME: state.nvme}
     capacity |= {device: pool.capacity_bytes for device, pool in pools.items()}
@@ -268,19 +270,15 @@ def tier_views(state: State) -> list[TierView]:
     return views
 
 
-def _pinned_bytes(state: State) -> Counter[str]:
-    """Bytes per device of the copies that pins keep there: those at or above the lowest floor of their documents."""
+def pinned_copies(state: State) -> list[Placement]:
+    """The copies that pins keep where they are: those at or above the lowest floor of their documents."""
     floors: dict[ExtentId, Tier] = {}
     for pin in state.pins.all():
         for extent in state.documents[pin.document].document.extents:
             floors[extent] = max(pin.floor, floors.get(extent, pin.floor))
     copies = [copy for extent in floors for copy in state.extents[extent].placements()]
     copies += [copy for shard in state.shards() for extent, copy in shard.copies.items() if extent in floors]
-    pinned: Counter[str] = Counter()
-    for copy in copies:
-        if floors[copy.extent] >= copy.tier:
-            pinned[copy.device] += copy.size_bytes
-    return pinned
+    return [copy for copy in copies if floors[copy.extent] >= copy.tier]
 
 
 def swap_view(swap: SwapRecord) -> SwapView:

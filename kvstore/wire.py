@@ -213,11 +213,11 @@ class DeleteDocument(Message, frozen=True):
     name: str
 
 
-class EvictDocument(Message, frozen=True):
-    """Take a document out of `tier` and all nearer ones, or plan to."""
+class FreeDocument(Message, frozen=True):
+    """Take a document down `to` "ddr", "nvme" or "none" (out of the cache), or plan to."""
 
     name: str
-    tier: str
+    to: str
     deadline_seconds: float
     dry_run: bool = False
 
@@ -267,7 +267,7 @@ Request = (
     | CancelPrefetch
     | UnpinDocuments
     | ListPins
-    | EvictDocument
+    | FreeDocument
     | ListTiers
     | MoveDone
 )
@@ -392,7 +392,7 @@ class Documents(Message, frozen=True):
     documents: list[DocumentView]
 
 
-class EvictionPlan(Message, frozen=True):
+class FreedPlan(Message, frozen=True):
     """What left, or would leave."""
 
     victims: list[VictimView]
@@ -422,6 +422,6 @@ Reply = (
     | Pinned
     | Hinted
     | Pins
-    | EvictionPlan
+    | FreedPlan
     | Tiers
 )

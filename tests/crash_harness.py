@@ -107,7 +107,7 @@ def some_operations(rng: random.Random, tenants: tuple[str, ...], count: int) ->
     found: list[list] = []
     while len(found) < count:
         tenant, name = rng.choice(tenants), rng.choice(NAMES)
-        kinds = ["put", "read", "settle", "evict", "delete", "pin", "unpin", "vanish", "abort", "drop", "check"]
+        kinds = ["put", "read", "settle", "free", "delete", "pin", "unpin", "vanish", "abort", "drop", "check"]
         kind = rng.choices(kinds, [40, 20, 16, 12, 6, 5, 4, 2, 2, 1, 2])[0]
         match kind:
             case "put":
@@ -115,8 +115,8 @@ def some_operations(rng: random.Random, tenants: tuple[str, ...], count: int) ->
                 found.append([kind, tenant, name, policy, rng.random() < 0.5])  # the last: sealed by its writer
                 if rng.random() < 0.4:
                     found.append(["settle", tenant, name])
-            case "evict":
-                found.append([kind, tenant, name, rng.choices(["ddr", "nvme"], [3, 1])[0]])
+            case "free":
+                found.append([kind, tenant, name, rng.choices(["nvme", "none"], [3, 1])[0]])
             case "pin":
                 found.append([kind, tenant, name, rng.choice(["ddr", "nvme"]), rng.choice([0.05, 1.0, None])])
             case "drop":
@@ -227,8 +227,8 @@ def act(pipe, client: Client, kind: str, tenant: str, name: str, *more) -> None:
             deadline = time.monotonic() + 1.0
             while not client.document(name).durable and time.monotonic() < deadline:
                 time.sleep(0.004)
-        case "evict":
-            client.evict(name, more[0], deadline_seconds=OP_SECONDS)
+        case "free":
+            client.free(name, more[0], deadline_seconds=OP_SECONDS)
         case "delete":
             client.delete(name)
         case "pin":
@@ -291,13 +291,13 @@ class Model:
         kind, tenant, name, *more = operation
         if kind in ("put", "delete"):
             self.entry(tenant, name).unsure = True
-        if kind == "evict":
-            self._evicted(tenant, name, more[0])
+        if kind == "free":
+            self._freed(tenant, name, more[0])
 
-    def _evicted(self, tenant: str, name: str, tier: str) -> None:
+    def _freed(self, tenant: str, name: str, to: str) -> None:
         for other in NAMES:
-            if other[0] == name[0] and (tier == "nvme" or other == name):
-                self.entry(tenant, other).may_have_holes |= tier == "nvme"
+            if other[0] == name[0] and (to == "none" or other == name):
+                self.entry(tenant, other).may_have_holes |= to == "none"
 
     def ended(self, operation: list, outcome: str, shown: dict | None) -> None:
         """It was answered. Raises Violation for an answer that must not be."""
@@ -317,8 +317,8 @@ class Model:
                 self.entries[tenant, name] = entry = Entry()
             elif kind not in ("vanish", "abort") and not entry.present:
                 raise Violation(f"{kind} of {tenant}/{name}, which was deleted or never put")
-        if kind == "evict":
-            self._evicted(tenant, name, more[0])
+        if kind == "free":
+            self._freed(tenant, name, more[0])
         if shown is not None:
             if not entry.present:
                 raise Violation(f"{tenant}/{name} is shown, though deleted or never put")

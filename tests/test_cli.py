@@ -134,7 +134,7 @@ def refused(exit_code, *arguments, live=None):
 def test_prefetch_brings_documents_near_and_hints_says_so(live):
     for name in ("a", "b"):
         live.ingest(name)
-        ok("evict", name, live=live)
+        ok("free", name, live=live)
     found = machine("prefetch", "a", "default/b", "--queries", "3", "--deadline", "5m", live=live)["hints"]
     assert [(h["document"], h["queries"], h["target"]) for h in found] == [("a", 3, "ddr"), ("b", 3, "ddr")]
     shown = machine("hints", live=live)
@@ -308,22 +308,32 @@ def test_doc_rm(live):
     assert "holdfast doc ls" in complaint
 
 
-def test_evict(live):
+def test_tenants(live):
+    assert ok("tenants", live=live) == "no tenants\n"
+    live.ingest("report", tenant="acme", token_count=64)
+    shown = ok("tenants", live=live)
+    assert "GUARANTEED" in shown
+    assert [line.split()[:3] for line in shown.splitlines()[1:]] == [["acme", "ddr", "32"], ["acme", "nvme", "32"]]
+    live.ingest("report")
+    assert machine("tenants", "--limit", "1", live=live)["count"] == 2
+
+
+def test_free(live):
     document = live.ingest("report", token_count=64, write_policy=WritePolicy.BACK)
-    shown = ok("evict", "report", "--dry-run", live=live)
-    assert "32 KiB would leave ddr" in shown
-    assert machine("evict", "report", "--dry-run", live=live)["state"] == "planned"
-    assert "32 KiB left ddr" in ok("evict", "report", live=live)
-    assert "nothing to leave ddr" in ok("evict", "report", live=live)
+    shown = ok("free", "report", "--dry-run", live=live)
+    assert "32 KiB would be freed, down to nvme" in shown
+    assert machine("free", "report", "--dry-run", live=live)["state"] == "planned"
+    assert "32 KiB freed, down to nvme" in ok("free", "report", live=live)
+    assert "nothing to free" in ok("free", "report", live=live)
     assert machine("doc", "show", "report", live=live)["document"]["resident_bytes"] == {"nvme": 2 * EXTENT_BYTES}
     live.attach(document)
-    assert "leased" in refused(4, "evict", "report", live=live)
-    assert "holdfast tiers" in refused(4, "evict", "--bytes", "1MiB", live=live)
+    assert "leased" in refused(4, "free", "report", live=live)
+    assert "holdfast tiers" in refused(4, "free", "--bytes", "1MiB", live=live)
 
 
-def test_evict_bytes(live):
+def test_free_bytes(live):
     live.ingest("report", token_count=64)
-    found = machine("evict", "--bytes", "20 KiB", "--tier", "ddr", live=live)
+    found = machine("free", "--bytes", "20 KiB", "--to", "nvme", live=live)
     assert found["state"] == "done"
     assert found["size_bytes"] == 2 * EXTENT_BYTES
 
@@ -337,9 +347,9 @@ def test_an_eviction_that_takes_longer_goes_on(live):
         live.service.tick()
 
     live.call(lambda: setattr(live.effects, "submitted", lambda: live._loop.call_soon(expire)))
-    result = run("evict", "report", "--deadline", "1s", live=live)
+    result = run("free", "report", "--deadline", "1s", live=live)
     assert result.exit_code == 0, result.output
-    assert "32 KiB leaves ddr" in result.stdout
+    assert "32 KiB being freed, down to nvme" in result.stdout
     assert "it goes on" in result.stderr
     live.call(lambda: live.effects.complete_all(live.service))
 
@@ -356,12 +366,12 @@ def test_a_pin_over_budget():
 @pytest.mark.parametrize(
     "words",
     [
-        ["evict"],
-        ["evict", "a", "--bytes", "1"],
-        ["evict", "--bytes", "lots"],
-        ["evict", "--bytes", "1M"],
-        ["evict", "a", "--deadline", "never"],
-        ["evict", "a", "--tier", "tape"],
+        ["free"],
+        ["free", "a", "--bytes", "1"],
+        ["free", "--bytes", "lots"],
+        ["free", "--bytes", "1M"],
+        ["free", "a", "--deadline", "never"],
+        ["free", "a", "--to", "tape"],
         ["pin", "a", "--ttl", "soon"],
         ["pin", "a", "--ttl", "0s"],
         ["pin", "a/b/c"],
@@ -540,7 +550,7 @@ def test_help_loads_nothing_slow():
 
 
 def test_every_command_has_help():
-    for words in (["serve"], ["demo"], ["config", "show"], ["doc", "ls"], ["pin"], ["evict"], ["swaps"]):
+    for words in (["serve"], ["demo"], ["config", "show"], ["doc", "ls"], ["pin"], ["free"], ["swaps"]):
         assert "Usage:" in ok(*words, "--help")
 
 

@@ -162,14 +162,14 @@ class EngineContract:
         document, question = self.stored(stage, session, "report"), self.tokens(9)
         seen = []
         self.check(session.ask("report", question, NEW), engine, document, question)
-        client.evict("report", "hbm")
+        client.free("report", "ddr")
         warm = session.ask("report", question, NEW)
         self.check(warm, engine, document, question)
         assert (warm.swap.source_tier, warm.swap.moved_bytes > 0) == ("ddr", True)
         again = session.ask("report", question, NEW)
         self.check(again, engine, document, question)
         assert (again.swap.source_tier, again.swap.moved_bytes) == ("hbm", 0)
-        client.evict("report", "ddr")
+        client.free("report", "nvme")
         cold = session.ask("report", question, NEW)
         self.check(cold, engine, document, question)
         assert cold.swap.source_tier == "nvme"
@@ -235,7 +235,7 @@ class EngineContract:
         session, engine, client = stage.session(degree), stage.engine(degree), stage.client()
         documents = {name: self.stored(stage, session, name, number) for name, number in (("a", 130), ("b", 60))}
         questions = [self.tokens(9), self.tokens(3), self.tokens(20)]
-        client.evict("a", "hbm")
+        client.free("a", "ddr")
         heard = {}
         asked = [
             ("a", questions[0], NEW),
@@ -455,7 +455,7 @@ class EngineContract:
         document, question = self.stored(stage, session, "report"), self.tokens(5)
         wanted = engine.recompute(document, question, NEW, CHUNK).tokens
         for delay_questions in (1, 3):
-            stage.client().evict("report", "ddr")
+            stage.client().free("report", "nvme")
             asked, outcomes = threading.Semaphore(0), []
 
             def asks(session=session, asked=asked, outcomes=outcomes):
@@ -504,7 +504,7 @@ class EngineContract:
         session = stage.session(degree)
         good = self.tokens(150)
         session.ingest("good", good, chunk_tokens=CHUNK)
-        stage.client().evict("good", "hbm")
+        stage.client().free("good", "ddr")
         bad, reply = session.ask_many([("report", question, NEW), ("good", question, NEW)])
         assert isinstance(bad, HoldfastError)
         self.check(reply, engine, good, question)

@@ -90,7 +90,7 @@ def test_what_is_written_in_any_pieces_comes_back_also_from_nvme(daemon, store, 
     check(store, "a", kv)
     with closing(Client(daemon.socket)) as client:
         until(lambda: durable(client, "a"), "it is durable")
-    store.evict("a")
+    store.free("a")
     check(store, "a", kv)
 
 
@@ -103,7 +103,7 @@ def test_a_plane_that_is_written_again_is_sealed_again(daemon, store):
                 writer.write(layer, 0, key, value)
     with closing(Client(daemon.socket)) as client:
         until(lambda: durable(client, "a"), "it is durable")
-    store.evict("a")
+    store.free("a")
     check(store, "a", kv)
 
 

@@ -90,7 +90,7 @@ def test_a_corrupted_extent_shows(groups):
     document, question = tokens(7, 140), tokens(8, 9)
     groups.session(Degree(2, 1)).ingest("spoilt", document, chunk_tokens=CHUNK)
     before = groups.session(Degree(1, 2)).ask("spoilt", question, NEW).answer
-    groups.client.evict("spoilt", "hbm")
+    groups.client.free("spoilt", "ddr")
     attached = groups.client.attach("spoilt")
     view = groups.client.views(attached.parts)[0]
     view[: len(view) // 16] = bytes(len(view) // 16)

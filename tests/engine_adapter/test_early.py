@@ -88,7 +88,7 @@ def test_what_is_complete_goes_to_nvme_while_the_rest_is_written(daemon):
             write(writer, 1, start=1500)
         until(lambda: store.document("a").durable, "it is durable")
         assert not findings(daemon)
-        store.evict("a")
+        store.free("a")
         check(store, "a", 1)
     daemon.kill()
     with connect(daemon.start().socket) as store:
@@ -145,5 +145,5 @@ def test_layer_after_layer_works_too(daemon):
             for layer, (key, value) in arrays.items():
                 writer.write(layer, 0, key, value)
         until(lambda: store.document("a").durable, "it is durable")
-        store.evict("a")
+        store.free("a")
         check(store, "a", 1)

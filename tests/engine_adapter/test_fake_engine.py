@@ -57,7 +57,7 @@ def test_an_agent_that_hits_a_bug_leaves_nobody_waiting(monkeypatch):
         engine = FakeEngine("fake", SPEC, cp=2, rows=200, daemon_socket=daemon.socket)
         session = Session(client, engine)
         session.ingest("report", [1, 2, 3] * 30)
-        client.evict("report", "hbm")
+        client.free("report", "ddr")
         monkeypatch.setattr(engine._arenas[1], "load", lambda *_: 1 / 0)
         reply = session.ask_or_recompute("report", [1, 2, 3] * 30, [4], 3)
         assert reply.swap is None

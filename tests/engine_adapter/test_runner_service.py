@@ -619,7 +619,7 @@ def test_the_next_document_comes_near_while_the_present_one_is_answered(stage):
     for name, text in (("present", TEXT), ("next", TEXT[::-1])):
         stage.ingest(name, text, WritePolicy.THROUGH)
         until(lambda name=name: stage.daemon.client().document(name).durable, "it is on NVMe")
-        stage.daemon.client().evict(name, "ddr")
+        stage.daemon.client().free(name, "nvme")
     stage.engine.gate.clear()
     stage.engine.reached.clear()
     with ExitStack() as stack:

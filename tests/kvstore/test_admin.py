@@ -13,7 +13,9 @@ from holdfast.kvstore.admin import BODY_BYTES_MAX, make_app
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import HoldfastError, StorageFailed, all_errors
 from holdfast.kvstore.orders import DropDocument
+from holdfast.kvstore.quotas import Quotas
 from holdfast.kvstore.residency import Tier
+from holdfast.kvstore.sections import TenantConfig
 from holdfast.kvstore.state import Backend
 from holdfast.kvstore.wire import PROTOCOL_VERSION
 
@@ -42,6 +44,7 @@ ROUTES = {
     "DELETE /v1/pins/{tenant}/{name}",
     "GET /v1/status",
     "GET /v1/swaps",
+    "GET /v1/tenants",
     "GET /v1/tiers",
     "GET /v1/uses",
     "GET /v1/version",
@@ -583,7 +586,7 @@ async def test_a_caller_that_goes_away_leaves_the_eviction_running(api):
 async def test_evicting_bytes(api):
     for name in "abc":
         api.ingest(name, token_count=64)
-    async with api.client.post("/v1/evictions", json={"bytes": 3 * EXTENT_BYTES, "tier": "ddr"}) as response:
+    async with api.client.post("/v1/evictions", json={"bytes": 3 * EXTENT_BYTES, "to": "nvme"}) as response:
         assert response.status == 200
         found = await response.json()
     assert found["state"] == "done"
@@ -595,7 +598,7 @@ async def test_evicting_bytes(api):
 async def test_evicting_out_of_nvme_drops(api):
     api.ingest("a", token_count=64)
     api.settling()
-    async with api.client.post("/v1/evictions", json={"document": "a", "tier": "nvme"}) as response:
+    async with api.client.post("/v1/evictions", json={"document": "a", "to": "none"}) as response:
         assert response.status == 200
         assert (await response.json())["state"] == "done"
     shown = (await api.get("/v1/documents/default/a"))["document"]
@@ -625,7 +628,8 @@ async def test_evicting_what_is_leased_or_pinned_is_refused(api):
         {"document": "a", "bytes": 1},
         {"tenant": "acme", "bytes": 1},
         {"bytes": 0},
-        {"bytes": 1, "tier": "hbm"},
+        {"bytes": 1, "to": "ddr"},
+        {"document": "a", "to": "hbm"},
         {"bytes": "1 GiB"},
         {"document": "a", "deadline_seconds": 601},
         {"document": "a", "deadline_seconds": -1},
@@ -731,3 +735,32 @@ async def test_looking_never_perturbs(api):
     assert (owner.use_count, owner.last_use_ns) == uses
     assert not api.service.state.leases
     assert not api.effects.orders
+
+
+# Tenants ---------------------------------------------------------------------------------------
+
+
+async def test_tenants_and_their_quotas(api):
+    api.ingest("a", token_count=64, tenant="acme")
+    api.service.pin(api.ingest("b", token_count=32), Tier.DDR, None, "me", "test")
+    api.attach(DocumentId("acme", "a"))
+    shown = await api.get("/v1/tenants")
+    assert shown["count"] == 2
+    acme, other = shown["tenants"]
+    assert (acme["tenant"], acme["documents"], acme["quota"]) == ("acme", 1, None)
+    assert [tier["tier"] for tier in acme["tiers"]] == ["hbm", "ddr", "nvme"]
+    assert acme["tiers"][1] == {
+        "tier": "ddr",
+        "used_bytes": 2 * EXTENT_BYTES,
+        "guaranteed_bytes": 0,
+        "maximum_bytes": None,
+        "fair_bytes": None,
+        "pinned_bytes": 0,
+        "leased_bytes": 2 * EXTENT_BYTES,
+    }
+    assert other["tiers"][1]["pinned_bytes"] == EXTENT_BYTES
+    api.service.state.quotas = Quotas({"acme": TenantConfig(ddr_guaranteed_bytes=5), "new": TenantConfig()})
+    shown = await api.get("/v1/tenants?limit=1")
+    assert (shown["count"], len(shown["tenants"])) == (3, 1)
+    fair_bytes = shown["tenants"][0]["tiers"][1]["fair_bytes"]
+    assert fair_bytes == (1 << 20) - EXTENT_BYTES, "all but what the other uses, which is less than its half"

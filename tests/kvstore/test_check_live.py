@@ -176,7 +176,7 @@ def test_a_daemon_at_work_is_clean(daemon):
         name = f"busy-{turn % 3}"
         daemon.rest().post("/v1/check", {"data": turn % 2 == 0, "deadline_seconds": 0})
         put(client, name, TOKENS)
-        client.evict(name)
+        client.free(name)
         assert fetch(client, name) == expected(name, TOKENS)
         if turn % 3 == 2:
             client.delete(name)

@@ -53,7 +53,7 @@ class Evict(Story):
         put(client, "new", TOKENS, WritePolicy.BACK)
 
     def act(self, client):
-        client.evict("new")
+        client.free("new")
         until(lambda: durable(client, "new"), "the evicted document is durable")
         assert fetch(client, "new") == expected("new", TOKENS)
 
@@ -83,7 +83,7 @@ class Drop(Story):
         until(lambda: durable(client, "old"), "the old document is durable")
 
     def act(self, client):
-        client.evict("old", "nvme")
+        client.free("old", "none")
         put(client, "new", TOKENS)
         until(lambda: durable(client, "new"), "the new document is durable")
 
@@ -130,7 +130,7 @@ def check(daemon, kept, memory="cold"):
     until(lambda: durable(client, "again"), "the daemon works")
     for name in ("old", "new"):
         put(client, name, TOKENS)
-    client.evict("again")
+    client.free("again")
     assert fetch(client, "again") == again
     for name in ("old", "new"):
         assert fetch(client, name) == expected(name, TOKENS)

@@ -82,7 +82,7 @@ def test_the_model_allows_what_the_promises_leave_open():
     model = Model(entries=dict(DURABLE))
     model.lost(["delete", "red", NAME])
     model.reborn("red", {NAME: shown()}, {NAME})  # the deletion was not answered
-    model.ended(["evict", "red", NAME, "nvme"], "ok", {"durable": True, "complete": False})
+    model.ended(["free", "red", NAME, "none"], "ok", {"durable": True, "complete": False})
     model.reborn("red", {NAME: shown(complete=False)}, set())
     model.ended(["delete", "red", NAME], "ok", None)
     model.reborn("red", {}, set())

@@ -352,9 +352,9 @@ def test_bad_requests_get_typed_errors_and_the_daemon_serves_on(unharmed):
             (DocumentNotFound, lambda: client.attach("nothing")),
             (DocumentNotFound, lambda: client.document("nothing")),
             (DocumentNotFound, lambda: client.delete("nothing")),
-            (DocumentNotFound, lambda: client.evict("nothing")),
+            (DocumentNotFound, lambda: client.free("nothing")),
             (DocumentNotFound, lambda: client.pin("nothing")),
-            (InvalidRequest, lambda: client.evict("report", "attic")),
+            (InvalidRequest, lambda: client.free("report", "attic")),
             (InvalidRequest, lambda: client.pin("report", "ddr", ttl_seconds=float("nan"))),
             (ClaimNotFound, lambda: client.unpin("report")),
             (ClaimNotFound, lambda: client.detach(99)),
@@ -502,7 +502,7 @@ def test_seals_of_the_writer_are_kept_and_wrong_ones_are_found(daemon):
             client.commit_ingest(opened.ingest, seals[:1])
         client.commit_ingest(opened.ingest, seals)
         until(lambda name=name: durable(client, name), "it is durable")
-        client.evict(name)
+        client.free(name)
     assert fetch(client, "good") == expected("good", 64)
     with pytest.raises(CorruptExtent):
         fetch(client, "bad")
@@ -734,7 +734,7 @@ def test_a_client_that_leaves_a_request_open_is_noticed_when_it_dies(daemon):
     """However many requests it has under way, and though the daemon has nothing to send to it."""
     client = daemon.client()
     put(client, "report", 100)
-    client.evict("report")
+    client.free("report")
     until(lambda: durable(client, "report"), "the document is durable, its segment open")
     before = daemon.descriptors()
     requests = HELLO + b"".join(encode(Envelope(i, ListDocuments())) for i in range(2, 200))
@@ -751,11 +751,11 @@ def test_an_evicted_document_comes_back_and_a_dropped_one_is_incomplete(daemon):
     client = daemon.client()
     content = put(client, "report", 200)
     until(lambda: durable(client, "report"), "the document is durable")
-    assert {victim.action for victim in client.plan_eviction("report")} == {"demote"}
-    client.evict("report")
+    assert {victim.action for victim in client.plan_free("report")} == {"demote"}
+    client.free("report")
     assert daemon.used("ddr") == 0
     assert fetch(client, "report") == content
-    client.evict("report", "nvme")
+    client.free("report", "none")
     until(lambda: daemon.used("nvme") == 0, "NVMe is free")
     with pytest.raises(DocumentIncomplete):
         client.attach("report")

@@ -21,7 +21,7 @@ def test_documents_evict_each_other_in_the_one_segment_that_could_be_made():
         kept = {"first": put(client, "first", 32 * 16)}
         until(lambda: durable(client, "first"), "the segment is full")
         armed.touch()
-        client.evict("first", "ddr")
+        client.free("first", "nvme")
         for name in ("second", "third"):
             kept[name] = put(client, name, 32 * 8)
             until(lambda name=name: durable(client, name), f"{name} is durable")

@@ -36,7 +36,7 @@ def recording():
             put(client, name, TOKENS)
             until(lambda name=name: durable(client, name), "it is durable")
         put(client, "back", TOKENS, WritePolicy.BACK)
-        client.evict("back")
+        client.free("back")
         client.delete("one")
         put(client, "three", 320)
         until(lambda: durable(client, "three") and durable(client, "back"), "all are durable")

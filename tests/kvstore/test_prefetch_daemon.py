@@ -17,7 +17,7 @@ def test_what_was_announced_is_there_when_it_is_asked_for():
         client = daemon.start().client()
         wanted = {name: put(client, name, 100) for name in ("a", "b")}
         for name in wanted:
-            client.evict(name)
+            client.free(name)
             hint = client.prefetch(name, queries=2, deadline_seconds=60.0, owner="test")
             assert (hint.document, hint.queries, hint.owner, hint.target) == (name, 2, "test", "ddr")
         until(lambda: set(states(daemon)[0].values()) == {"promoted"}, "both are near")

@@ -298,7 +298,7 @@ def test_a_stopped_reader_reads_its_own_bytes_after_a_restart(daemon):
         os.kill(reader.process.pid, signal.SIGSTOP)
         client = daemon.restart().client()
         assert daemon.metric("holdfast_ddr_fenced_bytes") > 0
-        client.evict("report")
+        client.free("report")
         churn(client)
         assert in_bounds(daemon)
         os.kill(reader.process.pid, signal.SIGCONT)
