@@ -6,6 +6,7 @@ prices returns with the cost model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -179,11 +180,7 @@ class Planner:
         leaving = _slots(self.tenancy.leaving(Tier.DDR))
         contest = self.tenancy.contest(Tier.DDR, demand.tenant, demand.size_bytes)
         most = self.tenancy.slabs_most(demand.tenant)
-
-        def slots_fit(victims: Sequence[Candidate]) -> bool:
-            freed = _slots(self._record(victim).ddr for victim in victims)
-            return self.state.ddr.fits(demand.slots, [*leaving, *freed], most)
-
+        slots_fit = self._slots_fit(Tier.DDR, demand.slots, leaving, most)
         one_by_one = self._choose(Tier.DDR, slots_fit, contest)
         victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, self._occupants, contest, most)
         if victims is None:
@@ -201,18 +198,36 @@ class Planner:
     def make_nvme_room(self, extents: Sequence[Extent]) -> tuple[Victim, ...] | None:
         """Who should leave NVMe so that these extents of one tenant fit; None: not enough may."""
         leaving = _slots(self.tenancy.leaving(Tier.NVME))
-        wanted = slots_of(extents, owner="")
         size_bytes = sum(extent.slot_bytes for extent in extents)
         contest = self.tenancy.contest(Tier.NVME, extents[0].tenant, size_bytes)
-
-        def slot_fits(victims: Sequence[Candidate]) -> bool:
-            freed = _slots(self._record(victim).nvme for victim in victims)
-            return self.state.nvme.fits(wanted, [*leaving, *freed])
-
-        victims = self._choose(Tier.NVME, slot_fits, contest)
+        slots_fit = self._slots_fit(Tier.NVME, slots_of(extents, owner=""), leaving)
+        victims = self._choose(Tier.NVME, slots_fit, contest)
         if victims is None:
             return None
         return tuple(self._victim(self._record(victim), self._record(victim).nvme, victim) for victim in victims)
+
+    def _slots_fit(
+        self, tier: Tier, wanted: Mapping[SlotClass, int], leaving: Sequence[Slot], slabs_most: int | None = None
+    ) -> Satisfied:
+        """Whether these slots fit once what leaves anyway and the victims have left."""
+        pool = self.state.ddr if tier is Tier.DDR else self.state.nvme
+        anyway = Counter(slot.slab for slot in leaving)
+        slabs: dict[UnitId, int] = {}  # of victims: asked about again and again
+
+        def fit(victims: Sequence[Candidate]) -> bool:
+            freed = anyway.copy()
+            for victim in victims:
+                slab = slabs.get(victim.unit)
+                if slab is None:
+                    record = self._record(victim)
+                    copy = record.ddr if tier is Tier.DDR else record.nvme
+                    assert copy is not None
+                    assert copy.slot is not None
+                    slab = slabs[victim.unit] = copy.slot.slab
+                freed[slab] += 1
+            return pool.fits_without(wanted, freed, slabs_most)
+
+        return fit
 
     def free_bytes(self, tier: Tier, size_bytes: int) -> tuple[Victim, ...] | None:
         """Who should leave DDR or NVMe to free at least that many bytes; None: not that much may leave.

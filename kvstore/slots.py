@@ -8,6 +8,7 @@ slab hands out nothing: somebody of an earlier daemon life may still look at it.
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,6 +46,34 @@ class _Slab:
     slots: int
 
 
+class _Open:
+    """Slabs of one class that hand out slots: how many each has free."""
+
+    def __init__(self) -> None:
+        self.free: dict[int, int] = {}
+        self.total = 0
+        self._order: list[tuple[int, int]] = []  # a heap of (free, slab); what is outdated is passed over
+
+    def set(self, slab: int, free: int) -> None:
+        """So many from now on; with none it is not open."""
+        self.total += free - self.free.pop(slab, 0)
+        if not free:
+            return
+        self.free[slab] = free
+        heapq.heappush(self._order, (free, slab))
+        if len(self._order) > 4 * len(self.free) + 64:
+            self._order = [(free, slab) for slab, free in self.free.items()]
+            heapq.heapify(self._order)
+
+    def fullest(self) -> int:
+        """The slab with the fewest free slots, the lowest of several."""
+        while True:
+            free, slab = self._order[0]
+            if self.free.get(slab) == free:
+                return slab
+            heapq.heappop(self._order)
+
+
 class SlabPool:
     """`capacity_bytes // slab_bytes` slabs, numbered from 0."""
 
@@ -53,7 +82,7 @@ class SlabPool:
         self.slab_count = capacity_bytes // slab_bytes
         self._unused = list(range(self.slab_count))[::-1]
         self._slabs: dict[int, _Slab] = {}
-        self._open: dict[SlotClass, set[int]] = defaultdict(set)
+        self._open: dict[SlotClass, _Open] = defaultdict(_Open)
         self._owned: Counter[str] = Counter()  # slabs in use
         self._wrote: dict[int, str] = {}  # whose bytes are in a slab that is unused
         self._foreign: set[int] = set()  # slabs in use that hold another owner's bytes
@@ -86,8 +115,8 @@ class SlabPool:
 
     def allocate(self, kind: SlotClass) -> Slot | None:
         """A free slot, or None: of the fullest open slab, so that others empty, else of one its owner used last."""
-        if self._open[kind]:
-            number = min(self._open[kind], key=lambda n: (len(self._slabs[n].free), n))
+        if self._open[kind].free:
+            number = self._open[kind].fullest()
         elif self._unused and self.per_slab(kind):
             number = next((n for n in reversed(self._unused) if self._wrote.get(n) == kind.owner), self._unused[-1])
             self._dedicate(number, kind)
@@ -95,8 +124,7 @@ class SlabPool:
             return None
         slab = self._slabs[number]
         index = slab.free.pop()
-        if not slab.free:
-            self._open[kind].discard(number)
+        self._open[kind].set(number, len(slab.free))
         self.used_bytes += kind.slot_bytes
         return Slot(number, index * kind.slot_bytes, kind.slot_bytes)
 
@@ -108,8 +136,8 @@ class SlabPool:
         slab = self._slabs[slot.slab]
         assert slab.kind == kind, f"segment {slot.slab} serves {slab.kind}, not {kind}"
         slab.free.remove(slot.offset // kind.slot_bytes)
-        if not slab.free:
-            self._open[kind].discard(slot.slab)
+        if slot.slab in self._open[kind].free:
+            self._open[kind].set(slot.slab, len(slab.free))
         self.used_bytes += kind.slot_bytes
 
     def _dedicate(self, number: int, kind: SlotClass) -> None:
@@ -120,7 +148,7 @@ class SlabPool:
         count = self.per_slab(kind)
         self._slabs[number] = _Slab(kind, list(range(count))[::-1], count)
         self._owned[kind.owner] += 1
-        self._open[kind].add(number)
+        self._open[kind].set(number, count)
 
     # Fences ------------------------------------------------------------------------------------
 
@@ -136,7 +164,7 @@ class SlabPool:
         self._fences.setdefault(slab, set()).add(holder)
         found = self._slabs.get(slab)
         if found is not None:
-            self._open[found.kind].discard(slab)
+            self._open[found.kind].set(slab, 0)
         elif slab in self._unused:
             self._unused.remove(slab)
 
@@ -147,11 +175,13 @@ class SlabPool:
             if self._fences[slab]:
                 continue
             del self._fences[slab]
+            if slab in self._withdrawn:
+                continue
             found = self._slabs.get(slab)
             if found is None:
                 self._unused.append(slab)
-            elif found.free:
-                self._open[found.kind].add(slab)
+            else:
+                self._open[found.kind].set(slab, len(found.free))
 
     def is_fenced(self, slab: int) -> bool:
         """Whether what is freed in it is of no use for now."""
@@ -190,11 +220,11 @@ class SlabPool:
         is_fenced = slot.slab in self._fences
         if len(slab.free) < slab.slots:
             if not is_fenced and slot.slab not in self._withdrawn:
-                self._open[slab.kind].add(slot.slab)
+                self._open[slab.kind].set(slot.slab, len(slab.free))
             return
         del self._slabs[slot.slab]
         self._owned[slab.kind.owner] -= 1
-        self._open[slab.kind].discard(slot.slab)
+        self._open[slab.kind].set(slot.slab, 0)
         if slot.slab in self._withdrawn:
             return
         self._wrote[slot.slab] = slab.kind.owner
@@ -209,17 +239,17 @@ class SlabPool:
         """The device has no room for this slab: let it take nothing new, nor any that was never used, until `offer`."""
         self._withdrawn |= {slab, *(number for number in self._unused if number not in self._wrote)}
         self._unused = [number for number in self._unused if number not in self._withdrawn]
-        for numbers in self._open.values():
-            numbers.discard(slab)
+        for slabs in self._open.values():
+            slabs.set(slab, 0)
 
     def offer(self) -> None:
         """Try the withdrawn slabs again."""
-        for number in sorted(self._withdrawn):
+        for number in sorted(self._withdrawn - self._fences.keys()):
             slab = self._slabs.get(number)
             if slab is None:
                 self._unused.insert(0, number)  # tried after those that are known to exist
-            elif slab.free:
-                self._open[slab.kind].add(number)
+            else:
+                self._open[slab.kind].set(number, len(slab.free))
         self._withdrawn.clear()
 
     def owner(self, slab: int) -> str | None:
@@ -238,7 +268,7 @@ class SlabPool:
 
     def is_open(self, kind: SlotClass) -> bool:
         """Whether a slab in use has a free slot of this class."""
-        return bool(self._open[kind])
+        return bool(self._open[kind].free)
 
     def could_hold(self, wanted: Mapping[SlotClass, int]) -> bool:
         """Whether these slots would fit if the whole pool were free."""
@@ -257,19 +287,25 @@ class SlabPool:
 
         `slabs_most` bounds the slabs that their one owner has then; None: no bound.
         """
-        freed = Counter(slot.slab for slot in freeing)
+        return self.fits_without(wanted, Counter(slot.slab for slot in freeing), slabs_most)
+
+    def fits_without(
+        self, wanted: Mapping[SlotClass, int], freed: Mapping[int, int], slabs_most: int | None = None
+    ) -> bool:
+        """The same once so many slots are free in these slabs; looks at no others."""
         empty = len(self._unused)
-        owned = self._owned.copy()
-        spare: Counter[SlotClass] = Counter()
-        for number, slab in self._slabs.items():
+        spare = {kind: self._open[kind].total for kind in wanted}
+        owned = {kind.owner: self._owned[kind.owner] for kind in wanted}
+        for number, count in freed.items():
             if number in self._withdrawn or number in self._fences:
                 continue
-            free = len(slab.free) + freed[number]
-            if free == slab.slots:
-                empty += 1
-                owned[slab.kind.owner] -= 1
-            else:
-                spare[slab.kind] += free
+            slab = self._slabs[number]
+            is_empty = len(slab.free) + count == slab.slots
+            empty += is_empty
+            if slab.kind in spare:
+                spare[slab.kind] += -len(slab.free) if is_empty else count
+            if slab.kind.owner in owned:
+                owned[slab.kind.owner] -= is_empty
         for kind, count in wanted.items():
             missing = max(0, count - spare[kind])
             if missing:
@@ -278,7 +314,7 @@ class SlabPool:
                     return False
                 empty -= -(-missing // per_slab)
                 owned[kind.owner] += -(-missing // per_slab)
-        return empty >= 0 and (slabs_most is None or all(owned[kind.owner] <= slabs_most for kind in wanted))
+        return empty >= 0 and (slabs_most is None or all(count <= slabs_most for count in owned.values()))
 
 
 class RowPool:
