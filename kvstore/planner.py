@@ -33,7 +33,7 @@ from .residency import Placement, Tier
 from .rows import draining, place_rows
 from .shard_forest import ShardForest
 from .shared_ranking import SharedRanking
-from .slots import Slot, slots_of
+from .slots import Slot, SlotClass, slots_of
 from .state import DDR, NVME, ExtentRecord, Group, hbm_device
 from .state import State as Store
 from .tenancy import Tenancy
@@ -180,7 +180,7 @@ class Planner:
         leaving = _slots(self.tenancy.leaving(Tier.DDR))
         contest = self.tenancy.contest(Tier.DDR, demand.tenant, demand.size_bytes)
         most = self.tenancy.slabs_most(demand.tenant)
-        slots_fit = self._slots_fit(Tier.DDR, demand.slots, leaving, most)
+        slots_fit = self._freed_by(Tier.DDR, demand.slots, leaving, most)
         one_by_one = self._choose(Tier.DDR, slots_fit, contest)
         victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, self._occupants, contest, most)
         if victims is None:
@@ -200,13 +200,13 @@ class Planner:
         leaving = _slots(self.tenancy.leaving(Tier.NVME))
         size_bytes = sum(extent.slot_bytes for extent in extents)
         contest = self.tenancy.contest(Tier.NVME, extents[0].tenant, size_bytes)
-        slots_fit = self._slots_fit(Tier.NVME, slots_of(extents, owner=""), leaving)
+        slots_fit = self._freed_by(Tier.NVME, slots_of(extents, owner=""), leaving)
         victims = self._choose(Tier.NVME, slots_fit, contest)
         if victims is None:
             return None
         return tuple(self._victim(self._record(victim), self._record(victim).nvme, victim) for victim in victims)
 
-    def _slots_fit(
+    def _freed_by(
         self, tier: Tier, wanted: Mapping[SlotClass, int], leaving: Sequence[Slot], slabs_most: int | None = None
     ) -> Satisfied:
         """Whether these slots fit once what leaves anyway and the victims have left."""
