@@ -14,16 +14,14 @@ from typing import Final
 from .claims import NS, TOLD_PART, Pin, PinKind, PinSelection, Refresh
 from .document import NAME_LIMIT, Document, DocumentId
 from .errors import HoldfastError, InvalidRequest
-from .ledger import SwapRecord
-from .loading import Loading
-from .orders import DropPin, PutPin, Urgency
+from .orders import DropPin, PutPin
 from .pinning import check_pin
+from .prefetching import unasked
 from .residency import State, Tier
 from .upkeep import Upkeep
 
 PREFETCH_DEADLINE_NS: Final = 300 * NS  # nobody waits for it, but no wait is without end
 TTL_SECONDS_MAX: Final = 10**9
-NOBODY: Final = 0  # the client number of the daemon itself
 
 Told = Callable[[HoldfastError | None], None]
 
@@ -176,28 +174,7 @@ class Keeping:
 
     def _prefetch(self, document: Document) -> None:
         """Bring a document to DDR; best effort, because nobody waits for it."""
-        records = [self.state.extents[extent] for extent in document.extents]
-        loading = Loading(
-            document=document.id,
-            records=records,
-            spans={},
-            group=None,
-            layout=None,
-            urgency=Urgency.PREFETCH,
-            swap=SwapRecord(
-                id=self.store.new_id(),
-                document=str(document.id),
-                group=None,
-                client=NOBODY,
-                started_wall_ns=self.store.clock.wall_ns(),
-                token_count=document.token_count,
-            ),
-            started_ns=self.store.clock.monotonic_ns(),
-            granted=lambda: None,
-            layer_ready=lambda _: None,
-            ended=lambda _: None,
-            released=True,
-        )
+        loading = unasked(self.store, document, None, None, lambda _: None)
         try:
             self.loader.start(loading, self.store.clock.monotonic_ns() + PREFETCH_DEADLINE_NS)
         except HoldfastError:

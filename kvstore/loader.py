@@ -6,6 +6,7 @@ moment it is asked for, so that nothing leaves while it waits for room; several 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -45,13 +46,14 @@ class Loader:
         loading.reservation = Reservation(
             document=loading.document,
             demand=lambda: self._demand(loading),
-            granted=lambda: self._granted(loading),
+            granted=lambda: self._waited(loading),
             refused=lambda error: self._refused(loading, error),
             deadline_ns=deadline_ns,
         )
         self.room.request(loading.reservation)
         loading.patience_ns = deadline_ns - self.store.clock.monotonic_ns()
         self._active.append(loading)
+        self.store.records.awaited[loading.document] += 1
         self._hold(loading)
 
     def start_now(
@@ -173,6 +175,10 @@ class Loader:
         return loading.gives_way
 
     # Granted -----------------------------------------------------------------------------------
+
+    def _waited(self, loading: Loading) -> None:
+        self.store.records.awaited -= Counter([loading.document])
+        self._granted(loading)
 
     def _granted(self, loading: Loading) -> None:
         loading.reservation = None
@@ -380,6 +386,8 @@ class Loader:
         if loading.phase in (Phase.READY, Phase.FAILED):
             return
         self._active.remove(loading)
+        if loading.phase is Phase.WAITING:
+            self.store.records.awaited -= Counter([loading.document])
         loading.kept = loading.phase is Phase.MOVING and loading.group is None and not loading.released
         if loading.kept:  # what other reads still bring stays too
             loading.held += [self.store.hold(r.ddr) for r in loading.records if r.ddr is not None]

@@ -18,7 +18,7 @@ from .contest import Contest, Permit
 from .residency import Placement
 from .state import ExtentRecord, State
 
-HINTED: Final = QUARTERS + 1  # behind all soft pins
+EXPECTED: Final = QUARTERS + 1  # behind all soft pins
 
 
 class Precedence:
@@ -31,10 +31,10 @@ class Precedence:
     def rank_of(self, record: ExtentRecord, placement: Placement) -> int:
         """Lower ranks leave first: 0, or the quarters that the strongest soft pin on the copy has left of its life.
 
-        Those of announced documents leave behind all others.
+        Those whose queries wait, or are announced, leave behind all others.
         """
-        if self.state.is_hinted(record.documents, placement.tier, placement.device):
-            return HINTED
+        if self.state.is_expected(record.documents, placement.tier, placement.device):
+            return EXPECTED
         return self.state.pins.quarters(record.documents, placement.tier, self.clock.wall_ns())
 
     def choose(

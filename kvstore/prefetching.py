@@ -1,13 +1,13 @@
 """Prefetching: bring documents near before their queries run, one at a time, behind everybody who waits already.
 
 A hint takes free room, and what eviction grants where that is worth less than the load it saves (`Hints.weighs_more`):
-nothing that is leased, pinned, or shielded by another hint. Where a group has no room for its document, that is brought
-to DDR meanwhile.
+nothing that is leased, pinned (softly too), or shielded by another hint. Where a group has no room for its document,
+that is brought to DDR meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -15,6 +15,7 @@ from .attach import checked_layout
 from .document import NAME_LIMIT, Document, DocumentId
 from .errors import DocumentTooLarge, HoldfastError, InvalidRequest
 from .hints import OPEN, WASTED, Hint, HintState
+from .layout import Layout
 from .ledger import SwapRecord
 from .loader import Loader
 from .loading import Loading
@@ -23,6 +24,7 @@ from .planner import Victim
 from .residency import State, Tier
 from .room import Cleared
 from .state import DDR, ShardKey, hbm_device
+from .store import Store
 from .upcoming import Upcoming, next_up, passed_over
 
 NS: Final = 1_000_000_000
@@ -31,6 +33,38 @@ LONGEST_SECONDS: Final = 3600.0
 MOVE_SECONDS: Final = 300.0  # how long a load waits for room inside a window; nobody waits for it, but none is endless
 STIR_NS: Final = NS  # how soon those that found no room look again
 NOBODY: Final = 0  # the client number of the daemon itself, and of people
+
+
+def unasked(
+    store: Store,
+    document: Document,
+    group: str | None,
+    layout: Layout | None,
+    ended: Callable[[HoldfastError | None], None],
+) -> Loading:
+    """All of a document on its way to DDR, or to a group, though nobody waits for it: it holds nothing at its end."""
+    records = [store.records.extents[extent] for extent in document.extents]
+    return Loading(
+        document=document.id,
+        records=records,
+        spans={r.extent.id: (r.extent.start, r.extent.stop) for r in records} if group is not None else {},
+        group=group,
+        layout=layout,
+        urgency=Urgency.PREFETCH,
+        swap=SwapRecord(
+            id=store.new_id(),
+            document=str(document.id),
+            group=group,
+            client=NOBODY,
+            started_wall_ns=store.clock.wall_ns(),
+            token_count=document.token_count,
+        ),
+        started_ns=store.clock.monotonic_ns(),
+        granted=lambda: None,
+        layer_ready=lambda _: None,
+        ended=ended,
+        released=True,
+    )
 
 
 class Prefetching:
@@ -202,33 +236,12 @@ class Prefetching:
         return cleared
 
     def _loading(self, hint: Hint, document: Document, group: str | None) -> Loading:
-        records = [self.state.extents[extent] for extent in document.extents]
         layout = None
         if group is not None:
             shard = self.state.group(group).shards.get(ShardKey(document.id, document.token_count))
             wanted = shard.layout if shard is not None else None
             layout = checked_layout(self.state, group, document.fingerprint, document.token_count, wanted)
-        loading = Loading(
-            document=document.id,
-            records=records,
-            spans={r.extent.id: (r.extent.start, r.extent.stop) for r in records} if group is not None else {},
-            group=group,
-            layout=layout,
-            urgency=Urgency.PREFETCH,
-            swap=SwapRecord(
-                id=self.store.new_id(),
-                document=str(document.id),
-                group=group,
-                client=NOBODY,
-                started_wall_ns=self.store.clock.wall_ns(),
-                token_count=document.token_count,
-            ),
-            started_ns=self.store.clock.monotonic_ns(),
-            granted=lambda: None,
-            layer_ready=lambda _: None,
-            ended=lambda error: self._arrived(hint, loading, error),
-            released=True,
-        )
+        loading = unasked(self.store, document, group, layout, lambda error: self._arrived(hint, loading, error))
         return loading
 
     def _load_ns(self, hint: Hint) -> int:
@@ -242,12 +255,14 @@ class Prefetching:
         for victim in victims:
             device = target if victim.tier is Tier.HBM else DDR
             leaving[device] += victim.size_bytes
-            if self.state.is_hinted(self.state.extents[victim.extent].documents, victim.tier, device):
+            documents, now_ns = self.state.extents[victim.extent].documents, self.store.clock.wall_ns()
+            is_expected = self.state.is_expected(documents, victim.tier, device)
+            if is_expected or self.state.pins.quarters(documents, victim.tier, now_ns):
                 return False
         for device, size_bytes in leaving.items():
             tier = Tier.DDR if device == DDR else Tier.HBM
             may = self.hints.may_displace(hint, device, size_bytes, self.state.capacity_bytes(tier, device))
-            if size_bytes and not (may and self.state.is_hinted({hint.document}, tier, device)):
+            if size_bytes and not (may and self.state.is_expected({hint.document}, tier, device)):
                 return False
         if not self.hints.weighs_more(hint, [victim.restore_ns for victim in victims]):
             return False

@@ -200,6 +200,7 @@ class State:
         self.ledger = ledger
         self.usage = Usage()
         self.hints = Hints()
+        self.awaited: Counter[DocumentId] = Counter()  # documents of loads that wait for room
         self.quotas = quotas
         self.specs: dict[bytes, KVSpec] = {}
         self.documents: dict[DocumentId, DocumentRecord] = {}
@@ -275,8 +276,10 @@ class State:
             return group.capacity_bytes if group is not None else 0
         return (self.ddr if tier is Tier.DDR else self.nvme).capacity_bytes
 
-    def is_hinted(self, documents: Iterable[DocumentId], tier: Tier, device: str) -> bool:
-        """Whether queries on any of these documents are announced, and that shields its copies on a device."""
+    def is_expected(self, documents: Collection[DocumentId], tier: Tier, device: str) -> bool:
+        """Whether queries on any of these documents wait, or are announced, which shields its copies on a device."""
+        if not self.awaited.keys().isdisjoint(documents):
+            return True
         if not self.hints.live:
             return False
         return not self.hints.shielded(tier, device, self.capacity_bytes(tier, device)).isdisjoint(documents)

@@ -1,10 +1,12 @@
 """Hints in a service: what is brought near, for whom room is made, how hints end, and what is learnt from that."""
 
 import pytest
+from holdfast.kvstore.claims import PinKind
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import DocumentNotFound, GroupNotFound, InvalidRequest, NoCapacity, StorageFailed
 from holdfast.kvstore.hints import HINTS_MAX, OWNER_MAX, HintState
 from holdfast.kvstore.orders import LoadShard, ReadIn, Urgency
+from holdfast.kvstore.precedence import EXPECTED
 from holdfast.kvstore.residency import Tier
 
 from fakes import CLIENT
@@ -142,6 +144,42 @@ def test_what_is_leased_or_pinned_stays_and_the_hint_waits():
     stage.settle()
     assert hint.state is HintState.PROMOTED
     assert stage.near() == {"b", "c"}
+
+
+def test_what_is_pinned_softly_is_not_displaced_by_a_hint():
+    stage = Stage("abc", near="ab", ddr=4)
+    for name in "ab":
+        stage.service.keeping.pin(stage.documents[name], Tier.DDR, 60.0, "me", "", PinKind.SOFT)
+    hint = stage.hint("c")
+    stage.settle()
+    assert hint.state is HintState.WAITING
+    stage.service.keeping.unpin(stage.documents["a"])
+    stage.pass_seconds(1)
+    stage.settle()
+    assert stage.near() == {"b", "c"}
+
+
+def test_the_shard_of_a_query_that_waits_leaves_last():
+    """It waits behind another, and holds nothing in HBM before its turn."""
+    stage = Stage("abcd", ddr=4)
+    stage.group()
+    stage.use("a", "g")
+    (shard,) = stage.state.shards()
+
+    def ranks():
+        precedence = stage.service.planner.precedence
+        return {precedence.rank_of(stage.state.extents[e], copy) for e, copy in shard.copies.items()}
+
+    for name in "bc":
+        (attach,) = stage.attach(stage.documents[name])
+        stage.detach(attach)  # what moves stays until it has arrived
+    assert ranks() == {0}
+    heard = [stage.attach(stage.documents["d"]), stage.attach(stage.documents["a"], "g")]
+    assert heard == [[], []]
+    assert ranks() == {EXPECTED}
+    stage.settle()
+    assert [len(answers) for answers in heard] == [1, 1]
+    assert ranks() == {0}
 
 
 def test_a_hint_never_displaces_what_would_have_to_be_computed_again():

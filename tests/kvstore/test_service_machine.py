@@ -613,6 +613,7 @@ class Machine(RuleBasedStateMachine):
         assert not service.state.leases
         assert not service.state.private
         assert not service.state.hints.live
+        assert not service.state.awaited
         for copy in service.state.all_placements():
             assert copy.holds == 0, copy
             assert copy.state is State.RESIDENT, copy
