@@ -92,7 +92,7 @@ class ArcRanking(QueuedRanking):
         if unit in self._again:
             self._again.move_to_end(unit)
         else:
-            self._once.push(unit, self._once.take(unit))
+            self._once.renew(unit)
         self._places[unit] = self._next_place()
 
     def _gone(self, unit: UnitId) -> None:

@@ -74,15 +74,24 @@ class MqRanking(QueuedRanking):
                 self._to_back(unit, entry, number)
 
     def _to_back(self, unit: UnitId, entry: _Unit, queue: int) -> None:
-        self._queues[entry.queue].pop(unit, None)
-        self._queues[queue][unit] = None
+        if queue != entry.queue:
+            del self._queues[entry.queue][unit]
+            self._queues[queue][unit] = None
+            entry.queue = queue
+        else:
+            self._queues[queue].move_to_end(unit)
+        self._renew_life(entry)
+
+    def _renew_life(self, entry: _Unit) -> None:
         life_time = LIFE_TIME * len(self._sizes) if self._life_time is None else self._life_time
-        entry.queue, entry.place, entry.expires = queue, self._next_place(), self._time + life_time
+        entry.place, entry.expires = self._next_place(), self._time + life_time
 
     def _enter(self, unit: UnitId, size_bytes: int) -> None:
-        entry = self._units[unit] = _Unit(self._ghosts.uses(unit) + 1)
+        uses = self._ghosts.uses(unit) + 1
         self._ghosts.discard(unit)
-        self._to_back(unit, entry, _queue(entry.uses))
+        entry = self._units[unit] = _Unit(uses, _queue(uses))
+        self._queues[entry.queue][unit] = None
+        self._renew_life(entry)
 
     def _hit(self, unit: UnitId) -> None:
         entry = self._units[unit]

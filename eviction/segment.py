@@ -29,11 +29,18 @@ class Segment:
         size_bytes = self._over.pop(unit, None)
         if size_bytes is not None:
             self._over_bytes -= size_bytes
-            return size_bytes
-        size_bytes = self._within.pop(unit)
-        self._within_bytes -= size_bytes
+        else:
+            size_bytes = self._within.pop(unit)
+            self._within_bytes -= size_bytes
         self._balance()
         return size_bytes
+
+    def renew(self, unit: UnitId) -> None:
+        """To the back, from wherever it stands."""
+        if unit in self._within:
+            self._within.move_to_end(unit)
+        else:
+            self.push(unit, self.take(unit))
 
     def resize(self, share_bytes: float) -> None:
         """Another share from now on."""

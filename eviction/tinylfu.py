@@ -64,10 +64,10 @@ class TinyLfuRanking(QueuedRanking):
         self._lost = None
 
     def _hit(self, unit: UnitId) -> None:
-        if unit in self._window:
-            self._window.push(unit, self._window.take(unit))
-        elif unit in self._protected:
-            self._protected.push(unit, self._protected.take(unit))
+        if unit in self._protected:
+            self._protected.renew(unit)
+        elif unit in self._window:
+            self._window.renew(unit)
         else:
             del self._probation[unit]
             self._protected.push(unit, self._sizes[unit])
@@ -96,7 +96,7 @@ class TinyLfuRanking(QueuedRanking):
     def _renew(self, unit: UnitId) -> None:
         for segment in (self._window, self._protected):
             if unit in segment:
-                segment.push(unit, segment.take(unit))
+                segment.renew(unit)
         if unit in self._probation:
             self._probation.move_to_end(unit)
         self._places[unit] = self._next_place()
