@@ -272,6 +272,7 @@ def status(s: Json) -> Table:
             ("waiting", f"{s['reservations_waiting']} for room, {s['writes_queued']} to be written"),
             ("in flight", f"{s['orders_in_flight']} orders"),
             ("queries", _amortised(s)),
+            ("relieving", ", ".join(s["relieving"]) or "no tier"),
             ("ddr", s["ddr_backing"]),
         )
     )

@@ -95,7 +95,8 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """The daemon at a glance. `not_ready` says why it cannot serve; null when it can.
 
     `ddr_backing` says what the arena's pages are, and where. `amortisation` is how many queries were answered for each
-    time that KV had to be brought near (`reattaches`); null before the first.
+    time that KV had to be brought near (`reattaches`); null before the first. `relieving`: tiers above their
+    watermarks, which copies leave in the background.
     """
 
     version: str
@@ -111,6 +112,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     orders_in_flight: int
     ddr_backing: str
     tiers: list[views.TierView]
+    relieving: list[str]
     groups: list[GroupView]
     queries_answered: int
     reattaches: int
@@ -214,6 +216,7 @@ class Admin:
             orders_in_flight=service.store.orders_in_flight,
             ddr_backing=self.backing,
             tiers=views.tier_views(state),
+            relieving=[tier.label for tier in service.watermarks.relieving],
             groups=[self._group(group) for group in state.groups.values()],
             queries_answered=state.ledger.counts["queries_answered"],
             reattaches=state.ledger.counts["reattaches"],
@@ -259,7 +262,7 @@ class Admin:
         """Set when a document ends; answered when a restart would know it too."""
         self.must_be_ready()
         document, wanted = named(request), await body(request, DocumentChange)
-        await told(lambda done: self.service.set_ttl(document, wanted.ttl_seconds, done))
+        await told(lambda done: self.service.expiry.set(document, wanted.ttl_seconds, done))
         return await self.document(request)
 
     async def delete_document(self, request: web.Request) -> web.Response:

@@ -45,6 +45,7 @@ class Expiry:
         expires_wall_ns = None if ttl_ns is None else self.clock.wall_ns() + ttl_ns
         owner.document = replace(owner.document, expires_wall_ns=expires_wall_ns)
         self.upkeep.store.notes.add(PutDocument(owner.document))
+        self.upkeep.store.notes.flush()
         if owner.volatile:
             done(None)  # its row is written when all of it is on NVMe
         else:

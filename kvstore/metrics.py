@@ -45,6 +45,8 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "prefetched_unused": ("holdfast_prefetched_unused", "Documents that were brought near for nothing."),
     "adopted": ("holdfast_adopted", "Extents that an earlier daemon left in DDR, and that were found there."),
     "adopted_verified": ("holdfast_adopted_verified", "Those of them that were as they had been sealed."),
+    "watermark_ddr": ("holdfast_watermark_ddr", "Copies that left DDR in the background, for nobody's demand."),
+    "watermark_nvme": ("holdfast_watermark_nvme", "Copies that left NVMe in the background, for nobody's demand."),
     "documents_expired": ("holdfast_documents_expired", "Documents deleted as their time was up."),
     "not_restored": ("holdfast_not_restored", "Extents given up at a restart, as the NVMe budget has shrunk."),
 }

@@ -30,7 +30,8 @@ class Urgency(IntEnum):
     DEMOTE = 1  # someone waits for the room
     PREFETCH = 2
     WRITE_THROUGH = 3
-    SCRUB = 4  # an audit, which nobody waits for
+    RELIEF = 4  # room that nobody waits for yet
+    SCRUB = 5  # an audit, which nobody waits for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ prices returns with the cost model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
@@ -115,7 +115,7 @@ class Planner:
         ]
         if below:
             return self.reload_ns(record, below[0].tier, placement.tier)
-        if placement.tier is Tier.DDR and self._goes_to_nvme(record):
+        if placement.tier is Tier.DDR and self.goes_to_nvme(record):
             return self.reload_ns(record, Tier.NVME, Tier.DDR)
         return self.recompute_ns(record)
 
@@ -234,18 +234,32 @@ class Planner:
 
         What tenants are guaranteed leaves when the rest is not enough.
         """
-        victims = self.relieve(tier, size_bytes)
-        return self._freed(tier, size_bytes, None) if victims is None and self.state.quotas else victims
+        describe = partial(self._of, tier)
+        victims = self._freed(tier, size_bytes, describe, self.tenancy.relief(tier, size_bytes))
+        if victims is None and self.state.quotas:
+            victims = self._freed(tier, size_bytes, describe, None)
+        return victims
 
-    def relieve(self, tier: Tier, size_bytes: int) -> tuple[Victim, ...] | None:
-        """The same, but what tenants are guaranteed stays."""
-        return self._freed(tier, size_bytes, self.tenancy.relief(tier, size_bytes))
+    def relieve(self, tier: Tier, size_bytes: int, may: Callable[[ExtentRecord], bool]) -> tuple[Victim, ...] | None:
+        """The same where nobody asks for it: of extents that `may` leave, and nobody has announced or pinned.
 
-    def _freed(self, tier: Tier, size_bytes: int, contest: Contest | None) -> tuple[Victim, ...] | None:
+        What tenants are guaranteed stays.
+        """
+
+        def describe(extent: UnitId) -> Candidate:
+            candidate = self._of(tier, extent)
+            is_free = candidate.rank <= 0 and may(self._record(candidate))
+            return candidate if is_free else replace(candidate, movable=False)
+
+        return self._freed(tier, size_bytes, describe, self.tenancy.relief(tier, size_bytes))
+
+    def _freed(
+        self, tier: Tier, size_bytes: int, describe: Describe, contest: Contest | None
+    ) -> tuple[Victim, ...] | None:
         def enough(victims: Sequence[Candidate]) -> bool:
             return sum(victim.size_bytes for victim in victims) >= size_bytes
 
-        victims = self._choose(tier, enough, contest)
+        victims = self._choose(tier, enough, contest, describe)
         if victims is None:
             return None
         records = [self._record(victim) for victim in victims]
@@ -339,7 +353,7 @@ class Planner:
         scores = self.state.rankings[DDR].scores(candidates, self.clock.monotonic_ns())
         for candidate, score in zip(candidates, scores, strict=True):
             record = self._record(candidate)
-            stays = self._goes_to_nvme(record) or (record.nvme is not None and record.nvme.readable)
+            stays = self.goes_to_nvme(record) or (record.nvme is not None and record.nvme.readable)
             if candidate.movable and (stays or not forest.followers(candidate.id)):
                 loss = score * candidate.size_bytes
                 yield from (Occupant(candidate, slot, loss) for slot in _slots([record.ddr]))
@@ -360,10 +374,12 @@ class Planner:
     def _unpinned(self, record: ExtentRecord, placement: Placement) -> bool:
         return placement.tier is Tier.HBM or self.state.may_leave(record, placement)
 
-    def _choose(self, tier: Tier, satisfied: Satisfied, contest: Contest | None = None) -> tuple[Candidate, ...] | None:
-        forests = self.state.forests
+    def _choose(
+        self, tier: Tier, satisfied: Satisfied, contest: Contest | None = None, describe: Describe | None = None
+    ) -> tuple[Candidate, ...] | None:
+        forests, described = self.state.forests, describe or partial(self._of, tier)
         forest = forests.ddr if tier is Tier.DDR else forests.nvme
-        return self._chosen(forest, DDR if tier is Tier.DDR else NVME, partial(self._of, tier), satisfied, contest)
+        return self._chosen(forest, DDR if tier is Tier.DDR else NVME, described, satisfied, contest)
 
     def _choose_unchained(self, satisfied: Satisfied, contest: Contest | None) -> tuple[Candidate, ...] | None:
         """In need, what NVMe has too may leave DDR before what lies behind it: nothing becomes useless by that.
@@ -390,7 +406,7 @@ class Planner:
         others = [copy for copy in record.placements() if copy is not placement and copy.readable]
         stays = bool(others)
         if not stays and placement.tier is Tier.DDR:
-            stays = self._goes_to_nvme(record)
+            stays = self.goes_to_nvme(record)
         elif not stays and placement.tier is Tier.HBM:
             stays = self.fits(Demand(slots=slots_of([extent])))
         return Victim(
@@ -406,7 +422,7 @@ class Planner:
             scores=self.state.rankings[placement.device].explain(candidate, self.clock.monotonic_ns()),
         )
 
-    def _goes_to_nvme(self, record: ExtentRecord) -> bool:
+    def goes_to_nvme(self, record: ExtentRecord) -> bool:
         """Whether DDR eviction writes it out: some document wants it kept, and NVMe could take it at all."""
         kept = any(
             self.state.documents[document].document.write_policy != "memory-only" for document in record.documents

@@ -19,7 +19,7 @@ from .errors import DeadlineExceeded, HoldfastError, InUse, NoCapacity
 from .geometry import extent_geometry
 from .holders import Holder
 from .ledger import Hop
-from .orders import Outcome, Part, SaveShard, Seal
+from .orders import Outcome, Part, SaveShard, Seal, Urgency
 from .placing import drain, place
 from .planner import Victim
 from .residency import Event, Placement, State, Tier
@@ -171,6 +171,7 @@ class Room:
                 return True
             self.execute(victims, "pressure")
         if not planner.fits(demand):
+            self.writes.hasten()
             return False
         self._waiting.remove(reservation)
         reservation.granted()
@@ -201,8 +202,8 @@ class Room:
 
     # Verdicts ----------------------------------------------------------------------------------
 
-    def execute(self, victims: Sequence[Victim], reason: str) -> None:
-        """Let these copies go: at once where another copy stays, after a write where none does."""
+    def execute(self, victims: Sequence[Victim], reason: str, urgency: Urgency = Urgency.DEMOTE) -> None:
+        """Let these copies go: at once where another copy stays, after a write of that urgency where none does."""
         touched: dict[int, Shard] = {}
         for victim in victims:
             record = self.store.records.extents[victim.extent]
@@ -215,18 +216,18 @@ class Room:
             if victim.tier is Tier.NVME:
                 self.store.drop_nvme(record)
             else:
-                self._leave_ddr(record, victim)
+                self._leave_ddr(record, victim, urgency)
         for shard in touched.values():
             self._trim(shard)
 
-    def _leave_ddr(self, record: ExtentRecord, victim: Victim) -> None:
+    def _leave_ddr(self, record: ExtentRecord, victim: Victim, urgency: Urgency) -> None:
         assert record.ddr is not None
         below = record.nvme is not None and record.nvme.readable
         if below or victim.action == "drop":
             self.store.drop(record.ddr)
             return
         drain(self.store.records, record)
-        self.writes.demote(record)
+        self.writes.demote(record, urgency)
 
     def _leave_hbm(self, shard: Shard, record: ExtentRecord, victim: Victim, reason: str) -> None:
         """Out of HBM; into DDR first when there is no other copy, and a free slot."""

@@ -56,6 +56,7 @@ from .spec import KVSpec
 from .state import UNSAID, Backend, Left, State
 from .store import Store
 from .upkeep import Upkeep
+from .watermarks import Watermarks
 from .writes import Writes
 
 NS = 1_000_000_000
@@ -94,6 +95,7 @@ class Service:
         self.measurements = Measurements(self.store)
         self.adoption = Adoption(self.upkeep)
         self.expiry = Expiry(self.upkeep)
+        self.watermarks = Watermarks(self.loader, config.ddr, config.nvme)
 
     # Reports and time --------------------------------------------------------------------------
 
@@ -117,6 +119,7 @@ class Service:
         self.keeping.expire()
         self.prefetching.expire()
         self.writes.tick()
+        self.watermarks.tick()
         self._pump()
 
     def _pump(self) -> None:
@@ -437,14 +440,4 @@ class Service:
     def delete(self, document: DocumentId, done: Callable[[HoldfastError | None], None] = lambda _: None) -> None:
         """See Upkeep.delete."""
         self.upkeep.delete(document, done)
-        self._pump()
-
-    def set_ttl(
-        self,
-        document: DocumentId,
-        ttl_seconds: float | None,
-        done: Callable[[HoldfastError | None], None] = lambda _: None,
-    ) -> None:
-        """See Expiry.set."""
-        self.expiry.set(document, ttl_seconds, done)
         self._pump()

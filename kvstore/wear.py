@@ -14,7 +14,7 @@ def count_wear(state: State, extent: Extent, urgency: Urgency) -> None:
     geometry = extent_geometry(state.specs[extent.fingerprint], extent.group)
     token_bytes = geometry.layers * geometry.heads * (geometry.key_bytes + geometry.value_bytes)
     is_new = record is None or not record.stored
-    is_demotion = urgency is Urgency.DEMOTE
+    is_demotion = urgency in (Urgency.DEMOTE, Urgency.RELIEF)
     wear = state.ledger.wear
     state.ledger.wear = wear._replace(
         write_through_bytes=wear.write_through_bytes + (0 if is_demotion else extent.slot_bytes),

@@ -9,9 +9,8 @@ the pool for a while, and the write is tried again in those that exist.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
-from typing import Final
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
 
 from .costs import NS_PER_SECOND
 from .document import Document, DocumentId, WritePolicy
@@ -31,6 +30,7 @@ from .store import Store
 from .wear import count_wear
 from .writing import Item, Life, Turn
 
+QUEUED: Final = (Urgency.DEMOTE, Urgency.WRITE_THROUGH, Urgency.RELIEF)
 IN_FLIGHT_BYTES: Final = 512 << 20  # several syncs deep, so that none holds up the next; demotions go first
 RETRY_NS: Final = 60 * NS_PER_SECOND  # how long a device that is full or broken is left alone
 NAMED: Final = "named by its owner"
@@ -46,8 +46,7 @@ class Writes:
         self.limit_bytes = limit_bytes
         self.when_behind = when_behind
         self.backlog_bytes = 0  # of write-through, queued and in flight
-        self._demotions: OrderedDict[ExtentId, Item] = OrderedDict()
-        self._throughs: OrderedDict[ExtentId, Item] = OrderedDict()
+        self._queues: dict[Urgency, OrderedDict[ExtentId, Item]] = {urgency: OrderedDict() for urgency in QUEUED}
         self.early = EarlyWrites(store)
         self._in_flight: set[Item] = set()
         self._in_flight_bytes = 0
@@ -60,7 +59,7 @@ class Writes:
     @property
     def queued(self) -> int:
         """Extents that wait for, or are on, their way to NVMe."""
-        return len(self._demotions) + len(self._throughs) + len(self.early.waiting) + len(self._in_flight)
+        return sum(map(len, self._in_order())) + len(self._in_flight)
 
     # Documents ---------------------------------------------------------------------------------
 
@@ -168,7 +167,10 @@ class Writes:
 
     def _is_unwritten(self, record: ExtentRecord) -> bool:
         is_here = record.nvme is None and record.ddr is not None and record.ddr.readable
-        return is_here and record.extent.id not in self._demotions and record.extent.id not in self._throughs
+        return is_here and not self._is_queued(record.extent.id)
+
+    def _is_queued(self, extent: ExtentId) -> bool:
+        return any(extent in queue for queue in self._queues.values())
 
     def _through(self, owner: DocumentRecord) -> None:
         """Write a document through, or leave it in memory for now if the disk is behind."""
@@ -215,13 +217,25 @@ class Writes:
 
     # The queue ---------------------------------------------------------------------------------
 
-    def demote(self, record: ExtentRecord) -> None:
-        """Write out a DDR copy that drains; somebody waits for its room."""
-        self._demotions[record.extent.id] = self._item(record, Urgency.DEMOTE)
+    def demote(self, record: ExtentRecord, urgency: Urgency) -> None:
+        """Write out a DDR copy that drains, for somebody who waits for its room (DEMOTE) or for nobody (RELIEF)."""
+        self._queues[urgency][record.extent.id] = self._item(record, urgency)
+
+    @property
+    def relief(self) -> int:
+        """Extents that wait for, or are on, their way to NVMe although nobody waits for their room."""
+        return len(self._queues[Urgency.RELIEF]) + sum(item.urgency is Urgency.RELIEF for item in self._in_flight)
+
+    def hasten(self) -> None:
+        """Somebody waits for room by now: what drains for nobody is written at once."""
+        while self._queues[Urgency.RELIEF]:
+            extent, item = self._queues[Urgency.RELIEF].popitem(last=False)
+            item.urgency = Urgency.DEMOTE
+            self._queues[Urgency.DEMOTE][extent] = item
 
     def _queue_through(self, record: ExtentRecord) -> None:
         self.backlog_bytes += record.extent.slot_bytes
-        self._throughs[record.extent.id] = self._item(record, Urgency.WRITE_THROUGH)
+        self._queues[Urgency.WRITE_THROUGH][record.extent.id] = self._item(record, Urgency.WRITE_THROUGH)
 
     def _item(self, record: ExtentRecord, urgency: Urgency) -> Item:
         assert record.ddr is not None
@@ -241,7 +255,7 @@ class Writes:
         landed = []
         for item in self.early.items(ingest):
             record = self.state.extents[item.extent.id]
-            is_queued = record.extent.id in self._throughs or record.extent.id in self._demotions
+            is_queued = self._is_queued(record.extent.id)
             if item.target is None or record.ddr is not item.source or record.nvme is not None or is_queued:
                 continue  # not begun, or another was first; see `end_early`
             self.early.publish(item, record)
@@ -277,9 +291,6 @@ class Writes:
                 self.store.fail(target)
         self._let_go(item)
 
-    def _queue_of(self, item: Item) -> OrderedDict[ExtentId, Item]:
-        return self._demotions if item.urgency is Urgency.DEMOTE else self._throughs
-
     def pump(self) -> None:
         """Start the writes that may be in flight, and let in who waits for the backlog."""
         while self._turns and self._has_room_for(self._turns[0][0]):
@@ -287,16 +298,14 @@ class Writes:
             turn.granted(decision)
         self._refill()
         full: set[tuple[str, SlotClass]] = set()
-        while self._in_flight_bytes < IN_FLIGHT_BYTES and (
-            queue := self._demotions or self._throughs or self.early.waiting
-        ):
+        while self._in_flight_bytes < IN_FLIGHT_BYTES and (queue := next(filter(None, self._in_order()), None)):
             item = next(iter(queue.values()))
             record = item.record
             target = None
             is_wanted = item.life is Life.QUEUED or (record.nvme is None and bool(record.documents))
             if is_wanted and (item.extent.tenant, item.kind) not in full:
                 target = self.store.take(record.extent, Tier.NVME)
-                if target is None and make_place(self.store, item, self._next(), IN_FLIGHT_BYTES):
+                if target is None and make_place(self.store, item, self._in_order(), IN_FLIGHT_BYTES):
                     return  # slots are free when the catalog says so
             queue.popitem(last=False)
             if target is not None:
@@ -312,9 +321,10 @@ class Writes:
             else:
                 self._ended(item)
 
-    def _next(self) -> Iterator[Item]:
-        """What waits for a slot, in order."""
-        return chain(self._demotions.values(), self._throughs.values(), self.early.waiting.values())
+    def _in_order(self) -> tuple[OrderedDict[Any, Item], ...]:
+        """What waits for a slot, the most urgent first."""
+        demotions, throughs, reliefs = self._queues.values()
+        return demotions, throughs, self.early.waiting, reliefs
 
     def _take_off(self, item: Item, target: Placement) -> None:
         self._in_flight.add(item)
@@ -405,7 +415,7 @@ class Writes:
     def _try_again(self, item: Item, target: Placement) -> None:
         self._landed(item, target)
         self.withdraw(target)
-        queue = self._queue_of(item)
+        queue = self._queues[item.urgency]
         queue[item.record.extent.id] = item
         queue.move_to_end(item.record.extent.id, last=False)
 
@@ -424,8 +434,9 @@ class Writes:
     def _failed(self, item: Item, reason: str) -> None:
         """The extent stays memory-only for a while; one that had to leave DDR leaves all the same, as a verdict."""
         record, source = item.record, item.source
-        if source.state is State.DRAINING and not self.state.may_leave(record, source):
-            stay(self.state, source)  # pinned meanwhile
+        is_wanted = item.urgency is Urgency.RELIEF or not self.state.may_leave(record, source)
+        if source.state is State.DRAINING and is_wanted:
+            stay(self.state, source)  # pinned meanwhile, or nobody waits for its room
         elif source.state is State.DRAINING and record.documents:
             victim = self.store.planner.last_copy(record, source)
             self.store.verdict(victim, f"not written out: {reason}")

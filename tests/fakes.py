@@ -87,13 +87,18 @@ class ManualEffects:
 
 
 def tiny_config(**overrides: str) -> Config:
-    """DDR 1 MiB in slabs of 64 KiB, NVMe 4 MiB in segments of 256 KiB. `limits__documents="3"` and so on override."""
+    """DDR 1 MiB in slabs of 64 KiB, NVMe 4 MiB in segments of 256 KiB. `limits__documents="3"` and so on override.
+
+    There are no watermarks unless named.
+    """
     values = {
         "daemon.data_dir": "data",
         "ddr.capacity_bytes": "1 MiB",
         "ddr.slab_bytes": "64 KiB",
         "nvme.capacity_bytes": "4 MiB",
         "nvme.segment_bytes": "256 KiB",
+        "ddr.high_watermark": "1",  # full is full; test_watermarks says otherwise
+        "nvme.high_watermark": "1",
     }
     values |= {key.replace("__", "."): value for key, value in overrides.items()}
     return load_config(None, {}, values)

@@ -32,12 +32,14 @@ def secret(tenant):
 class Scene:
     """A service with room for so many extents in DDR and on NVMe."""
 
-    def __init__(self, ddr=8, nvme=8, tenants=None, **limits):
+    def __init__(self, ddr=8, nvme=8, tenants=None, ddr_marks=(1, 1), nvme_marks=(1, 1), **limits):
         config = tiny_config(**{f"limits__{key}": str(value) for key, value in limits.items()})
         tiers = {
             "ddr": replace(config.ddr, capacity_bytes=ddr * EXTENT_BYTES, slab_bytes=EXTENT_BYTES * 2),
             "nvme": replace(config.nvme, capacity_bytes=nvme * EXTENT_BYTES, segment_bytes=EXTENT_BYTES * 2),
         }
+        for tier, (high, low) in (("ddr", ddr_marks), ("nvme", nvme_marks)):
+            tiers[tier] = replace(tiers[tier], high_watermark=high, low_watermark=low)
         self.config = replace(config, tenants=tenants or {}, **tiers)
         self.clock = ManualClock()
         self.effects = ManualEffects()

@@ -125,6 +125,7 @@ FLOOR_OF = {
     "spill": "service",
     "store": "service",
     "upkeep": "service",
+    "watermarks": "service",
     "wear": "service",
     "window": "service",
     "writes": "service",

@@ -203,6 +203,9 @@ async def test_version_and_status(api):
     assert [tier["tier"] for tier in status["tiers"]] == ["ddr", "nvme"]
     assert status["groups"] == []
     assert status["ddr_backing"] == "tmpfs, at /arena"
+    assert status["relieving"] == []
+    next(iter(api.service.watermarks.marks.values())).relieving = True
+    assert (await api.get("/v1/status"))["relieving"] == ["ddr"]
 
 
 # Documents -------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ def test_a_longer_version_inherits_the_time_that_is_left(scene):
 def test_it_is_set_and_lifted_later_and_survives_a_restart(scene, policy):
     document = scene.store("later", tokens(1, 2), policy)
     heard = []
-    scene.service.set_ttl(document, 10, heard.append)
+    scene.service.expiry.set(document, 10, heard.append)
     if policy is WritePolicy.THROUGH:
         assert not heard, "answered when the catalog knows"
         (write,) = scene.pending(Write)
@@ -127,7 +127,7 @@ def test_it_is_set_and_lifted_later_and_survives_a_restart(scene, policy):
         again.tick()
         again.tick()
         assert not again.state.documents
-    scene.service.set_ttl(document, None)
+    scene.service.expiry.set(document, None)
     scene.settle()
     pass_time(scene, 20)
     assert document in scene.state.documents
@@ -137,12 +137,12 @@ def test_it_is_set_and_lifted_later_and_survives_a_restart(scene, policy):
 def test_what_is_no_time_to_live(scene, ttl_seconds):
     document = scene.store("one", tokens(1, 1))
     with pytest.raises(InvalidRequest, match="ttl_seconds"):
-        scene.service.set_ttl(document, ttl_seconds)
+        scene.service.expiry.set(document, ttl_seconds)
     with pytest.raises(InvalidRequest, match="ttl_seconds"):
         scene.begin("two", tokens(2, 1), ttl_seconds=ttl_seconds)
     assert not scene.service.ingests.open
     with pytest.raises(DocumentNotFound):
-        scene.service.set_ttl(DocumentId("t", "three"), 1)
+        scene.service.expiry.set(DocumentId("t", "three"), 1)
 
 
 def test_a_tick_looks_at_a_bounded_number_of_documents_and_all_have_their_turn(scene, monkeypatch):
