@@ -1,210 +1,151 @@
-"""Popularity: expected time saved per byte, so what is dear to restore and likely wanted stays.
+"""Popularity: the best rate at which a unit can still save time, per byte it takes.
 
-    score = restore_ns x P(reuse) / size_bytes
-    P(reuse within H) = 1 - (1 + H / (b + age)) ^ -(a + frequency)
+    score = index x restore_ns / size_bytes
 
-The probability is the predictive distribution of a Poisson process whose rate has a Gamma prior
-(shape a, rate b; the predictive is Lomax): a unit with `frequency` decayed uses that has been
-idle for `age` has the posterior Gamma(a + frequency, b + age), and the formula is the chance of at
-least one use in the next H. For a small H it is nearly H x (a + frequency) / (b + age): uses over
-idle time, which is LFU for ages well below b and LRU (at equal use) well above it.
+`index` is the Gittins index (`gittins`) of the strand the unit is in, from its hazards of use by age (`hazard`), which
+are learned online from all that was used, resident or ghost (`strands`, `learner`). `restore_ns` is what its cache
+would pay to have the unit back: every tier has its own. One memory serves all caches.
 
-Why this form:
-* Cost multiplies a probability of reuse and never replaces it: policies that rank by cost alone
-  lose to LRU on agent traces.
-* It is scan resistant: what was used once, just now, has frequency 1 and scores below what was
-  used f times until that has been idle for about b x (f - 1) / (1 + a).
-* It forgets: a unit that was hot once sinks with its age and with the decay of its frequency,
-  so dead sessions do not hold the cache.
+* Cost multiplies the chance of reuse and never replaces it: policies that rank by cost alone lose to LRU on agents.
+* Scan resistant: what was used once scores by how often such things came back.
+* It forgets: a session that has ended soon reaches ages at which sessions do not go on.
+
+What no use has named (after a restart) counts as used once, when it came.
 """
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
 
+from .ages import age_bin
 from .candidate import Candidate
+from .features import FEATURES, levels_at_use, levels_now
+from .gittins import indices, reuse_probability, spans_seconds
+from .hazard import cells
+from .learner import Learner
+from .strands import Strand, Strands
 from .use import UnitId, Use
 
-NS_PER_SECOND: Final = 1_000_000_000
-HORIZON_NS: Final = 5 * NS_PER_SECOND
-PRIOR_USES: Final = 0.1
-PRIOR_NS: Final = 60 * NS_PER_SECOND
-HALF_LIFE_NS: Final = 90 * NS_PER_SECOND
-REMEMBERED: Final = 65_536  # units, residents and ghosts
-UNCOUNTED_MAX: Final = 256  # sets of uses that wait to be counted
-
-
-@dataclass(slots=True)
-class _Trace:
-    """Decayed count as of the last access, and when that was."""
-
-    count: float
-    last_access_ns: int
-
-
-@dataclass(slots=True)
-class _Uses:
-    """Uses of the same ids together, not counted yet: their decayed number as of the last, and when that was."""
-
-    ids: Sequence[UnitId]
-    count: float
-    last_access_ns: int
-
-
-class History:
-    """Exponentially decayed counts of uses, for residents and for ghosts (what has left).
-
-    A use counts 1 now, 1/2 after `half_life_ns`, 1/4 after two. Holds at most `capacity` ids and
-    drops the one touched longest ago; the order is that of the calls, so it is deterministic. An
-    access earlier than the last one (clocks of two processes) counts as one at the same time.
-    """
-
-    def __init__(self, capacity: int, half_life_ns: int) -> None:
-        assert capacity > 0, capacity
-        assert half_life_ns > 0, half_life_ns
-        self._capacity = capacity
-        self._half_life_ns = half_life_ns
-        self._traces: OrderedDict[UnitId, _Trace] = OrderedDict()  # oldest touch first
-        self._uncounted: dict[int, _Uses] = {}  # by the identity of the sequence; oldest touch first
-
-    def __len__(self) -> int:
-        self._count_all()
-        return len(self._traces)
-
-    def touch(self, unit: UnitId, now_ns: int) -> None:
-        """Record one use."""
-        self._count_all()
-        self._count(_Uses((unit,), 1.0, now_ns))
-
-    def touch_all(self, ids: Sequence[UnitId], now_ns: int) -> None:
-        """Record one use of each, in this order, as `touch` would. The sequence must not change.
-
-        Counted when somebody looks: until then, using the same sequence again costs no more than one id does.
-        """
-        uses = self._uncounted.pop(id(ids), None)
-        if uses is None:
-            uses = _Uses(ids, 1.0, now_ns)
-        else:
-            uses.count = 1.0 + self._decayed(uses, now_ns)
-            uses.last_access_ns = max(uses.last_access_ns, now_ns)
-        self._uncounted[id(ids)] = uses
-        if len(self._uncounted) > UNCOUNTED_MAX:
-            self._count(self._uncounted.pop(next(iter(self._uncounted))))
-
-    def _count_all(self) -> None:
-        if self._uncounted:
-            uncounted, self._uncounted = self._uncounted, {}
-            for uses in uncounted.values():
-                self._count(uses)
-
-    def _count(self, uses: _Uses) -> None:
-        for unit in uses.ids:
-            trace = self._traces.get(unit)
-            if trace is None:
-                self._traces[unit] = _Trace(uses.count, uses.last_access_ns)
-                if len(self._traces) > self._capacity:
-                    self._traces.popitem(last=False)
-                continue
-            trace.count = uses.count + self._decayed(trace, uses.last_access_ns)
-            trace.last_access_ns = max(trace.last_access_ns, uses.last_access_ns)
-            self._traces.move_to_end(unit)
-
-    def frequency(self, unit: UnitId, now_ns: int) -> float:
-        """Decayed count of uses, 0.0 for an id it does not know. Looking changes nothing."""
-        self._count_all()
-        trace = self._traces.get(unit)
-        return 0.0 if trace is None else self._decayed(trace, now_ns)
-
-    def last_access_ns(self, unit: UnitId) -> int | None:
-        """When it was last touched, None for an id it does not know."""
-        self._count_all()
-        trace = self._traces.get(unit)
-        return None if trace is None else trace.last_access_ns
-
-    def rest(self, unit: UnitId, now_ns: int) -> None:
-        """It was used until now: its age counts from here, and no use is added. Nothing happens to a stranger."""
-        self._count_all()
-        trace = self._traces.get(unit)
-        if trace is not None:
-            trace.count = self._decayed(trace, now_ns)
-            trace.last_access_ns = max(trace.last_access_ns, now_ns)
-            self._traces.move_to_end(unit)
-
-    def _decayed(self, trace: _Trace | _Uses, now_ns: int) -> float:
-        idle_ns = max(0, now_ns - trace.last_access_ns)
-        return trace.count * math.exp2(-idle_ns / self._half_life_ns)
+USES_PER_FORGETTING: Final = 128
+HORIZON_SECONDS: Final = 600.0  # of the reuse probability that is explained; the score has no horizon
 
 
 class Popularity:
-    """Expected nanoseconds saved per byte if a unit stays for HORIZON_NS.
-
-    PRIOR_USES and PRIOR_NS are a and b above: what a unit is assumed to have shown before it was seen, so that one use
-    is neither certainty nor nothing. What no use has named counts as used never, and long ago.
-
-    These values were chosen on four developer traces. Share of prefill-seconds saved there, leaf-first, at 1 / 5 / 10 %
-    of the footprint, LRU against this: agents .215 .883 .933 : .368 .882 .932; long documents .176 .743 .869 : .315
-    .775 .877; chat .034 .094 .189 : .047 .112 .193; synthetic chat .010 .026 .057 : .007 .033 .060. A half-life of
-    600 s with a horizon of 60 s gains on chat (.061 at 1 %) and loses on agents (.782 at 5 %): long memory keeps dead
-    sessions. Nothing was measured on traces that did not choose the values.
-    """
+    """Learns, for all caches, who comes back when. Holds strands of residents, and a bounded number of ghosts."""
 
     name: Final = "popularity"
 
     def __init__(self) -> None:
-        self.history = History(REMEMBERED, HALF_LIFE_NS)
+        self.strands = Strands()
+        self._learner = Learner(self.strands)
+        self._uses = 0
+        self._now_ns = 0
+        self._indices: dict[Strand | UnitId, float] = {}  # at one time, of what was asked for
+        self._indices_ns = 0
 
     def used(self, use: Use) -> None:
-        """One more use of each unit."""
-        self.history.touch_all(use.chain, use.now_ns)
+        """Record how long what the chain holds was idle, and count the use."""
+        self._passes(use.now_ns)
+        pieces = self.strands.find(use.chain)
+        self._learner.saw_use([piece.strand for piece in pieces if piece.strand is not None], use.now_ns)
+        self._learner.idle(self.strands.use(use, pieces))
+        self._uses += 1
+        if self._uses % USES_PER_FORGETTING == 0:
+            self.strands.forget()
 
     def released(self, chain: Sequence[UnitId], now_ns: int) -> None:
-        """Age counts from here."""
-        for unit in chain:
-            self.history.rest(unit, now_ns)
+        """Age counts from here: while it was in use it was not idle."""
+        self._passes(now_ns)
+        self._learner.idle(self.strands.release(chain, now_ns))
 
     def ranking(self, capacity_bytes: int, worth: Callable[[int], float]) -> PopularityRanking:
-        """All caches share one memory; what losing a unit costs is the candidate's."""
-        return PopularityRanking(self.history)
+        """All caches share this memory; what losing a unit costs is the candidate's."""
+        return PopularityRanking(self)
+
+    def came(self, unit: UnitId) -> None:
+        """One more copy is resident somewhere, as of the last use."""
+        self.strands.came(unit, self._now_ns)
+
+    def indices(self, units: Sequence[UnitId], now_ns: int) -> list[float]:
+        """Gittins index per second of each; computed once for all units of a strand that are asked for at one time."""
+        if now_ns != self._indices_ns:
+            self._indices.clear()
+            self._indices_ns = now_ns
+        keys = [self.strands.of(unit) or unit for unit in units]
+        fresh = [key for key in dict.fromkeys(keys) if key not in self._indices]
+        if fresh:
+            states = [self._state(key, now_ns) for key in fresh]
+            logits = self._learner.hazards.logits(cells([levels for levels, _ in states]))
+            found = indices(logits, spans_seconds([age_ns for _, age_ns in states]))
+            self._indices.update(zip(fresh, found.tolist(), strict=True))
+        return [self._indices[key] for key in keys]
+
+    def explain(self, unit: UnitId, now_ns: int) -> dict[str, float]:
+        """What the index of a unit is made of: "logit_..." are the terms of the log-odds of a use at its age."""
+        strand = self.strands.of(unit) or self._once(unit, now_ns)
+        levels, age_ns = self._state(self.strands.of(unit) or unit, now_ns)
+        hazards = self._learner.hazards
+        parts = hazards.parts(levels, age_bin(age_ns))
+        spans = spans_seconds([age_ns])
+        known = {} if strand.gap_ns is None else {"gap_seconds": strand.gap_ns / 1e9}
+        return {
+            "age_seconds": age_ns / 1e9,
+            "uses": float(strand.uses),
+            **known,
+            "turn": float(strand.turn),
+            **{f"logit_{feature.name}": part for feature, part in zip(FEATURES, parts, strict=True)},
+            "reuse_probability_10_min": reuse_probability(hazards.logits(cells([levels])), spans, HORIZON_SECONDS),
+            "index_per_second": self.indices([unit], now_ns)[0],
+        }
+
+    def _passes(self, now_ns: int) -> None:
+        self._now_ns = now_ns
+        self._indices.clear()
+
+    def _state(self, key: Strand | UnitId, now_ns: int) -> tuple[bytes, int]:
+        """Features now, and age in nanoseconds."""
+        if not isinstance(key, Strand):
+            once = self._once(key, now_ns)
+            return levels_at_use(once, None), max(0, now_ns - once.used_ns)
+        return levels_now(key, self.strands.before(key)), max(0, now_ns - key.used_ns)
+
+    def _once(self, unit: UnitId, now_ns: int) -> Strand:
+        came_ns = self.strands.came_ns(unit)
+        came_ns = now_ns if came_ns is None else came_ns
+        return Strand(units=[unit], previous=None, used_ns=came_ns, first_ns=came_ns, uses=1)
 
 
 class PopularityRanking:
-    """One cache's view of that memory."""
+    """One cache's view: what losing a unit costs there, times its index."""
 
-    def __init__(self, history: History) -> None:
-        self._history = history
+    def __init__(self, policy: Popularity) -> None:
+        self._policy = policy
 
     def came(self, unit: UnitId, size_bytes: int) -> None:
-        """Nothing to learn: uses tell everything."""
+        """No ghost, from now on."""
+        self._policy.came(unit)
 
     def left(self, unit: UnitId) -> None:
-        """It is remembered as any other."""
+        """A ghost, if no other cache has it."""
+        self._policy.strands.left(unit)
 
     def scores(self, candidates: Sequence[Candidate], now_ns: int) -> Sequence[float]:
-        """Expected nanoseconds saved per byte; never negative."""
-        return [self.explain(candidate, now_ns)["score"] for candidate in candidates]
+        """The best rate at which each can still save nanoseconds, per second and byte; never negative."""
+        found = self._policy.indices([candidate.unit for candidate in candidates], now_ns)
+        return [index * _worth(candidate) for index, candidate in zip(found, candidates, strict=True)]
 
     def explain(self, candidate: Candidate, now_ns: int) -> dict[str, float]:
-        """The score and its parts: score = restore_ns x reuse_probability / size_bytes.
-
-        A use in the future counts as one just now, an empty unit as one of one byte.
-        """
-        last_ns = self._history.last_access_ns(candidate.unit)
-        frequency = self._history.frequency(candidate.unit, now_ns)
-        age_ns = max(0, now_ns - last_ns) if last_ns is not None else now_ns
-        uses = PRIOR_USES + frequency
-        # expm1 and log1p keep the digits of small probabilities, and never overflow.
-        probability = -math.expm1(-uses * math.log1p(HORIZON_NS / (PRIOR_NS + age_ns)))
-        size_bytes = max(1, candidate.size_bytes)
-        restore_ns = max(0, candidate.restore_ns)
+        """The score and its parts: score = index_per_second x restore_ns / size_bytes."""
+        parts = self._policy.explain(candidate.unit, now_ns)
         return {
-            "age_seconds": age_ns / NS_PER_SECOND,
-            "frequency": frequency,
-            "reuse_probability": probability,
-            "restore_ns": float(restore_ns),
-            "size_bytes": float(size_bytes),
-            "score": restore_ns * probability / size_bytes,
+            **parts,
+            "restore_seconds": candidate.restore_ns / 1e9,
+            "size_bytes": float(candidate.size_bytes),
+            "score": parts["index_per_second"] * _worth(candidate),
         }
+
+
+def _worth(candidate: Candidate) -> float:
+    """Nanoseconds per byte; an empty unit takes one byte."""
+    return max(0, candidate.restore_ns) / max(1, candidate.size_bytes)
