@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .ages import BINS, STARTS_SECONDS, WIDTHS_SECONDS, age_bin
 
 LEAST_SHARE: Final = 0.02  # of a bin is always left: its end is no cliff
+LOGIT_MAX: Final = 30.0  # beyond that it is as good as certain, and rates must not vanish
 _BINS: Final = np.arange(BINS)
 _STOPS_SECONDS: Final = STARTS_SECONDS + WIDTHS_SECONDS
 
@@ -30,9 +31,14 @@ def spans_seconds(ages_ns: Sequence[int]) -> NDArray[np.float64]:
     return spans
 
 
+def _rates(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Uses per second that make these odds of a use within each bin."""
+    return np.log1p(np.exp(np.clip(logits, -LOGIT_MAX, LOGIT_MAX))) / WIDTHS_SECONDS
+
+
 def indices(logits: NDArray[np.float64], spans: NDArray[np.float64]) -> NDArray[np.float64]:
     """Indices per second of things with these log-odds of use in each bin."""
-    rates = np.logaddexp(0.0, logits) / WIDTHS_SECONDS
+    rates = _rates(logits)
     survivals = np.exp(-np.cumsum(rates * spans, axis=1))
     deaths = -np.diff(survivals, axis=1, prepend=1.0)
     # Waiting in a bin takes deaths / rate on the mean: those who live on waited for all of it.
@@ -44,6 +50,6 @@ def indices(logits: NDArray[np.float64], spans: NDArray[np.float64]) -> NDArray[
 
 def reuse_probability(logits: NDArray[np.float64], spans: NDArray[np.float64], horizon_seconds: float) -> float:
     """Chance that the one thing with these log-odds is used within a time from now on."""
-    rates = np.logaddexp(0.0, logits) / WIDTHS_SECONDS
+    rates = _rates(logits)
     starts = np.cumsum(spans, axis=1) - spans
     return float(-np.expm1(-np.sum(rates * np.clip(horizon_seconds - starts, 0.0, spans))))

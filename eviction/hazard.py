@@ -95,7 +95,7 @@ class Hazards:
         rows = cells(records.levels)[record]
         spots = rows * BINS + bins[:, None]
         logits = self._curves.ravel()[spots].sum(axis=1) + self._lifts[rows].sum(axis=1)
-        gradients = 1 / (1 + np.exp(-logits))
+        gradients = 1 / (1 + np.exp(np.minimum(-logits, 500.0)))
         gradients[stops - 1] -= records.used
         repeated = np.repeat(gradients, len(FEATURES))
         _descend(self._curves.ravel(), self._curve_squares.ravel(), spots.ravel(), repeated)

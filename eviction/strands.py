@@ -25,8 +25,10 @@ import numpy as np
 from .ages import NEVER_NS
 from .use import UnitId, Use
 
-GHOSTS_MIN: Final = 16_384  # strands: so many ghosts are always remembered
+GHOSTS_MIN: Final = 16_384  # strands: so many ghosts are remembered whatever is resident ...
 GHOSTS_PER_RESIDENT: Final = 8
+GHOST_UNITS_MIN: Final = 65_536  # ... if they do not have more units than this
+GHOST_UNITS_PER_RESIDENT: Final = 2
 DROPPED_SHARE: Final = 0.1  # of the ghosts, at a time: so it is seldom done
 CONTINUES_TOKENS: Final = 1_024  # a turn has more than this in common with the one before ...
 CONTINUES_WITHIN_TOKENS: Final = 2_048  # ... which had ended at most this far behind it
@@ -232,10 +234,10 @@ class Strands:
             self._resident_strands -= strand.resident_count == 0
 
     def forget(self) -> None:
-        """Drop the ghosts used longest ago, leaf-first, when there are more than the bound."""
-        ghosts = len(self) - self._resident_strands
-        bound = max(GHOSTS_MIN, GHOSTS_PER_RESIDENT * self._resident_strands)
-        if ghosts <= bound:
+        """Drop the ghosts used longest ago, leaf-first, when there are more strands or more units than the bounds."""
+        strands = max(GHOSTS_MIN, GHOSTS_PER_RESIDENT * self._resident_strands) + self._resident_strands
+        units = max(GHOST_UNITS_MIN, GHOST_UNITS_PER_RESIDENT * len(self._copies)) + len(self._copies)
+        if len(self) <= strands and len(self._by_unit) <= units:
             return
         known = [strand for strand in self.by_slot if strand is not None]
         followers = Counter(before.slot for before in map(self.before, known) if before is not None)
@@ -245,9 +247,8 @@ class Strands:
             if not strand.resident_count and not followers[strand.slot]
         ]
         heapq.heapify(leaves)
-        for _ in range(ghosts - round((1 - DROPPED_SHARE) * bound)):
-            if not leaves:
-                return  # all others have residents behind them
+        kept_share = 1 - DROPPED_SHARE
+        while leaves and (len(self) > kept_share * strands or len(self._by_unit) > kept_share * units):
             *_, strand = heapq.heappop(leaves)
             before = self.before(strand)
             self._drop(strand)

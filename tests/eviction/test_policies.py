@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 from holdfast.eviction import lru as lru_module
 from holdfast.eviction.lru import Lru
 from holdfast.eviction.policy import POLICIES
-from holdfast.eviction.popularity import HORIZON_NS, PRIOR_NS, PRIOR_USES, Popularity
-from hypothesis import given
-from hypothesis import strategies as st
 
 from contracts.policy import NOW_NS, PolicyContract, candidate, ranking_of, use
 
@@ -88,50 +84,3 @@ class TestLru(PolicyContract):
         lru.used(use("b"))
         lru.used(use("e"))
         assert list(lru._awaited) == ["d", "b", "e"]
-
-
-class TestPopularity(PolicyContract):
-    make = Popularity
-
-    def score(self, uses, age_seconds, **changes):
-        """Of what was used so often at once, so long ago."""
-        policy = Popularity()
-        for _ in range(uses):
-            policy.used(use("x", age_seconds=age_seconds))
-        (score,) = ranking_of(policy, "x").scores([candidate("x", **changes)], NOW_NS)
-        return score
-
-    @pytest.mark.parametrize("uses", [3, 5])
-    def test_a_scan_does_not_push_out_what_is_used_again(self, uses):
-        horizon = PRIOR_NS / 1e9 * (uses - 1) / (1 + PRIOR_USES)
-        fresh = self.score(1, 0)
-        assert fresh < self.score(uses, horizon / 4)
-        assert fresh > self.score(uses, horizon * 20), "but it forgets"
-
-    def test_at_equal_use_the_dearer_to_restore_stays_longer(self):
-        assert self.score(1, 5, restore_ns=10**8) < self.score(1, 5, restore_ns=10**9)
-
-    def test_at_equal_everything_the_larger_leaves_first(self):
-        assert self.score(1, 5, size_bytes=16 << 20) < self.score(1, 5, size_bytes=8 << 20)
-
-    def test_cost_multiplies_and_never_replaces_probability(self):
-        assert self.score(1, 86_400, restore_ns=10**10) < self.score(4, 5)
-
-    def test_what_no_use_has_named_leaves_first(self):
-        assert self.score(0, 0) < self.score(1, 3600)
-
-    def test_a_release_starts_the_age(self):
-        policy = Popularity()
-        for unit in "ab":
-            policy.used(use(unit, age_seconds=60))
-        policy.released(("a",), NOW_NS)
-        assert order(ranking_of(policy, *"ab"), *"ab") == ["b", "a"]
-
-    @given(uses=st.integers(0, 9), age=st.integers(0, 10**6))
-    def test_the_score_is_the_product_of_its_parts(self, uses, age):
-        policy = Popularity()
-        for _ in range(uses):
-            policy.used(use("x", age_seconds=age))
-        parts = ranking_of(policy, "x").explain(candidate(), NOW_NS)
-        assert parts["score"] == pytest.approx(parts["restore_ns"] * parts["reuse_probability"] / parts["size_bytes"])
-        assert 0 <= parts["reuse_probability"] <= 1 - (1 + HORIZON_NS / PRIOR_NS) ** -(uses + PRIOR_USES) + 1e-9
