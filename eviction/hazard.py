@@ -106,6 +106,7 @@ class Hazards:
 def _descend(
     table: NDArray[np.float64], squares: NDArray[np.float64], cell: NDArray[np.int64], gradients: NDArray[np.float64]
 ) -> None:
-    """AdaGrad's step, in place, for all gradients of a batch at the cells they belong to."""
-    squares += np.bincount(cell, gradients * gradients, len(table))
-    table -= RATE * np.bincount(cell, gradients, len(table)) / np.sqrt(squares)
+    """AdaGrad's step, in place, for all gradients of a batch at the cells they belong to: a cell's sum is one."""
+    sums = np.bincount(cell, gradients, len(table))
+    squares += sums * sums
+    table -= RATE * sums / np.sqrt(squares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -106,22 +107,21 @@ def test_a_batch_is_one_step_of_adagrad_on_the_log_loss_of_its_records():
         records.add(one, first, last, used=used)
     old_curves, old_lifts = hazards._curves.copy(), hazards._lifts.copy()
     hazards.learn(records)
-    curves, lifts = {}, {}  # sums of gradients, and of their squares, by what is looked up
+    curves, lifts = Counter(), Counter()  # sums of gradients by what is looked up
     for one, first, last, used in zip(records.levels, records.first, records.last, records.used, strict=True):
         for index in range(first, last + 1):
             rows = cells([one])[0]
             logit = sum(old_curves[row, index] + old_lifts[row] for row in rows)
             gradient = 1 / (1 + math.exp(-logit)) - (used and index == last)
             for row in rows:
-                for table, key in ((curves, (row, index)), (lifts, row)):
-                    total, squares = table.get(key, (0.0, 0.0))
-                    table[key] = (total + gradient, squares + gradient**2)
+                curves[row, index] += gradient
+                lifts[row] += gradient
     age = [feature.name for feature in FEATURES].index("age") * LEVELS
-    for (row, index), (total, squares) in curves.items():
+    for (row, index), total in curves.items():
         start = CAUTION_OF_AGE if row == age else CAUTION
-        old_curves[row, index] -= RATE * total / math.sqrt(start + squares)
-    for row, (total, squares) in lifts.items():
-        old_lifts[row] -= RATE * total / math.sqrt(CAUTION + squares) if row != age else 0.0
+        old_curves[row, index] -= RATE * total / math.sqrt(start + total**2)
+    for row, total in lifts.items():
+        old_lifts[row] -= RATE * total / math.sqrt(CAUTION + total**2) if row != age else 0.0
     assert hazards._curves == pytest.approx(old_curves)
     assert hazards._lifts == pytest.approx(old_lifts)
 
