@@ -30,7 +30,7 @@ candidates = st.builds(
 )
 
 # One test runs in many subclasses: that is the point, and each example depends on `make` alone.
-shared = settings(suppress_health_check=[HealthCheck.differing_executors], max_examples=40)
+shared = settings(suppress_health_check=[HealthCheck.differing_executors], max_examples=40, deadline=None)
 
 
 def candidate(name="x", *, unit=None, **changes):

@@ -11,12 +11,13 @@ from holdfast.eviction.ages import BINS, NEVER_NS, STARTS_SECONDS, STOPS_NS, WID
 from holdfast.eviction.features import FEATURES, LEVELS
 from holdfast.eviction.gittins import LEAST_SHARE, indices, reuse_probability, spans_seconds
 from holdfast.eviction.hazard import CAUTION, CAUTION_OF_AGE, RATE, Hazards, Records, cells
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ages = st.integers(0, 10**15)
 
 
+@settings(deadline=None)
 @given(age_ns=ages)
 def test_an_age_is_in_the_bin_that_starts_before_and_ends_after_it(age_ns):
     found = age_bin(age_ns)
@@ -43,6 +44,7 @@ def naive_index(logits, age_ns):
     return best
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 99), found=st.lists(st.one_of(ages, st.sampled_from(STOPS_NS)), min_size=1, max_size=5))
 def test_the_index_is_the_best_rate_over_all_stops(seed, found):
     logits = np.random.default_rng(seed).normal(-3, 2, (len(found), BINS))
