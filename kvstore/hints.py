@@ -159,11 +159,6 @@ class Hints:
             found = self._shielded[device] = frozenset(documents)
         return found
 
-    def may_displace(self, hint: Hint, device: str, size_bytes: int, capacity_bytes: int) -> bool:
-        """Whether so much more may leave a device for a hint, beside what has left for those that have not ended."""
-        others = sum(other.displaced[device] for other in self.live.values() if other is not hint)
-        return not others or others + hint.displaced[device] + size_bytes <= SHARE * capacity_bytes
-
     def weighs_more(self, hint: Hint, restore_ns: Sequence[int]) -> bool:
         """Whether the load that a hint saves is worth more than what would leave for it.
 

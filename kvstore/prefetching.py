@@ -8,7 +8,9 @@ that is brought to DDR meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Final
 
 from .attach import checked_layout
@@ -18,7 +20,7 @@ from .hints import OPEN, WASTED, Hint, HintState
 from .layout import Layout
 from .ledger import SwapRecord
 from .loader import Loader
-from .loading import Loading
+from .loading import Loading, Phase
 from .orders import Urgency
 from .planner import Victim
 from .residency import State, Tier
@@ -77,6 +79,7 @@ class Prefetching:
         self.hints = self.state.hints
         self._moving: tuple[Hint, Loading] | None = None
         self._stirred_ns = 0
+        self._is_stirred = False  # those that found no room may look again, when all others have
         self._left = 0  # evictions that were noticed
 
     # Hints -------------------------------------------------------------------------------------
@@ -161,16 +164,14 @@ class Prefetching:
             self.stir()
 
     def stir(self) -> None:
-        """Something may have changed: those that found no room are tried again."""
+        """Something may have changed: those that found no room are tried again, after those not tried since then."""
         self._stirred_ns = self.store.clock.monotonic_ns()
-        for hint in self.hints.live.values():
-            hint.able = True
+        self._is_stirred = True
 
     def _end(self, hint: Hint, state: HintState, reason: str) -> None:
         """A load that is under way goes on, for the cache's sake or for whoever took it over."""
-        if self._moving is not None and self._moving[0] is hint:
+        if hint.state is HintState.MOVING and self._moving is not None and self._moving[0] is hint:
             hint.moved_bytes += self._moving[1].swap.moved_bytes
-            self._moving = None
         counts = self.state.ledger.counts
         counts[f"hints_{state.value}"] += 1
         if hint.moved_bytes and state in (*WASTED, HintState.CANCELLED):
@@ -181,23 +182,44 @@ class Prefetching:
     # Promotion ---------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Bring the next document near, if nobody waits for room and nothing is being brought already."""
+        """Bring the next document near, if nobody waits for room and nothing is being brought already.
+
+        Of those that find no room one is tried each time, because looking takes a millisecond per thousand extents.
+        """
         self._notice_evictions()
-        while self._moving is None and not self.loader.room.waiting:
-            if not any(hint.able and hint.state in OPEN for hint in self.hints.live.values()):
-                return
+        if not self._is_stirred and not any(hint.able and hint.state in OPEN for hint in self.hints.live.values()):
+            return
+        cleared = Cleared.NOW
+        while cleared is Cleared.NOW and not self._is_busy and not self.loader.room.waiting:
             waiting = self.hints.upcoming()
-            chosen = next_up(waiting, self.store.clock.monotonic_ns())
+            chosen = self._next(waiting) if waiting else None
             if chosen is None:
                 return
             hint = self.hints.live[chosen.id]
             cleared = self._try(hint)
-            if cleared is Cleared.LATER:
-                return
-            if cleared is Cleared.REFUSED:
+            if cleared is Cleared.NOW:
+                self._overtake(waiting, chosen)
+            elif cleared is Cleared.REFUSED:
                 hint.able = False
-                continue
-            self._overtake(waiting, chosen)
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a load is under way that nobody has taken over."""
+        if self._moving is None:
+            return False
+        loading = self._moving[1]
+        return loading.released and loading.phase is Phase.MOVING
+
+    def _next(self, waiting: Sequence[Upcoming]) -> Upcoming | None:
+        """Whose turn it is; those that found no room are looked at again when all others were, and if it may help."""
+        now_ns = self.store.clock.monotonic_ns()
+        chosen = next_up(waiting, now_ns)
+        if chosen is None and self._is_stirred:
+            self._is_stirred = False
+            for one in waiting:
+                self.hints.live[one.id].able = True
+            chosen = next_up([replace(one, able=True) for one in waiting], now_ns)
+        return chosen
 
     def _overtake(self, waiting: Sequence[Upcoming], chosen: Upcoming) -> None:
         for number in passed_over(waiting, chosen):
@@ -217,9 +239,10 @@ class Prefetching:
             self._end(hint, HintState.CANCELLED, "its document was deleted")
             return Cleared.NOW
         before, hint.state = hint.state, HintState.MOVING
+        before_ns = hint.load_ns
         try:
-            hint.load_ns = self._load_ns(hint)
             loading = self._loading(hint, known.document, group)
+            hint.load_ns = self.loader.predicted_ns(loading)
             self._moving = (hint, loading)
             cleared = self.loader.start_now(
                 loading, partial(self._approves, hint, DDR if group is None else hbm_device(group)), MOVE_SECONDS
@@ -227,12 +250,12 @@ class Prefetching:
         except HoldfastError as error:
             self._moving = None
             if isinstance(error, DocumentTooLarge) and group != hint.group:
-                hint.state = before
+                hint.state, hint.load_ns = before, before_ns
                 return Cleared.REFUSED
             self._end(hint, HintState.REFUSED, error.message)
             return Cleared.NOW
         if cleared is not Cleared.NOW:
-            hint.state, self._moving = before, None
+            hint.state, hint.load_ns, self._moving = before, before_ns, None
         return cleared
 
     def _loading(self, hint: Hint, document: Document, group: str | None) -> Loading:
@@ -261,26 +284,24 @@ class Prefetching:
                 return False
         for device, size_bytes in leaving.items():
             tier = Tier.DDR if device == DDR else Tier.HBM
-            may = self.hints.may_displace(hint, device, size_bytes, self.state.capacity_bytes(tier, device))
-            if size_bytes and not (may and self.state.is_expected({hint.document}, tier, device)):
-                return False
+            if size_bytes and not self.state.is_expected({hint.document}, tier, device):
+                return False  # beyond the share of hints
         if not self.hints.weighs_more(hint, [victim.restore_ns for victim in victims]):
             return False
         hint.displaced.update(leaving)
         return True
 
     def _arrived(self, hint: Hint, loading: Loading, error: HoldfastError | None) -> None:
-        if self._moving is None or self._moving[1] is not loading:
-            return  # the hint has ended meanwhile
-        self._moving = None
-        hint.moved_bytes += loading.swap.moved_bytes
         counts = self.state.ledger.counts
         counts["prefetched_bytes"] += loading.swap.moved_bytes
         counts["reattaches"] += loading.swap.moved_bytes > 0
+        self.stir()
+        if hint.state is not HintState.MOVING:
+            return  # it has ended meanwhile
+        hint.moved_bytes += loading.swap.moved_bytes
         if error is not None:
             self._end(hint, HintState.REFUSED, error.message)
             return
-        self.stir()
         is_there = loading.group == hint.group
         hint.state = HintState.PROMOTED if is_there else HintState.STAGED
         hint.able = is_there  # the group has just said that it has no room
@@ -291,13 +312,19 @@ class Prefetching:
     # What leaves -------------------------------------------------------------------------------
 
     def _notice_evictions(self) -> None:
-        counts = self.state.ledger.counts
-        left = counts["evictions_ddr"] + counts["evictions_hbm"]
+        """Look at the hints whose documents newest verdicts name; at all where the log does not go back so far."""
+        ledger = self.state.ledger
+        left = sum(ledger.counts[f"evictions_{tier.label}"] for tier in Tier)
         if left == self._left:
             return
-        self._left = left
+        since, self._left = left - self._left, left
+        newest = islice(reversed(ledger.verdicts), since)
+        named = {document for verdict in newest for document in verdict.documents}
+        is_known = since <= len(ledger.verdicts)
         for hint in list(self.hints.live.values()):
-            if hint.state in (HintState.PROMOTED, HintState.STAGED) and not self._is_near(hint):
+            is_concerned = not is_known or str(hint.document) in named
+            is_brought = hint.state in (HintState.PROMOTED, HintState.STAGED)
+            if is_concerned and is_brought and not self._is_near(hint):
                 self._end(hint, HintState.EVICTED, "its room was needed before its queries came")
 
     def _is_near(self, hint: Hint) -> bool:

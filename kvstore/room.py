@@ -178,13 +178,12 @@ class Room:
         return True
 
     def clear_now(self, demand: Demand, approves: Callable[[Sequence[Victim]], bool]) -> Cleared:
-        """Room without a reservation: what is free, or what those leave whom `approves` lets go; behind all who wait.
+        """Room without a reservation, while nobody waits for any: what is free, or what those leave who are approved.
 
         Nothing is kept for it: who asks later finds that out.
         """
+        assert not self._waiting, "those who wait go first"
         planner = self.store.planner
-        if self._waiting:
-            return Cleared.REFUSED
         if not planner.fits(demand) and not planner.draining(demand):
             victims = planner.make_room(demand)
             if victims is None or not approves(victims):

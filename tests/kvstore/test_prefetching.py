@@ -8,6 +8,7 @@ from holdfast.kvstore.hints import HINTS_MAX, OWNER_MAX, HintState
 from holdfast.kvstore.orders import LoadShard, ReadIn, Urgency
 from holdfast.kvstore.precedence import EXPECTED
 from holdfast.kvstore.residency import Tier
+from holdfast.kvstore.upcoming import OVERTAKEN_MAX
 
 from fakes import CLIENT
 from scene import RANKS, Scene, tokens
@@ -140,10 +141,25 @@ def test_what_is_leased_or_pinned_stays_and_the_hint_waits():
     stage.settle()
     hint = stage.hint("c")
     assert hint.state is HintState.WAITING
+    assert not any(stage.state.extents[extent].nvme.holds for extent in stage.extents("c"))
     stage.detach(attach)
     stage.settle()
     assert hint.state is HintState.PROMOTED
     assert stage.near() == {"b", "c"}
+
+
+def test_a_hint_does_not_displace_what_another_has_announced():
+    """Not even where everything else is in use."""
+    stage = Stage("abcde", near="abcd")
+    first = stage.hint("a")
+    for name in "bcd":
+        stage.attach(stage.documents[name])
+    second = stage.hint("e")
+    stage.settle()
+    assert (first.state, second.state) == (HintState.PROMOTED, HintState.WAITING)
+    stage.use("a")
+    stage.settle()
+    assert second.state is HintState.PROMOTED
 
 
 def test_what_is_pinned_softly_is_not_displaced_by_a_hint():
@@ -295,6 +311,54 @@ def test_an_attach_to_ddr_waits_for_the_reads_of_a_hint_and_hastens_them():
     assert stage.pending(ReadIn) == [second]
     stage.settle()
     assert heard[0].loading.layers == 2
+
+
+def test_who_was_overtaken_too_often_keeps_later_ones_waiting_until_it_has_its_room():
+    stage = Stage("abc", ddr=4)
+    stage.documents["large"] = stage.store("large", tokens(9, 4))
+    stage.evict(stage.documents["large"], Tier.DDR)
+    (attach,) = stage.attach(stage.documents["a"])
+    stage.settle()
+    large = stage.hint("large")
+    large.overtaken = OVERTAKEN_MAX - 1
+    stage.hint("b")
+    stage.settle()
+    stage.use("b")
+    stage.evict(stage.documents["b"], Tier.DDR)
+    assert large.overtaken == OVERTAKEN_MAX
+    later = stage.hint("c")
+    stage.pass_seconds(2)
+    stage.settle()
+    assert (large.state, later.state) == (HintState.WAITING, HintState.WAITING)
+    stage.detach(attach)
+    stage.settle()
+    stage.pass_seconds(2)
+    stage.settle()
+    assert large.state is HintState.PROMOTED
+
+
+def test_of_those_that_find_no_room_one_is_looked_at_each_time(monkeypatch):
+    """Each before any again: looking takes time, and nobody who asks for something else should wait for it."""
+    stage = Stage("abcd", ddr=2, near="a")
+    stage.attach(stage.documents["a"])
+    hints = [stage.hint(name) for name in "bcd"]
+    looks = []
+    start_now = stage.service.loader.start_now
+    monkeypatch.setattr(
+        stage.service.loader,
+        "start_now",
+        lambda loading, *rest: looks.append(loading.document) or start_now(loading, *rest),
+    )
+    for _ in range(7):
+        stage.pass_seconds(0.3)
+    assert [hint.state for hint in hints] == [HintState.WAITING] * 3
+    assert len(looks) <= 7
+    for _ in range(3):
+        stage.service.prefetching.pump()
+    looks_before = len(looks)
+    stage.service.prefetching.pump()
+    assert len(looks) == looks_before, "nothing has changed since all were looked at"
+    assert set(looks) == {stage.documents[name] for name in "bcd"}
 
 
 # Groups ------------------------------------------------------------------------------------------
