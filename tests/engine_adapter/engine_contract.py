@@ -178,6 +178,26 @@ class EngineContract:
         self.check(session.ask("report", question, NEW), engine, document, question)
         assert seen == [], "nothing was missing, nothing is prefilled"
 
+    def test_what_was_announced_is_in_the_group_or_goes_on_where_the_hint_is(self, stage, degree):
+        """The same answer whether its moves have ended, are under way, or have just been asked for."""
+        session, engine, client = stage.session(degree), stage.engine(degree), stage.client()
+        document, question = self.stored(stage, session, "report"), self.tokens(9)
+        for waits in (True, False):
+            client.free("report", "nvme")
+            client.prefetch("report", group=engine.group, queries=2)
+            if waits:
+                until(lambda: self.is_near(client, engine), "it is in the group before anybody asks")
+            reply = session.ask("report", question, NEW)
+            self.check(reply, engine, document, question)
+            assert reply.swap.outcome == "ready"
+            assert not waits or (reply.swap.moved_bytes, reply.swap.source_tier) == (0, "hbm")
+        assert stage.daemon.metric("holdfast_hints_used_total") >= 2
+
+    @staticmethod
+    def is_near(client, engine):
+        """Whether the hint has nothing left to bring."""
+        return client.prefetch("report", group=engine.group, queries=2).state == "promoted"
+
     def test_every_degree_reads_what_any_degree_stored(self, stage):
         question = self.tokens(7)
         for writer in self.DEGREES:

@@ -94,6 +94,17 @@ def test_what_is_written_in_any_pieces_comes_back_also_from_nvme(daemon, store, 
     check(store, "a", kv)
 
 
+def test_what_is_announced_is_in_ddr_before_it_is_attached(daemon, store):
+    kv = ingest(store, "a", 1000, [(0, 1000)])
+    with closing(Client(daemon.socket)) as client:
+        until(lambda: durable(client, "a"), "it is durable")
+    store.free("a")
+    assert store.prefetch("a", queries=2, deadline_seconds=60).queries == 2
+    until(lambda: store.prefetch("a").state == "promoted", "it is near")
+    check(store, "a", kv)
+    assert daemon.swaps()[0]["moved_bytes"] == 0
+
+
 def test_a_plane_that_is_written_again_is_sealed_again(daemon, store):
     """The last bytes count."""
     kv, other = made(64), made(64, seed=5)
