@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import Final
 
 from ..kvstore.client import Client
-from ..kvstore.errors import HoldfastError
-from .runner_queue import Foreseen
+from ..kvstore.errors import HoldfastError, Unavailable
+from .runner_queue import Expected, Foreseen
 
 LONGEST_SECONDS: Final = 3600.0  # that a hint may last
 SHORTEST_SECONDS: Final = 0.001
@@ -32,22 +32,27 @@ class Foreteller:
     def tell(self, look: Callable[[], Foreseen]) -> None:
         """Say what has changed since the last time: more or fewer questions on a document, or none any more.
 
-        `look` is asked in here, so that what was seen first is told first. What runs has been used, or will be.
+        `look` is asked in here, so that what was seen first is told first. What runs has been used, or will be. A
+        daemon that does not answer soon is left alone until something changes.
         """
         with self._lock:
             seen = look()
-            for document, expected in seen.waiting.items():
-                if self._told.get(document) != expected.queries:
-                    seconds = min(LONGEST_SECONDS, max(SHORTEST_SECONDS, expected.wait_seconds))
-                    with suppress(HoldfastError):
-                        self._client.prefetch(
-                            document,
-                            group=self._group,
-                            queries=expected.queries,
-                            deadline_seconds=seconds,
-                            owner=self._owner,
-                        )
-            for document in self._told.keys() - seen.waiting.keys() - seen.running:
-                with suppress(HoldfastError):
+            before, self._told = self._told, {name: expected.queries for name, expected in seen.waiting.items()}
+            with suppress(Unavailable):
+                for document, expected in seen.waiting.items():
+                    if before.get(document) != expected.queries:
+                        self._hint(document, expected)
+                for document in before.keys() - seen.waiting.keys() - seen.running:
                     self._client.cancel_prefetch(document, group=self._group, owner=self._owner)
-            self._told = {document: expected.queries for document, expected in seen.waiting.items()}
+
+    def _hint(self, document: str, expected: Expected) -> None:
+        """Raises Unavailable."""
+        seconds = min(LONGEST_SECONDS, max(SHORTEST_SECONDS, expected.wait_seconds))
+        try:
+            self._client.prefetch(
+                document, group=self._group, queries=expected.queries, deadline_seconds=seconds, owner=self._owner
+            )
+        except Unavailable:
+            raise
+        except HoldfastError:  # it is not stored, or too many are announced: whoever asks will hear of it
+            return

@@ -36,6 +36,7 @@ from .wire import (
     DeleteDocument,
     Detach,
     Documents,
+    Done,
     FindRing,
     Found,
     FreeDocument,
@@ -70,6 +71,7 @@ from .wire import (
 )
 
 R = TypeVar("R")
+HINT_REPLY_SECONDS = 2.0  # a hint is not worth more
 MARGIN_SECONDS = 5.0  # the daemon answers at its deadline; give the answer time to arrive
 
 
@@ -187,11 +189,12 @@ class Client:
 
         Again with other numbers brings the hint up to date. Raises NoCapacity when too many hints wait.
         """
-        return self._ask(Hinted, PrefetchDocument(name, group, queries, deadline_seconds, owner)).hint
+        body = PrefetchDocument(name, group, queries, deadline_seconds, owner)
+        return self._ask(Hinted, body, HINT_REPLY_SECONDS).hint
 
     def cancel_prefetch(self, name: str, *, group: str | None = None, owner: str = "") -> None:
         """They are not coming after all; done, too, where there is no such hint any more."""
-        self._do(CancelPrefetch(name, group, owner))
+        self._ask(Done, CancelPrefetch(name, group, owner), HINT_REPLY_SECONDS)
 
     def unpin_all(
         self, *, owner: str | None = None, reason_prefix: str | None = None, names: Sequence[str] | None = None
