@@ -64,7 +64,7 @@ def traces(draw):
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @given(lines=traces(), join=st.integers(1, 3), percent=st.integers(5, 100))
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 def test_an_outsider_recomputes_every_result_from_its_events(tmp_path, name, lines, join, percent):
     path = write_trace(tmp_path / "made.jsonl", lines)
     assume(any(line[4] for line in lines))

@@ -53,7 +53,7 @@ def cache_of(policy, capacity_units):
 
 @pytest.mark.parametrize("name", sorted(POLICIES))
 @given(chains=chains(), capacity=st.integers(1, 12))
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_capacity_holds_after_every_event_and_only_leaves_go(name, chains, capacity):
     policy = POLICIES[name]()
     previous = {unit: chain[at - 1] if at else None for chain in chains for at, unit in enumerate(chain)}
@@ -126,6 +126,29 @@ def test_what_is_in_use_stays_until_its_hold_is_over():
     assert steps[3].hit_units == 2
 
 
+def test_a_ranking_is_asked_about_units_as_they_are():
+    described = {}
+
+    class Asked(Watched):
+        def ranking(self, capacity_bytes, worth):
+            ranking = self.inner.ranking(capacity_bytes, worth)
+            scores = ranking.scores
+            ranking.scores = lambda found, now_ns: (
+                described.update((one.id, one) for one in found),
+                scores(found, now_ns),
+            )[1]
+            return ranking
+
+    policy = Asked()
+    cache = Cache(policy, capacity_units=4, unit_tokens=4, unit_bytes=1 << 20, worth=lambda tokens: 10.0 * tokens**2)
+    requests = requests_of([(1, 2, 3), (4, 5)])  # 3 is half full
+    list(replay(requests, policy, cache))
+    assert {unit: one.previous for unit, one in described.items()} == {3: 2, 5: 4}
+    assert described[3].restore_ns == 10 * (10**2 - 8**2)
+    assert described[5].restore_ns == 10 * (8**2 - 4**2)
+    assert described[5].size_bytes == 1 << 20
+
+
 def test_a_hold_is_of_what_came_and_ends_once_for_each_request():
     policy = POLICIES["lru"]()
     chains = [(1, 2, 3), (1, 2, 3), (4,), (5,), (6,), (1, 2)]
@@ -135,7 +158,7 @@ def test_a_hold_is_of_what_came_and_ends_once_for_each_request():
 
 
 @given(chains=chains(requests_max=25), capacities=st.tuples(*[st.integers(1, 8)] * 3))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_tiers_find_what_one_of_them_holds_and_lose_only_what_the_last_refuses(chains, capacities):
     policy = POLICIES["lru"]()
     *memories, store = [cache_of(policy, capacity) for capacity in capacities]
