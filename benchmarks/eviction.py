@@ -22,13 +22,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from eviction_daemon import attach_decisions
+from eviction_memory import daemon_bytes, replay_bytes
 from eviction_rows import (
+    AGENT,
     BEST,
     CAPACITIES,
     FILES,
     HBM_GOALS,
     OURS,
     Key,
+    daemon_rows,
     gap_row,
     hbm_row,
     hindsight_row,
@@ -113,6 +117,14 @@ def rows_of(grid: dict[Key, dict[str, Any]], policies: Sequence[str]) -> list[Ro
     return found + speed_rows(grid)
 
 
+def daemons(*, quick: bool) -> list[Row]:
+    """Of daemons with 100,000 extents. Memory is told from one with fewer: every allocation is traced."""
+    sizes = {"documents": 40, "extents": 50} if quick else {"documents": 500, "extents": 250}
+    decisions = attach_decisions(**sizes, attaches=20 if quick else 400, policy=OURS)
+    memory = daemon_bytes(documents=20 if quick else 150, extents=50 if quick else 250, policy=OURS)
+    return daemon_rows(decisions, memory | replay_bytes(traces[AGENT], OURS, Capacity.parse(HBM_CAPACITY)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Eviction policies on recorded traces.")
     parser.add_argument("--quick", action="store_true", help="the front of each trace, and few policies")
@@ -131,7 +143,7 @@ def main() -> None:
     if options.quick:
         policies = [policy for policy in policies if policy in QUICK_POLICIES]
     grid = measured(policies)
-    rows = rows_of(grid, policies)
+    rows = rows_of(grid, policies) + daemons(quick=options.quick)
     here |= {"requests": {name: len(trace.requests) for name, trace in traces.items()}}
     here |= {"load_after": round(os.getloadavg()[0], 2)}
     write(options.out, rows, here, grid, policies)

@@ -107,6 +107,16 @@ def speed_rows(grid: Grid) -> list[Row]:
     ]
 
 
+def daemon_rows(decisions: Mapping[str, float], memory: Mapping[str, float]) -> list[Row]:
+    """What deciding takes in a daemon under pressure (CPU of its thread), and what is remembered of an extent."""
+    part, whole = decisions["part_ms_p99"], decisions["whole_ms_p99"]
+    return [
+        row("attach_decision_ms", part, 2.0, "lower", ROUNDS | dict(decisions)),
+        row("attach_whole_decision_ms", whole, 2.0, "lower", ROUNDS | dict(decisions)),
+        row("bytes_per_extent", memory["bytes_per_extent"], 400.0, "lower", ROUNDS | dict(memory)),
+    ]
+
+
 def table(grid: Grid, policies: Sequence[str]) -> Table:
     """Share of prefill-seconds saved: a line a policy, a column a trace and capacity."""
     made = Table(title="Share of prefill-seconds saved")

@@ -60,6 +60,9 @@ EVICTION = {
     "hbm_bytes_conv_h1",
     "us_per_block",
     "ms_per_request",
+    "attach_decision_ms",
+    "attach_whole_decision_ms",
+    "bytes_per_extent",
 }
 STORE = {
     "put_vs_memcpy",
