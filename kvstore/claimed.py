@@ -20,6 +20,7 @@ from .holders import HOLDERS_MAX, Holder, Kind
 from .ingesting import Ingest
 from .loading import Loading, Phase
 from .residency import Placement, Tier
+from .room import Reservation
 from .rows import place_rows
 from .slots import SlotClass
 from .state import ExtentRecord, State
@@ -38,20 +39,22 @@ class Claimed:
 
     # Who holds what ----------------------------------------------------------------------------
 
-    def holders(self, tier: Tier, group: str | None = None) -> tuple[Holder, ...]:
-        """Who keeps bytes of a tier (of HBM: of a group): overdue leases first, then the largest."""
-        found = [*self._leases(tier, group), *self._ingests(tier, group), *self._pins(tier, group)]
+    def holders(self, tier: Tier, group: str | None = None, asking: Reservation | None = None) -> tuple[Holder, ...]:
+        """Who but the asking keeps bytes of a tier (of HBM: of a group): overdue leases first, then the largest."""
+        found = [*self._leases(tier, group, asking), *self._ingests(tier, group, asking), *self._pins(tier, group)]
         found.sort(key=lambda h: (not _is_overdue(h), -h.size_bytes, h.tenant, h.document, h.owner))
         return tuple(found[:HOLDERS_MAX])
 
-    def of(self, document: DocumentId) -> tuple[Holder, ...]:
-        """Who leases or writes one document, in any tier."""
-        found = [holder for tier in Tier for holder in (*self._leases(tier, None), *self._ingests(tier, None))]
+    def of(self, document: DocumentId, asking: Reservation) -> tuple[Holder, ...]:
+        """Who else leases or writes one document, in any tier."""
+        found = [h for tier in Tier for h in (*self._leases(tier, None, asking), *self._ingests(tier, None, asking))]
         return tuple(holder for holder in found if (holder.tenant, holder.document) == document)[:HOLDERS_MAX]
 
-    def _leases(self, tier: Tier, group: str | None) -> Iterator[Holder]:
+    def _leases(self, tier: Tier, group: str | None, asking: Reservation | None) -> Iterator[Holder]:
         now_ns = self.clock.monotonic_ns()
         for attach in self.attaches.values():
+            if asking is not None and attach.loading.reservation is asking:
+                continue
             size_bytes = self._size(_kept(attach.loading), tier, group)
             if size_bytes:
                 lease = attach.lease
@@ -65,8 +68,11 @@ class Claimed:
                     remaining_seconds=(lease.deadline_ns - now_ns) / 1e9,
                 )
 
-    def _ingests(self, tier: Tier, group: str | None) -> Iterator[Holder]:
+    def _ingests(self, tier: Tier, group: str | None, asking: Reservation | None) -> Iterator[Holder]:
         for ingest in self.ingests.values():
+            waiting = (ingest.reservation, ingest.loading.reservation if ingest.loading is not None else None)
+            if asking is not None and asking in waiting:
+                continue
             size_bytes = self._size(self._of_ingest(ingest), tier, group)
             if size_bytes:
                 yield Holder(
@@ -117,14 +123,14 @@ class Claimed:
 
     # Whether waiting could help ----------------------------------------------------------------
 
-    def refusal(self, demand: Demand) -> NoCapacity:
-        """What to tell whoever cannot have this."""
+    def refusal(self, demand: Demand, asking: Reservation) -> NoCapacity:
+        """What to tell whoever cannot have this; what it holds itself is no reason."""
         ddr, nvme = self.state.ddr, self.state.nvme
         rows = f" and {max(demand.rows)} rows per rank in group {demand.group!r}" if demand.rows else ""
         lacks_rows = demand.group is not None and not self._rows_could_fit(demand)
-        holders = self.holders(Tier.HBM, demand.group) if lacks_rows else ()
+        holders = self.holders(Tier.HBM, demand.group, asking) if lacks_rows else ()
         if not lacks_rows or not self._slots_could_fit(Tier.DDR, demand.slots):
-            holders = (*holders, *self.holders(Tier.DDR))
+            holders = (*holders, *self.holders(Tier.DDR, None, asking))
         fenced = f"; {ddr.fenced_bytes} B are kept for clients of an earlier daemon" if ddr.fenced_bytes else ""
         said = ", ".join(map(str, holders)) or f"nobody, so it is moves, or what NVMe ({nvme.used_bytes} B) cannot take"
         return NoCapacity(

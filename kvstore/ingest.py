@@ -17,7 +17,6 @@ from .errors import (
     ClaimNotFound,
     DocumentExists,
     DocumentIncomplete,
-    DocumentTooLarge,
     HoldfastError,
     InUse,
     InvalidRequest,
@@ -35,6 +34,7 @@ from .pinning import check_growth
 from .residency import Event, State, Tier
 from .reuse import Decision
 from .room import Reservation, Room
+from .rows import check_rows
 from .slots import slots_of
 from .spill import Spill
 from .state import DocumentRecord, ExtentRecord
@@ -139,12 +139,7 @@ class Ingests:
         if shard is not None and any(copy.holds for copy in shard.copies.values()):
             raise InUse(f"{document.id} is in use in group {ingest.group!r}")
         assert ingest.layout is not None
-        for rank, pool in group.pools.items():
-            if ingest.layout.length(rank // group.tp) > pool.rows:
-                raise DocumentTooLarge(
-                    f"{document.id} needs {ingest.layout.length(rank // group.tp)} rows on rank {rank} of group "
-                    f"{ingest.group!r}, whose arena has {pool.rows}; use more ranks or a larger arena"
-                )
+        check_rows(group, document.id, ingest.layout)
 
     def _granted(self, ingest: Ingest, deadline_ns: int) -> None:
         ingest.reservation = None

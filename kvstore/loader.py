@@ -21,7 +21,7 @@ from .planner import Victim
 from .reads import Reads
 from .residency import Event, Placement, State, Tier
 from .room import Cleared, Reservation, Room
-from .rows import grow_rows
+from .rows import check_rows, grow_rows
 from .slots import slots_of
 from .state import ExtentRecord, Shard
 from .store import Store
@@ -86,7 +86,7 @@ class Loader:
         return self.store.planner.predicted_ns(sizes, move_bytes)
 
     def _refuse(self, loading: Loading) -> None:
-        """Raises DocumentIncomplete, or DocumentTooLarge for DDR."""
+        """Raises DocumentIncomplete, or DocumentTooLarge for DDR or the group."""
         shard = self._shard(loading)
         here = shard.copies if shard is not None else {}
         gone = [record for record in loading.records if record.source() is None and record.extent.id not in here]
@@ -94,6 +94,8 @@ class Loader:
             raise incomplete(loading, *gone)
         if loading.group is None:
             self.window.refuse_too_large(loading)
+        elif loading.layout is not None:
+            check_rows(self.store.records.group(loading.group), loading.document, loading.layout)
 
     def _hold(self, loading: Loading) -> None:
         for record in loading.records:

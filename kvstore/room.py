@@ -62,15 +62,15 @@ class Judge(Protocol):
         """The same of slots on NVMe."""
         ...
 
-    def refusal(self, demand: Demand) -> NoCapacity:
-        """What to tell whoever cannot have this."""
+    def refusal(self, demand: Demand, asking: Reservation) -> NoCapacity:
+        """What to tell whoever cannot have this; what it holds itself is no reason."""
         ...
 
     def holders(self, tier: Tier, group: str | None = None) -> tuple[Holder, ...]:
         """Who keeps bytes of a tier."""
         ...
 
-    def of(self, document: DocumentId) -> tuple[Holder, ...]:
+    def of(self, document: DocumentId, asking: Reservation) -> tuple[Holder, ...]:
         """Who uses or writes a document."""
         ...
 
@@ -134,8 +134,8 @@ class Room:
         except HoldfastError as error:
             return error
         if demand is not None:
-            return self.judge.refusal(demand)
-        holders = self.judge.of(reservation.document)
+            return self.judge.refusal(demand, reservation)
+        holders = self.judge.of(reservation.document, reservation)
         by = ", ".join(map(str, holders)) or "a move that has ended"
         return InUse(f"{reservation.document} cannot be moved while others fill or use it: {by}; try again", holders)
 
@@ -167,7 +167,7 @@ class Room:
                 if self.store.records.ddr.fenced_bytes:
                     return True  # clients of the last daemon may come back, or end; nobody waits behind this one
                 self._waiting.remove(reservation)
-                reservation.refused(self.judge.refusal(demand))
+                reservation.refused(self.judge.refusal(demand, reservation))
                 return True
             self.execute(victims, "pressure")
         if not planner.fits(demand):

@@ -7,13 +7,27 @@ from types import MappingProxyType
 from typing import Final
 
 from .demand import Demand
+from .document import DocumentId
+from .errors import DocumentTooLarge
 from .extent import ExtentId
+from .layout import Layout
 from .residency import State
 from .slots import RowPool
 from .state import Group, Shard
 
 Gone = Mapping[int, Collection[ExtentId]]  # extents by shard whose rows are counted as free already
 NONE_GONE: Final[Gone] = MappingProxyType({})
+
+
+def check_rows(group: Group, document: DocumentId, layout: Layout) -> None:
+    """Raises DocumentTooLarge for a shard that an empty group could not take: evicting others would not help."""
+    for rank, pool in group.pools.items():
+        wanted = layout.length(rank // group.tp)
+        if wanted > pool.rows:
+            raise DocumentTooLarge(
+                f"{document} needs {wanted} rows on rank {rank} of group {group.name!r}, whose arena has {pool.rows}; "
+                "use more ranks or a larger arena"
+            )
 
 
 def place_rows(group: Group, demand: Demand, gone: Gone = NONE_GONE) -> list[tuple[int, int]] | None:

@@ -1,0 +1,299 @@
+"""No sequence of pins, leases and open ingests can wedge the cache.
+
+Whoever asks for room that could ever be had either gets it once the effects have completed, without the clock moving,
+or is refused with the holders; and when those have let go, the same request is met.
+"""
+
+import numpy as np
+import pytest
+from holdfast.kvstore.claims import PinKind, PinSelection, Refresh
+from holdfast.kvstore.document import DocumentId, WritePolicy
+from holdfast.kvstore.errors import CorruptExtent, HoldfastError, StorageFailed
+from holdfast.kvstore.orders import CloseShard, OpenShard, ReadIn, RetireSlab, SaveShard, Write, WriteOut
+from holdfast.kvstore.residency import Tier
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from scene import FINGERPRINT, Scene, tokens
+
+NAMES = "abcd"
+HOLDERS = (1, 2)  # clients
+ASKING = 3
+SELDOM = st.sampled_from([False] * 4 + [True])
+NOT_ANSWERED = (OpenShard, CloseShard, RetireSlab)
+REFUSALS = {"no-capacity", "in-use", "document-incomplete", "document-not-found", "document-exists"}
+
+
+class Claims(RuleBasedStateMachine):
+    """Claims come and go in any order, with orders in flight or not; then somebody asks for room."""
+
+    @initialize(ddr=st.sampled_from([4, 6]), nvme=st.sampled_from([4, 8, 16]))
+    def start(self, ddr, nvme):
+        self.scene = Scene(ddr=ddr, nvme=nvme)
+        self.scene.group(rows=64)
+        self.ddr = ddr
+        self.attached = {}  # lease -> attach
+        self.ingests = {}
+        self.number = 0
+
+    @property
+    def service(self):
+        return self.scene.service
+
+    def document(self, name):
+        return DocumentId("t", name)
+
+    # Claims ------------------------------------------------------------------------------------
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        size=st.integers(1, 4),
+        policy=st.sampled_from(WritePolicy),
+        grouped=SELDOM,
+        settles=st.booleans(),
+    )
+    def store(self, name, size, policy, grouped, settles):
+        self.begin(1, name, size, policy, grouped)
+        if settles:
+            self.scene.settle()
+        for number in list(self.ingests):
+            if self.ingests[number].document.id == self.document(name):
+                self.commit_one(number)
+        if settles:
+            self.scene.settle()
+
+    @rule(
+        client=st.sampled_from(HOLDERS),
+        name=st.sampled_from(NAMES),
+        size=st.integers(1, 6),
+        policy=st.sampled_from(WritePolicy),
+        grouped=SELDOM,
+    )
+    def begin(self, client, name, size, policy, grouped):
+        if name in {ingest.document.id.name for ingest in self.ingests.values()}:
+            return
+
+        def granted(result):
+            if not isinstance(result, HoldfastError):
+                self.ingests[result.id] = result
+
+        ids = np.asarray(tokens(NAMES.index(name), size), dtype=np.uint32)
+        self.ask_ingest(client, name, ids, policy, "g" if grouped else None, granted)
+
+    def ask_ingest(self, client, name, ids, policy, group, granted):
+        far_ns = self.scene.clock.monotonic_ns() + 10**12
+        try:
+            self.service.begin_ingest(client, self.document(name), FINGERPRINT, ids, policy, group, 64, far_ns, granted)
+        except HoldfastError as error:
+            granted(error)
+
+    @precondition(lambda self: self.ingests)
+    @rule(data=st.data(), commits=st.booleans())
+    def end_ingest(self, data, commits):
+        number = data.draw(st.sampled_from(sorted(self.ingests)))
+        if commits:
+            self.commit_one(number)
+        else:
+            self.abort_one(number)
+
+    def commit_one(self, number):
+        ingest = self.ingests.pop(number)
+        try:
+            self.service.commit_ingest(ingest.client, number, lambda _: None)
+        except HoldfastError:
+            self.ingests[number] = ingest
+            self.abort_one(number)
+
+    def abort_one(self, number):
+        ingest = self.ingests.pop(number)
+        if ingest.stage != "ended":
+            self.service.abort_ingest(ingest.client, number)
+
+    @rule(client=st.sampled_from(HOLDERS), name=st.sampled_from(NAMES), grouped=st.booleans())
+    def attach(self, client, name, grouped):
+        def granted(result):
+            if not isinstance(result, HoldfastError):
+                self.attached[result.lease.id] = result
+
+        self.ask_attach(client, name, "g" if grouped else None, granted)
+
+    def ask_attach(self, client, name, group, granted):
+        far_ns = self.scene.clock.monotonic_ns() + 10**12
+        try:
+            self.service.attach(client, self.document(name), None, group, None, far_ns, granted)
+        except HoldfastError as error:
+            granted(error)
+
+    @precondition(lambda self: self.attached)
+    @rule(data=st.data())
+    def detach(self, data):
+        self.detach_one(data.draw(st.sampled_from(sorted(self.attached))))
+
+    def detach_one(self, number):
+        attach = self.attached.pop(number)
+        self.service.detach(attach.lease.owner, number)
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        floor=st.sampled_from(Tier),
+        kind=st.sampled_from(PinKind),
+        seconds=st.sampled_from([None, 1.0]),
+    )
+    def pin(self, name, floor, kind, seconds):
+        refresh = Refresh.HIT if seconds else Refresh.NEVER
+        try:
+            self.service.pin(self.document(name), floor, seconds, "ops", "test", kind, refresh)
+        except HoldfastError as error:
+            assert error.code in {"document-not-found", "pins-overcommitted", "invalid-request"}, error  # noqa: PT017
+
+    @rule(name=st.sampled_from(NAMES))
+    def unpin(self, name):
+        self.service.unpin_all(PinSelection(documents={self.document(name)}))
+
+    @rule(name=st.sampled_from(NAMES), tier=st.sampled_from(Tier))
+    def evict(self, name, tier):
+        try:
+            self.service.evict(self.document(name), tier, 0, self.scene.clock.monotonic_ns() + 10**12, lambda _: None)
+        except HoldfastError:
+            return
+
+    @rule(seconds=st.sampled_from([1, 400]))
+    def time_passes(self, seconds):
+        self.scene.clock.advance(seconds * 10**9)
+        self.service.tick()
+
+    # Orders ------------------------------------------------------------------------------------
+
+    def endable(self):
+        """Catalog writes and a group's commands keep their order, the rest does not."""
+        found, seen = [], set()
+        for order in self.scene.effects.orders:
+            lane = "catalog" if isinstance(order, Write) else getattr(order, "group", None)
+            if lane is None or lane not in seen:
+                found.append(order)
+            seen.add(lane)
+        return found
+
+    @rule(data=st.data(), count=st.integers(1, 4))
+    def orders_end(self, data, count):
+        for _ in range(count):
+            if self.endable():
+                self.scene.end(data.draw(st.sampled_from(self.endable())))
+
+    @rule(data=st.data())
+    def an_order_fails(self, data):
+        kinds = (ReadIn, WriteOut, SaveShard)
+        orders = [order for order in self.endable() if isinstance(order, kinds)]
+        if orders:
+            order = data.draw(st.sampled_from(orders))
+            corrupt = isinstance(order, ReadIn) and data.draw(st.booleans())
+            self.scene.end(order, CorruptExtent("planted") if corrupt else StorageFailed("planted"))
+
+    # What is promised --------------------------------------------------------------------------
+
+    def listening(self, heard):
+        """Hears one answer, and looks at the holders as they are then."""
+
+        def hear(answer):
+            heard.append(answer)
+            if isinstance(answer, HoldfastError):
+                self.is_told_why(answer)
+
+        return hear
+
+    def new_document(self, size):
+        """Ask for room for a document that nobody has; returns what will be heard."""
+        self.number += 1
+        heard = []
+        ids = np.asarray([(1 + self.number * 31 + i * 13) % 1000 for i in range(32 * size)], dtype=np.uint32)
+        self.ask_ingest(ASKING, f"new{self.number}", ids, WritePolicy.MEMORY, None, self.listening(heard))
+        return heard
+
+    @rule(size=st.integers(1, 6), completes=st.booleans())
+    def ask_for_room(self, size, completes):
+        size = min(size, self.ddr)
+        heard = self.new_document(size)
+        if not heard and not completes:
+            return  # with its claim among the others'
+        self.scene.settle()
+        self.answered(heard, lambda: self.new_document(size))
+        self.asker_goes()
+
+    @rule(name=st.sampled_from(NAMES), grouped=st.booleans())
+    def ask_for_a_document(self, name, grouped):
+        group = "g" if grouped else None
+        heard = []
+        self.ask_attach(ASKING, name, group, self.listening(heard))
+        self.scene.settle()
+
+        def again():
+            more = []
+            self.ask_attach(ASKING, name, group, self.listening(more))
+            return more
+
+        self.answered(heard, again)
+        self.asker_goes()
+
+    def answered(self, heard, again):
+        """All orders have ended and the clock stood still: there is an answer, and it tells who is in the way."""
+        assert len(heard) == 1, "somebody still waits while nothing moves"
+        if not isinstance(heard[0], HoldfastError):
+            return
+        error = heard[0]
+        assert error.code in REFUSALS | {"document-too-large"}, error
+        if error.code in ("no-capacity", "in-use"):
+            self.everybody_lets_go()
+            more = again()
+            self.scene.settle()
+            (result,) = more
+            is_gone = isinstance(result, HoldfastError) and result.code in REFUSALS - {"no-capacity", "in-use"}
+            assert is_gone or not isinstance(result, HoldfastError), f"first {error}; with no holders {result}"
+
+    def is_told_why(self, error):
+        """The holders are claims that there are."""
+        if error.code != "no-capacity":
+            return
+        assert error.holders, error
+        for holder in error.holders:
+            assert holder.size_bytes > 0
+            document = DocumentId(holder.tenant, holder.document)
+            match holder.kind:
+                case "lease":
+                    assert any(lease.document == document for lease in self.scene.state.leases.values())
+                case "pin":
+                    assert self.scene.state.pins.hard(document) is not None
+                case "ingest":
+                    assert any(i.document.id == document for i in self.service.ingests.open.values())
+
+    def asker_goes(self):
+        self.service.disconnect(ASKING)
+        self.scene.settle()
+
+    def everybody_lets_go(self):
+        for client in (*HOLDERS, ASKING):
+            self.service.disconnect(client)
+        self.attached.clear()
+        self.ingests.clear()
+        self.service.unpin_all(PinSelection())
+        self.scene.settle()
+        self.service.tick()  # what the catalog refused is said again
+        self.scene.settle()
+
+    def teardown(self):
+        if hasattr(self, "scene"):
+            self.everybody_lets_go()
+            assert not self.service.room.waiting
+            assert not any(copy.holds for copy in self.scene.state.all_placements())
+
+
+Claims.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    report_multiple_bugs=False,
+    phases=(Phase.generate,),
+)
+TestClaims = pytest.mark.timeout(300)(Claims.TestCase)
