@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from holdfast.kvstore.claims import PinKind, PinSelection, Refresh
 from holdfast.kvstore.document import DocumentId, WritePolicy
-from holdfast.kvstore.errors import CorruptExtent, HoldfastError, StorageFailed
+from holdfast.kvstore.errors import CorruptExtent, DocumentTooLarge, HoldfastError, StorageFailed
 from holdfast.kvstore.orders import CloseShard, OpenShard, ReadIn, RetireSlab, SaveShard, Write, WriteOut
 from holdfast.kvstore.residency import Tier
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from fakes import EXTENT_BYTES
 from scene import FINGERPRINT, Scene, tokens
 
 NAMES = "abcd"
@@ -190,6 +191,24 @@ class Claims(RuleBasedStateMachine):
             corrupt = isinstance(order, ReadIn) and data.draw(st.booleans())
             self.scene.end(order, CorruptExtent("planted") if corrupt else StorageFailed("planted"))
 
+    @rule(name=st.sampled_from(NAMES), size=st.integers(1, 4), failing=st.integers(0, 3), grouped=st.booleans())
+    def is_read_badly(self, name, size, failing, grouped):
+        """A document comes back from NVMe for somebody, and some of it cannot be read."""
+        self.store(name, size, WritePolicy.THROUGH, False, True)
+        self.evict(name, Tier.DDR)
+        self.scene.settle()
+        self.attach(1, name, grouped)
+        for order in self.scene.pending(ReadIn)[:failing]:
+            self.scene.end(order, StorageFailed("planted"))
+
+    @rule(name=st.sampled_from(NAMES), size=st.integers(1, 2))
+    def is_made_again(self, name, size):
+        """What a document lost is computed again in a group, by somebody who takes his time."""
+        self.store(name, size, WritePolicy.THROUGH, False, True)
+        self.evict(name, Tier.NVME)
+        self.scene.settle()
+        self.begin(2, name, size, WritePolicy.MEMORY, True)
+
     # What is promised --------------------------------------------------------------------------
 
     def listening(self, heard):
@@ -288,7 +307,7 @@ class Claims(RuleBasedStateMachine):
 
 
 Claims.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=80,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -297,3 +316,41 @@ Claims.TestCase.settings = settings(
     phases=(Phase.generate,),
 )
 TestClaims = pytest.mark.timeout(300)(Claims.TestCase)
+
+
+def test_a_move_that_cannot_help_is_not_waited_for():
+    """The catalog is busy, and all of DDR is leased: whoever asks is refused now, and keeps nobody else waiting."""
+    scene = Scene(ddr=4)
+    document = scene.store("a", tokens(1, 4))
+    scene.attach(document)
+    scene.service.pin(document, Tier.NVME, None, "me", "")
+    assert scene.pending(Write)
+    _, (refused,) = scene.begin("b", tokens(2, 1))
+    assert [(holder.kind, holder.size_bytes) for holder in refused.holders] == [("lease", 4 * EXTENT_BYTES)]
+
+
+def test_an_overdue_lease_is_named_first_with_its_owner():
+    """It lost its priority, not its bytes: of all holders it is the first who should be asked."""
+    scene = Scene(ddr=6, lease_seconds=10)
+    late, large = scene.store("late", tokens(1, 2)), scene.store("large", tokens(2, 4))
+    scene.service.introduce(31, 4711)
+    scene.attach(late, client=31)
+    scene.clock.advance(11 * 10**9)
+    scene.attach(large, client=32)
+    _, (refused,) = scene.begin("b", tokens(3, 1))
+    assert [holder.document for holder in refused.holders] == ["late", "large"]
+    assert refused.holders[0].owner == "client 31 (pid 4711)"
+    assert refused.holders[0].remaining_seconds == -1
+    assert "t/late" in refused.message
+    scene.service.disconnect(31)
+    assert scene.begin("b", tokens(3, 1))[1][0] is not refused
+
+
+def test_a_shard_larger_than_any_arena_is_too_large_and_not_a_matter_of_room():
+    """Nobody could let go of enough."""
+    scene = Scene()
+    scene.group(rows=32)
+    document = scene.store("a", tokens(1, 3))
+    with pytest.raises(DocumentTooLarge, match="48 rows on rank 0"):
+        scene.attach(document, "g")
+    assert not scene.state.leases
