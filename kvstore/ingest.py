@@ -415,7 +415,8 @@ class Ingests:
         shard = ingest.shard
         arrived = ingest.loading is not None and ingest.loading.phase is Phase.READY
         self._release(ingest)
-        if arrived and shard is not None and shard.copies and shard.group in self.store.records.groups:
+        is_part = shard is not None and shard.copies and not shard.complete  # a whole one is as good as before
+        if arrived and shard is not None and is_part and shard.group in self.store.records.groups:
             self.store.close_shard(shard)
 
     def _release(self, ingest: Ingest) -> None:

@@ -354,3 +354,17 @@ def test_a_shard_larger_than_any_arena_is_too_large_and_not_a_matter_of_room():
     with pytest.raises(DocumentTooLarge, match="48 rows on rank 0"):
         scene.attach(document, "g")
     assert not scene.state.leases
+
+
+def test_giving_up_an_ingest_of_what_is_all_there_leaves_its_shard_to_those_who_read_it():
+    """Nothing was computed into it; closing it would pull the rows from under a lease."""
+    scene = Scene()
+    scene.group()
+    document = scene.store("a", tokens(1, 1))
+    ingest, _ = scene.begin("a", tokens(1, 1), WritePolicy.MEMORY, group="g")
+    scene.settle()
+    (attach,) = scene.attach(document, "g")
+    scene.service.abort_ingest(ingest.client, ingest.id)
+    scene.settle()
+    assert attach.loading.shard.complete
+    scene.detach(attach)
