@@ -12,12 +12,14 @@ from dataclasses import replace
 from typing import Final
 
 from .claims import NS, TOLD_PART, Pin, PinKind, PinSelection, Refresh
-from .document import NAME_LIMIT, Document, DocumentId
+from .document import NAME_LIMIT, Document, DocumentId, WritePolicy
 from .errors import HoldfastError, InvalidRequest
 from .orders import DropPin, PutPin
 from .pinning import check_pin
+from .planner import Victim
 from .prefetching import unasked
 from .residency import State, Tier
+from .room import Cleared
 from .upkeep import Upkeep
 
 PREFETCH_DEADLINE_NS: Final = 300 * NS  # nobody waits for it, but no wait is without end
@@ -79,12 +81,15 @@ class Keeping:
             ttl_ns=ttl_ns,
             refresh=refresh,
         )
+        if kind is PinKind.HARD and floor is Tier.NVME and record.document.write_policy is WritePolicy.MEMORY:
+            raise InvalidRequest(f"{document} is {WritePolicy.MEMORY}, so NVMe never has it: pin it at ddr, or softly")
         self._check(pin, record.document)
         self._put(pin, done)
-        if floor is not Tier.NVME:
-            if kind is PinKind.HARD:
+        if kind is PinKind.HARD:
+            if floor is not Tier.NVME:
                 self._keep(record.document)
-            self._prefetch(record.document)
+            self.upkeep.room.writes.keep(record)
+        self._bring(pin)
         self.upkeep.give_up_pinned()
         return pin
 
@@ -148,22 +153,28 @@ class Keeping:
         self.upkeep.tell_all(drops, done=done)
 
     def restore(self, pins: Iterable[Pin]) -> None:
-        """Restart: take over the pins of documents that are there, and bring those documents near."""
+        """Restart: take over the pins of documents that are there, and bring those documents near.
+
+        Their lives have gone on by the wall clock meanwhile: what is over is not brought near first.
+        """
         restored: list[Pin] = []
+        now_ns = self.store.clock.wall_ns()
         for pin in pins:
+            is_over = pin.expires_wall_ns is not None and pin.expires_wall_ns <= now_ns
             try:
                 self._check(pin, self.state.document(pin.document).document)
             except HoldfastError:  # the document was never durable, or the budget shrank
-                self.state.ledger.counts["pins_not_restored"] += 1
+                self.state.ledger.counts["pins_not_restored"] += not is_over
+                is_over = True
+            if is_over:
                 self.upkeep.tell(pin.document, DropPin(*pin.document))
                 continue
             self.state.pins.put(pin)
             if pin.refresh is not Refresh.NEVER and pin.expires_wall_ns is not None:
                 self._told_wall_ns[pin.document] = pin.expires_wall_ns
             restored.append(pin)
-        for pin in restored:
-            if pin.floor is not Tier.NVME:
-                self._prefetch(self.state.documents[pin.document].document)
+        for pin in sorted(restored, key=lambda pin: pin.kind is PinKind.HARD):  # soft ones do not wait behind others
+            self._bring(pin)
 
     def _keep(self, document: Document) -> None:
         """What is on its way out of DDR stays."""
@@ -172,10 +183,24 @@ class Keeping:
             if copy is not None and copy.state is State.DRAINING:
                 self.store.unhold(self.store.hold(copy))
 
-    def _prefetch(self, document: Document) -> None:
-        """Bring a document to DDR; best effort, because nobody waits for it."""
+    def _bring(self, pin: Pin) -> None:
+        """Bring a document to DDR, if it is pinned there or above; best effort, because nobody waits for it.
+
+        For a soft pin only what no pin names leaves, and only if nobody waits for room: what waits holds its copies.
+        """
+        if pin.floor is Tier.NVME:
+            return
+        document = self.state.documents[pin.document].document
         loading = unasked(self.store, document, None, None, lambda _: None)
         try:
-            self.loader.start(loading, self.store.clock.monotonic_ns() + PREFETCH_DEADLINE_NS)
+            if pin.kind is PinKind.HARD:
+                self.loader.start(loading, self.store.clock.monotonic_ns() + PREFETCH_DEADLINE_NS)
+            elif self.loader.start_now(loading, self._approves, PREFETCH_DEADLINE_NS / NS) is not Cleared.NOW:
+                self.state.ledger.counts["prefetches_refused"] += 1
         except HoldfastError:
             self.state.ledger.counts["prefetches_refused"] += 1
+
+    def _approves(self, victims: Sequence[Victim]) -> bool:
+        wall_ns = self.store.clock.wall_ns()
+        owners = ((self.state.extents[victim.extent].documents, victim.tier) for victim in victims)
+        return not any(self.state.pins.quarters(documents, tier, wall_ns) for documents, tier in owners)

@@ -99,6 +99,12 @@ class Writes:
             owner.decision = Decision(WritePolicy.THROUGH, how)
             self._through(owner)
 
+    def keep(self, owner: DocumentRecord) -> None:
+        """A document that is pinned hard is to survive a restart: write it through, whatever was decided."""
+        if owner.document.write_policy is not WritePolicy.MEMORY and not owner.writes_through:
+            owner.decision = Decision(WritePolicy.THROUGH, "pinned")
+            self._through(owner)
+
     def write_back(self) -> None:
         """Queue everything that should outlive the daemon and is not on NVMe yet, however much it is."""
         for owner in self.state.documents.values():
