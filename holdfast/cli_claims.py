@@ -90,7 +90,8 @@ def unpin(
         from .cli_tables import size
 
         verb = "would end" if dry_run else "ended"
-        said = f"{len(found['pins'])} pins {verb} ({size(found['size_bytes'])})"
+        count = len(found["pins"])
+        said = f"{count} pin{'s' * (count != 1)} {verb} ({size(found['size_bytes'])})"
         return [shown(found["pins"]), said] if found["pins"] else ["no such pins"]
 
     session.show(found, human)

@@ -295,6 +295,50 @@ def test_pin_and_unpin(live):
     assert "not pinned" in refused(3, "unpin", "report", live=live)
 
 
+def test_pins_and_leases_say_who_why_and_how_long(live):
+    live.ingest("report", token_count=64)
+    other = live.ingest("other", token_count=64)
+    assert "no pins" in ok("pins", live=live)
+    assert "no leases" in ok("leases", live=live)
+    assert "pinned softly" in ok("pin", "report", "--soft", "--ttl", "100s", "--refresh", "--reason", "demo", live=live)
+    ok("pin", "other", "--tier", "nvme", "--ttl", "never", "--reason", "audit", live=live)
+    live.call(lambda: live.clock.advance(50 * 10**9))
+    shown = ok("pins", live=live)
+    for part in ("default/report", "soft", "50%", "50 s", "hit", "demo", "for ever", "32 KiB in ddr of 768 KiB"):
+        assert part in shown
+    assert "audit" not in ok("pins", "--reason", "demo", live=live)
+    live.attach(other)
+    live.call(lambda: live.clock.advance(310 * 10**9))
+    shown = ok("leases", "--overdue", live=live)
+    for part in ("default/other", "32 KiB", "5.17 min", "10 s"):
+        assert part in shown
+    assert len(machine("leases", live=live)["leases"]) == 1
+
+
+def test_many_pins_end_in_one_command(live):
+    for name in "abc":
+        live.ingest(name)
+        ok("pin", name, "--tier", "nvme", "--reason", f"demo {name}", live=live)
+    shown = ok("unpin", "--reason", "demo", "--dry-run", live=live)
+    assert "3 pins would end" in shown
+    assert "2 pins ended" in ok("unpin", "a", "b", live=live)
+    assert machine("unpin", "--owner", "nobody", live=live)["pins"] == []
+    assert "no such pins" in ok("unpin", "--tenant", "acme", live=live)
+    assert "1 pin ended" in ok("unpin", "--all", live=live)
+    assert "say whose pins" in refused(2, "unpin", live=live)
+    assert "TENANT/NAME" in refused(2, "unpin", "a", "b", "--tenant", "acme", live=live)
+
+
+def test_what_is_in_the_way_of_a_pin_is_said_line_by_line():
+    with Live(limits__ddr_pin_bytes="40 KiB") as live:
+        live.ingest("report", token_count=64)
+        live.ingest("other", token_count=64)
+        ok("pin", "report", live=live)
+        complaint = refused(4, "pin", "other", live=live)
+    assert "held by the pin of default/report by" in complaint
+    assert "32 KiB of ddr" in complaint
+
+
 def test_doc_rm(live):
     document = live.ingest("report")
     live.call(lambda: live.service.pin(document, Tier.NVME, None, "ops", ""))

@@ -433,6 +433,76 @@ async def test_a_bad_pin_is_refused(api, sent):
     assert not api.service.state.pins.all()
 
 
+async def test_a_pin_is_answered_when_the_catalog_has_it(api):
+    api.ingest("a")
+    submitted = asyncio.Event()
+    api.effects.submitted = submitted.set
+    pinning = asyncio.create_task(api.client.post("/v1/pins", json={"document": "a", "tier": "nvme"}))
+    await submitted.wait()
+    await api.get("/v1/status")  # a turn of the loop later it still waits
+    assert not pinning.done()
+    api.effects.complete_all(api.service)
+    async with await pinning as response:
+        assert response.status == 201
+
+
+async def test_a_pin_that_the_catalog_refuses_is_an_error_and_holds(api):
+    document = api.ingest("a")
+
+    def refuse():
+        for order in list(api.effects.orders):
+            api.effects.fail(api.service, order, StorageFailed("full"))
+
+    api.effects.submitted = lambda: asyncio.get_running_loop().call_soon(refuse)
+    await api.refused("POST", "/v1/pins", 500, "storage-failed", json={"document": "a", "tier": "nvme"})
+    assert api.service.state.pins.get(document) is not None
+
+
+async def test_soft_pins_show_their_strength_and_what_is_left(api):
+    api.ingest("a")
+    api.settling()
+    wanted = {"document": "a", "kind": "soft", "ttl_seconds": 100, "refresh": "hit"}
+    async with api.client.post("/v1/pins", json=wanted) as response:
+        assert (await response.json())["strength"] == 1.0
+    api.clock.advance(60 * 10**9)
+    (pin,) = (await api.get("/v1/pins"))["pins"]
+    assert (pin["kind"], pin["refresh"], pin["strength"], pin["remaining_seconds"]) == ("soft", "hit", 0.5, 40.0)
+
+
+async def test_many_pins_end_in_one_call(api):
+    for name, owner in (("a", "ann"), ("b", "bob"), ("c", "bob")):
+        api.service.pin(api.ingest(name), Tier.NVME, None, owner, f"demo of {name}")
+    api.settling()
+
+    async def unpin(**wanted):
+        async with api.client.post("/v1/pins/unpin", json=wanted) as response:
+            assert response.status == 200, await response.text()
+            found = await response.json()
+        return found["state"], [pin["document"] for pin in found["pins"]]
+
+    assert await unpin(owner="bob", dry_run=True) == ("planned", ["b", "c"])
+    assert len((await api.get("/v1/pins"))["pins"]) == 3
+    assert len((await api.get("/v1/pins?owner=bob&reason_prefix=demo%20of%20c"))["pins"]) == 1
+    assert await unpin(documents=["a", "default/b"], owner="bob") == ("done", ["b"])
+    for wrong in ({}, {"everything": True, "owner": "bob"}, {"dry_run": True}):
+        await api.refused("POST", "/v1/pins/unpin", 400, "invalid-request", json=wrong)
+    assert await unpin(everything=True) == ("done", ["a", "c"])
+    assert await unpin(everything=True) == ("done", [])
+
+
+async def test_overdue_leases_are_found(api):
+    api.service.introduce(CLIENT, 4711)
+    api.attach(api.ingest("a", token_count=64))
+    api.clock.advance(200 * 10**9)
+    api.attach(api.ingest("b"))
+    assert (await api.get("/v1/leases?overdue=true"))["leases"] == []
+    api.clock.advance(150 * 10**9)
+    (lease,) = (await api.get("/v1/leases?overdue=true"))["leases"]
+    assert (lease["document"], lease["pid"], lease["tier"]) == ("a", 4711, "ddr")
+    assert (lease["size_bytes"], lease["age_seconds"], lease["remaining_seconds"]) == (2 * EXTENT_BYTES, 350, -50)
+    assert (await api.get("/v1/status"))["leases_overdue"] == 1
+
+
 async def test_a_pin_of_an_unknown_document(api):
     await api.refused("POST", "/v1/pins", 404, "document-not-found", json={"document": "a"})
 
