@@ -88,7 +88,8 @@ class Keeping:
         if kind is PinKind.HARD:
             if floor is not Tier.NVME:
                 self._keep(record.document)
-            self.upkeep.room.writes.keep(record)
+            if record.document.write_policy is not WritePolicy.MEMORY and not record.writes_through:
+                self.upkeep.room.writes.keep(record, "pinned")  # as the pin, it is to survive a restart
         self._bring(pin)
         self.upkeep.give_up_pinned()
         return pin

@@ -96,14 +96,12 @@ class Writes:
         self.comebacks.returned(owner.document.id, self.store.clock.monotonic_ns())
         is_auto = owner.document.write_policy is WritePolicy.AUTO
         if is_auto and owner.decision is not None and owner.decision.policy is WritePolicy.BACK:
-            owner.decision = Decision(WritePolicy.THROUGH, how)
-            self._through(owner)
+            self.keep(owner, how)
 
-    def keep(self, owner: DocumentRecord) -> None:
-        """A document that is pinned hard is to survive a restart: write it through, whatever was decided."""
-        if owner.document.write_policy is not WritePolicy.MEMORY and not owner.writes_through:
-            owner.decision = Decision(WritePolicy.THROUGH, "pinned")
-            self._through(owner)
+    def keep(self, owner: DocumentRecord, how: str) -> None:
+        """Write it through, whatever was decided."""
+        owner.decision = Decision(WritePolicy.THROUGH, how)
+        self._through(owner)
 
     def write_back(self) -> None:
         """Queue everything that should outlive the daemon and is not on NVMe yet, however much it is."""
