@@ -94,8 +94,7 @@ class Writes:
     def came_back(self, owner: DocumentRecord, how: str) -> None:
         """A document is used again: if that was not expected, it is from now on."""
         self.comebacks.returned(owner.document.id, self.store.clock.monotonic_ns())
-        is_auto = owner.document.write_policy is WritePolicy.AUTO
-        if is_auto and owner.decision is not None and owner.decision.policy is WritePolicy.BACK:
+        if owner.document.write_policy is WritePolicy.AUTO and owner.decision is not None and not owner.writes_through:
             self.keep(owner, how)
 
     def keep(self, owner: DocumentRecord, how: str) -> None:
