@@ -57,16 +57,19 @@ def choose(
     if satisfied(()):
         return ()
     chosen: list[Candidate] = []
+    too_few, asked_next = 0, 1
     for candidate in _Line(residents, ranking, describe, now_ns).leaf_first(permit):
         chosen.append(candidate)
-        # Asked at powers of two only, then by bisection: a predicate that sums is itself O(n).
-        if len(chosen).bit_count() == 1 and satisfied(chosen):
+        if len(chosen) < asked_next:
+            continue  # asked when they are a quarter more, then by bisection: a predicate that sums is itself O(n)
+        if satisfied(chosen):
             break
+        too_few, asked_next = len(chosen), len(chosen) + max(1, len(chosen) // 4)
     else:
         if not satisfied(chosen):
             return None
-    lengths = range(1, len(chosen))
-    shortest = 1 + bisect_left(lengths, 1, key=lambda length: int(satisfied(chosen[:length])))
+    lengths = range(too_few + 1, len(chosen))
+    shortest = too_few + 1 + bisect_left(lengths, 1, key=lambda length: int(satisfied(chosen[:length])))
     return _spare(chosen[:shortest], satisfied)
 
 

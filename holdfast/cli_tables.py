@@ -224,11 +224,23 @@ def extents(found: Sequence[Json]) -> Table:
             f"[{e['start']}, {e['stop']})",
             size(e["size_bytes"]),
             ", ".join(f"{device} {phase}" for device, phase in e["copies"].items()) or "gone",
+            standing(e["standing"]),
             scores(e["scores"]),
         )
         for e in found
     )
-    return table(("TOKENS", "SIZE", "COPIES", "SCORE"), rows, numbers=("SIZE",))
+    return table(("TOKENS", "SIZE", "COPIES", "TO LEAVE", "SCORE"), rows, numbers=("SIZE",))
+
+
+def standing(s: Json) -> str:
+    """Where it is in line: how many leave before it, of how many; in which class, if not the ordinary one."""
+    if s is None:
+        return "-"
+    if not s["is_movable"]:
+        return f"stays in {s['tier']}"
+    behind = "" if s["is_leaf"] else ", behind its followers"
+    shielded = f", rank {s['rank']}" if s["rank"] else ""
+    return f"{s['tier']}: {s['ahead']} of {s['in_line']} before it{behind}{shielded}"
 
 
 def scores(parts: Json) -> str:

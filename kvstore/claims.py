@@ -204,6 +204,9 @@ class Pins:
         """Bytes counted against a tier's budget."""
         return sum(pin.size_bytes for pin in self._pins.values() if pin.counts_in(tier))
 
+    def __len__(self) -> int:
+        return len(self._pins)
+
     def all(self) -> list[Pin]:
         """Every pin, by document."""
         return [self._pins[key] for key in sorted(self._pins)]

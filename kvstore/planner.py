@@ -27,6 +27,7 @@ from .document import Document
 from .extent import Extent
 from .forests import Unchained
 from .ledger import Hop
+from .lines import Line, Standing
 from .precedence import Precedence
 from .prefills import Prefills
 from .residency import Placement, Tier
@@ -76,6 +77,7 @@ class Planner:
         self.tenancy = Tenancy(state)
         self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
+        self._reload_ns: dict[int, int] = {}  # by size and tiers, until a link is learned
         self.calibration: Calibration | None = None
         state.rankings[DDR] = policy.ranking(state.ddr.capacity_bytes, self._saved_by_ddr)
         state.rankings[NVME] = policy.ranking(state.nvme.capacity_bytes, self._saved_by_nvme)
@@ -100,21 +102,19 @@ class Planner:
     def reload_ns(self, record: ExtentRecord, source: Tier, target: Tier) -> int:
         """Predicted time to bring one extent from a tier to a nearer one, hop after hop."""
         size = record.extent.slot_bytes
-        total = 0
-        for hop, link in self.links.items():
-            if hop.source > hop.target and source >= hop.source and target <= hop.target:
-                total += link.move_ns(size)
-        return total
+        key = size << 4 | source << 2 | target
+        known = self._reload_ns.get(key)
+        if known is None:
+            hops = [hop for hop in self.links if hop.source > hop.target and source >= hop.source]
+            known = sum(self.links[hop].move_ns(size) for hop in hops if target <= hop.target)
+            self._reload_ns[key] = known
+        return known
 
     def restore_ns(self, record: ExtentRecord, placement: Placement) -> int:
         """What losing this copy would cost on the next use: reload from below, or recompute."""
-        below = [
-            copy
-            for copy in (record.ddr, record.nvme)
-            if copy is not None and copy.tier > placement.tier and copy.readable
-        ]
-        if below:
-            return self.reload_ns(record, below[0].tier, placement.tier)
+        for copy in (record.ddr, record.nvme):
+            if copy is not None and copy.tier > placement.tier and copy.readable:
+                return self.reload_ns(record, copy.tier, placement.tier)
         if placement.tier is Tier.DDR and self.goes_to_nvme(record):
             return self.reload_ns(record, Tier.NVME, Tier.DDR)
         return self.recompute_ns(record)
@@ -134,10 +134,12 @@ class Planner:
         self.calibration = calibration
         measured = calibration.links()
         self.links = {hop: measured.get(str(hop), link) for hop, link in self.links.items()}
+        self._reload_ns.clear()
 
     def learn(self, hop: Hop, size_bytes: int, elapsed_ns: int) -> None:
         """A hop of a whole load, or a single move, corrects the hop's predicted speed."""
         self.links[hop] = self.links[hop].observed(size_bytes, elapsed_ns)
+        self._reload_ns.clear()
 
     def predicted_ns(self, sizes: Mapping[Hop, int], move_bytes: int) -> int:
         """Predicted time of a load that moves these bytes over these hops, in moves of `move_bytes`.
@@ -301,10 +303,16 @@ class Planner:
     def _as_victim(self, record: ExtentRecord, placement: Placement) -> Victim:
         return self._victim(record, placement, self._candidate(record, placement))
 
-    def explain(self, record: ExtentRecord, placement: Placement) -> dict[str, float]:
-        """The policy's score parts for one copy, now."""
-        candidate = self._candidate(record, placement)
-        return self.state.rankings[placement.device].explain(candidate, self.clock.monotonic_ns())
+    def explain(self, record: ExtentRecord, placement: Placement, line: Line | None = None) -> Standing:
+        """Why a copy in DDR or on NVMe is where it is in line, now. `line`: of its tier, where many are explained."""
+        line = line if line is not None else self.line(placement.tier)
+        return line.standing(self._of(placement.tier, record.extent.id))
+
+    def line(self, tier: Tier) -> Line:
+        """DDR's or NVMe's, as it is now."""
+        forest = self.state.forests.ddr if tier is Tier.DDR else self.state.forests.nvme
+        ranking = self.state.rankings[DDR if tier is Tier.DDR else NVME]
+        return Line(ranking, [self._of(tier, leaf) for leaf in forest.leaves], self.clock.monotonic_ns())
 
     # HBM rows ----------------------------------------------------------------------------------
 

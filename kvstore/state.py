@@ -245,6 +245,8 @@ class State:
 
     def floor(self, record: ExtentRecord) -> Tier | None:
         """The nearest floor among the hard pins of the documents that need this extent."""
+        if not self.pins:
+            return None
         pins = [self.pins.hard(document) for document in record.documents]
         floors = [pin.floor for pin in pins if pin is not None]
         return min(floors, default=None)

@@ -14,6 +14,7 @@ from .claim_views import PinView, pin_view
 from .document import WritePolicy
 from .extent import ExtentId
 from .ledger import SwapRecord, Verdict
+from .lines import Line, Standing
 from .planner import Planner, Victim
 from .prefix import Prefix
 from .residency import Placement, Tier
@@ -55,14 +56,29 @@ class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
     expires_wall_ns: int | None = None
 
 
+class StandingView(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a copy is in line to leave: `ahead` of `in_line` leaves that may leave now would leave before it."""
+
+    tier: str
+    ahead: int
+    in_line: int
+    rank: int
+    is_leaf: bool
+    is_movable: bool
+
+
 class ExtentView(msgspec.Struct, frozen=True, kw_only=True):
-    """One extent of a document, with the state of each copy and the policy's score parts where it is nearest."""
+    """One extent of a document, with the state of each copy.
+
+    The policy's score parts, and its standing in line, are those of the nearest copy outside HBM.
+    """
 
     start: int
     stop: int
     size_bytes: int
     copies: dict[str, str]
     scores: dict[str, float]
+    standing: StandingView | None
 
 
 class TierView(msgspec.Struct, frozen=True, kw_only=True):
@@ -218,23 +234,43 @@ def joined(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def extent_views(state: State, planner: Planner, record: DocumentRecord) -> list[ExtentView]:
     """Show a document's extents."""
     views = []
+    lines: dict[Tier, Line] = {}
     for name in record.document.extents:
         extent = state.extents[name]
         copies = {p.tier.label: p.state.value for p in extent.placements()}
         for shard in state.shards():
             if shard.document == record.document.id and name in shard.copies:
                 copies[hbm_device(shard.group)] = shard.copies[name].state.value
-        placements = extent.placements()
+        standing = None
+        nearest = next(iter(extent.placements()), None)
+        if nearest is not None:
+            if nearest.tier not in lines:
+                lines[nearest.tier] = planner.line(nearest.tier)
+            standing = planner.explain(extent, nearest, lines[nearest.tier])
         views.append(
             ExtentView(
                 start=extent.extent.start,
                 stop=extent.extent.stop,
                 size_bytes=extent.extent.slot_bytes,
                 copies=copies,
-                scores=planner.explain(extent, placements[0]) if placements else {},
+                scores=dict(standing.scores) if standing is not None else {},
+                standing=_standing_view(nearest, standing),
             )
         )
     return views
+
+
+def _standing_view(copy: Placement | None, standing: Standing | None) -> StandingView | None:
+    if copy is None or standing is None:
+        return None
+    return StandingView(
+        tier=copy.tier.label,
+        ahead=standing.ahead,
+        in_line=standing.in_line,
+        rank=standing.rank,
+        is_leaf=standing.is_leaf,
+        is_movable=standing.is_movable,
+    )
 
 
 def tier_views(state: State) -> list[TierView]:

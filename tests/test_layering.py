@@ -60,6 +60,7 @@ FLOOR_OF = {
     "forests": "rules",
     "fronts": "rules",
     "ledger": "rules",
+    "lines": "rules",
     "orders": "rules",
     "pinning": "rules",
     "placing": "rules",

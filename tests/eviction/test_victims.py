@@ -290,4 +290,4 @@ def test_a_chain_is_scored_in_runs():
     ranking = Calls()
     assert len(chosen(chain, frees(300), ranking=ranking)) == 300
     assert ranking.calls < 15
-    assert len(ranking.asked) < 600
+    assert len(ranking.asked) < 450

@@ -287,6 +287,8 @@ async def test_one_document(api):
     for extent in found["extents"]:
         assert extent["copies"] == {"ddr": "resident", "nvme": "resident"}
         assert extent["scores"]
+        assert extent["standing"]["tier"] == "ddr"
+        assert 0 <= extent["standing"]["ahead"] <= extent["standing"]["in_line"]
     await api.refused("GET", "/v1/documents/default/zzz", 404, "document-not-found")
     await api.refused("GET", "/v1/documents/acme/a", 404, "document-not-found")
 
