@@ -232,7 +232,7 @@ def extents(found: Sequence[Json]) -> Table:
     return table(("TOKENS", "SIZE", "COPIES", "TO LEAVE", "SCORE"), rows, numbers=("SIZE",))
 
 
-def standing(s: Json) -> str:
+def standing(s: Json | None) -> str:
     """Where it is in line: how many leave before it, of how many; in which class, if not the ordinary one."""
     if s is None:
         return "-"
