@@ -5,7 +5,7 @@ STAMP := $(VENV)/.stamp
 ROOMS := kvstore eviction engine_adapter ring_attention
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format links clean soak bench-reattach bench-store bench-ring bench-eviction bench-lmcache-env
+.PHONY: help setup demo test check format links clean soak bench-reattach bench-store bench-ring bench-hints bench-eviction bench-lmcache-env
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench-ring: $(STAMP) ## Measure ring attention against dense (benchmarks/results
 
 bench-eviction: $(STAMP) ## Replay traces with every eviction policy (benchmarks/results/eviction.json)
 	$(BIN)/python benchmarks/eviction.py
+
+bench-hints: $(STAMP) ## Measure what queries wait for KV, with hints and without (benchmarks/results/hints.json)
+	$(BIN)/python benchmarks/hints.py
 
 # In an environment of its own: it pins packages that Holdfast uses at other versions.
 LMCACHE := benchmarks/.venv-lmcache

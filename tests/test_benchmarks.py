@@ -64,6 +64,7 @@ EVICTION = {
     "attach_whole_decision_ms",
     "bytes_per_extent",
 }
+HINTS = {f"hints_{what}_decode_{ms}ms" for what in ("wait", "round") for ms in (150, 40, 10)}
 STORE = {
     "put_vs_memcpy",
     "put_checksummed_vs_memcpy",
@@ -248,6 +249,11 @@ def test_a_quick_run_of_the_store_verifies_its_bytes_and_writes_every_row_of_its
     assert {"arena", "direct_io", "noise"} <= set(report["machine"])
 
 
+def test_a_quick_run_of_hints_compares_answers_and_writes_every_row(tmp_path):
+    sizes = ["--tokens", "512", "--rounds", "1", "--questions", "6"]
+    check_shape(run("hints.py", tmp_path / "hints.json", *sizes), HINTS)
+
+
 def test_a_quick_run_of_the_ring_compares_outputs_and_writes_every_row_and_picture(tmp_path):
     report = run("ring.py", tmp_path / "ring.json", "--quick", "--dir", tmp_path)
     check_shape(report, RING | (GPU if torch.cuda.is_available() else set()))
@@ -325,6 +331,7 @@ def test_a_committed_result_has_the_same_shape(path):
         "store": [STORE, STORE | LMCACHE],
         "ring": [RING, RING | GPU],
         "eviction": [EVICTION],
+        "hints": [HINTS],
     }
     assert names in known[path.stem]
     check_shape(report, names)
