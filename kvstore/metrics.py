@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 
 from .claims import PinKind
 from .ledger import QUANTILES, HopTime
-from .planner import HOPS
+from .prices import HOPS
 from .residency import Tier
 from .service import Service
 from .views import tier_views

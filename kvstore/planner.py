@@ -10,18 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final
 
 from ..eviction.candidate import Candidate
 from ..eviction.policy import Policy
 from ..eviction.residents import Forest
 from ..eviction.use import UnitId
 from ..eviction.victims import Describe, Satisfied
-from .calibration import Calibration
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .contest import Contest
-from .costs import DEFAULT_LINKS, PrefillCurve
 from .demand import Demand
 from .document import Document
 from .extent import Extent
@@ -29,7 +26,7 @@ from .forests import Unchained
 from .ledger import Hop
 from .lines import Line, Standing
 from .precedence import Precedence
-from .prefills import Prefills
+from .prices import Prices
 from .residency import Placement, Tier
 from .rows import draining, place_rows
 from .shard_forest import ShardForest
@@ -39,14 +36,6 @@ from .state import DDR, NVME, ExtentRecord, Group, hbm_device
 from .state import State as Store
 from .tenancy import Tenancy
 from .uses import Uses
-
-HOPS: Final = (
-    Hop(Tier.NVME, Tier.DDR),
-    Hop(Tier.DDR, Tier.NVME),
-    Hop(Tier.DDR, Tier.HBM),
-    Hop(Tier.HBM, Tier.DDR),
-)
-TOKEN_BYTES: Final = 131_072  # of the model that the prior prefill curve is of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,50 +54,27 @@ class Victim:
     scores: dict[str, float]
 
 
-class Planner:
-    """Reads state; knows the policy, what each cache holds, and the prices."""
+class Planner(Prices):
+    """Reads state; knows the policy, and the prices."""
 
     def __init__(self, state: Store, policy: Policy, clock: Clock) -> None:
+        super().__init__()
         self.state = state
         self.policy = policy
         self.clock = clock
         self.uses = Uses(state, policy, clock)
         self.precedence = Precedence(state, clock)
         self.tenancy = Tenancy(state)
-        self.prefills = Prefills()
-        self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
-        self._reload_ns: dict[int, int] = {}  # by size and tiers, until a link is learned
-        self.calibration: Calibration | None = None
-        state.rankings[DDR] = policy.ranking(state.ddr.capacity_bytes, self._saved_by_ddr)
-        state.rankings[NVME] = policy.ranking(state.nvme.capacity_bytes, self._saved_by_nvme)
+        is_over_nvme = state.nvme.capacity_bytes > 0
+        ddr_worth = self.reload_worth(Hop(Tier.NVME, Tier.DDR)) if is_over_nvme else self.recompute_worth
+        state.rankings[DDR] = policy.ranking(state.ddr.capacity_bytes, ddr_worth)
+        state.rankings[NVME] = policy.ranking(state.nvme.capacity_bytes, self.recompute_worth)
 
     def open_group(self, group: Group) -> None:
         """All of its ranks are there: rank what its HBM will hold."""
-        token_bytes = group.row_bytes * group.tp
-
-        def saved(token_count: int) -> float:
-            return self.links[Hop(Tier.DDR, Tier.HBM)].move_ns(token_count * token_bytes) if token_count else 0.0
-
-        ranking = self.policy.ranking(group.capacity_bytes, saved)
+        worth = self.reload_worth(Hop(Tier.DDR, Tier.HBM), group.row_bytes * group.tp)
+        ranking = self.policy.ranking(group.capacity_bytes, worth)
         self.state.rankings[hbm_device(group.name)] = SharedRanking(ranking)
-
-    # Prices ------------------------------------------------------------------------------------
-
-    def recompute_ns(self, record: ExtentRecord) -> int:
-        """Marginal prefill time of the extent's tokens behind what precedes them."""
-        extent = record.extent
-        return self.prefills.curve(extent.fingerprint).marginal_prefill_ns(extent.start, extent.stop)
-
-    def reload_ns(self, record: ExtentRecord, source: Tier, target: Tier) -> int:
-        """Predicted time to bring one extent from a tier to a nearer one, hop after hop."""
-        size = record.extent.slot_bytes
-        key = size << 4 | source << 2 | target
-        known = self._reload_ns.get(key)
-        if known is None:
-            hops = [hop for hop in self.links if hop.source > hop.target and source >= hop.source]
-            known = sum(self.links[hop].move_ns(size) for hop in hops if target <= hop.target)
-            self._reload_ns[key] = known
-        return known
 
     def restore_ns(self, record: ExtentRecord, placement: Placement) -> int:
         """What losing this copy would cost on the next use: reload from below, or recompute."""
@@ -118,40 +84,6 @@ class Planner:
         if placement.tier is Tier.DDR and self.goes_to_nvme(record):
             return self.reload_ns(record, Tier.NVME, Tier.DDR)
         return self.recompute_ns(record)
-
-    def _saved_by_nvme(self, token_count: int) -> float:
-        """By the prior curve: what models have in common."""
-        return PrefillCurve().marginal_prefill_ns(0, token_count)
-
-    def _saved_by_ddr(self, token_count: int) -> float:
-        """A reload, where NVMe is below."""
-        if not self.state.nvme.capacity_bytes:
-            return self._saved_by_nvme(token_count)
-        return self.links[Hop(Tier.NVME, Tier.DDR)].move_ns(token_count * TOKEN_BYTES) if token_count else 0.0
-
-    def calibrate(self, calibration: Calibration) -> None:
-        """Predict by these measurements; hops that they do not name keep what was learned."""
-        self.calibration = calibration
-        measured = calibration.links()
-        self.links = {hop: measured.get(str(hop), link) for hop, link in self.links.items()}
-        self._reload_ns.clear()
-
-    def learn(self, hop: Hop, size_bytes: int, elapsed_ns: int) -> None:
-        """A hop of a whole load, or a single move, corrects the hop's predicted speed."""
-        self.links[hop] = self.links[hop].observed(size_bytes, elapsed_ns)
-        self._reload_ns.clear()
-
-    def predicted_ns(self, sizes: Mapping[Hop, int], move_bytes: int) -> int:
-        """Predicted time of a load that moves these bytes over these hops, in moves of `move_bytes`.
-
-        Hops overlap, so the slowest counts whole, and of each other hop one move: the first on its way in, or the last.
-        """
-        whole = {hop: self.links[hop].move_ns(size) for hop, size in sizes.items() if size}
-        if not whole:
-            return 0
-        slowest = max(whole, key=lambda hop: whole[hop])
-        others = sum(self.links[hop].move_ns(min(sizes[hop], move_bytes)) for hop in whole if hop is not slowest)
-        return whole[slowest] + others
 
     # Room --------------------------------------------------------------------------------------
 
@@ -189,7 +121,7 @@ class Planner:
             victims = self._choose_unchained(slots_fit, contest)
         if victims is None:
             return None
-        chosen += [self._victim(self._record(victim), self._record(victim).ddr, victim) for victim in victims]
+        chosen += self._victims(DDR, [(self._record(victim), self._record(victim).ddr, victim) for victim in victims])
         if demand.group is not None:
             more = self._make_rows(demand)
             if more is None:
@@ -206,7 +138,9 @@ class Planner:
         victims = self._choose(Tier.NVME, slots_fit, contest)
         if victims is None:
             return None
-        return tuple(self._victim(self._record(victim), self._record(victim).nvme, victim) for victim in victims)
+        return tuple(
+            self._victims(NVME, [(self._record(victim), self._record(victim).nvme, victim) for victim in victims])
+        )
 
     def _freed_by(
         self, tier: Tier, wanted: Mapping[SlotClass, int], leaving: Sequence[Slot], slabs_most: int | None = None
@@ -266,7 +200,7 @@ class Planner:
             return None
         records = [self._record(victim) for victim in victims]
         copies = [record.ddr if tier is Tier.DDR else record.nvme for record in records]
-        return tuple(map(self._victim, records, copies, victims))
+        return tuple(self._victims(DDR if tier is Tier.DDR else NVME, list(zip(records, copies, victims, strict=True))))
 
     def evict_document(self, document: Document, target: Tier | None) -> tuple[Victim, ...]:
         """Every copy that leaves when a document goes down to `target` (None: out of the cache), nearest tier first.
@@ -301,7 +235,7 @@ class Planner:
         return replace(self._as_victim(record, placement), action="drop")
 
     def _as_victim(self, record: ExtentRecord, placement: Placement) -> Victim:
-        return self._victim(record, placement, self._candidate(record, placement))
+        return self._victims(placement.device, [(record, placement, self._candidate(record, placement))])[0]
 
     def explain(self, record: ExtentRecord, placement: Placement, line: Line | None = None) -> Standing:
         """Why a copy in DDR or on NVMe is where it is in line, now. `line`: of its tier, where many are explained."""
@@ -340,7 +274,8 @@ class Planner:
         if victims is None:
             return None
         leaving = [(*forest.owner(victim.id), victim) for victim in victims]
-        return [self._victim(self.state.extents[e], shard.copies[e], victim) for shard, e, victim in leaving]
+        found = [(self.state.extents[extent], shard.copies[extent], victim) for shard, extent, victim in leaving]
+        return self._victims(hbm_device(group.name), found)
 
     # Candidates --------------------------------------------------------------------------------
 
@@ -408,8 +343,19 @@ class Planner:
         ranking, now_ns = self.state.rankings[device], self.clock.monotonic_ns()
         return self.precedence.choose(forest, ranking, describe, now_ns, satisfied, contest)
 
-    def _victim(self, record: ExtentRecord, placement: Placement | None, candidate: Candidate) -> Victim:
-        assert placement is not None
+    def _victims(self, device: str, found: Sequence[tuple[ExtentRecord, Placement | None, Candidate]]) -> list[Victim]:
+        """Of each run of a chain the first to leave is explained in full, the others by score: there are many."""
+        ranking, now_ns = self.state.rankings[device], self.clock.monotonic_ns()
+        scores = ranking.scores([candidate for *_, candidate in found], now_ns) if found else ()
+        inner = {candidate.previous for *_, candidate in found}
+        victims = []
+        for (record, copy, candidate), score in zip(found, scores, strict=True):
+            parts = {"score": score} if candidate.id in inner else ranking.explain(candidate, now_ns)
+            assert copy is not None
+            victims.append(self._victim(record, copy, candidate.restore_ns, parts))
+        return victims
+
+    def _victim(self, record: ExtentRecord, placement: Placement, restore_ns: int, scores: dict[str, float]) -> Victim:
         extent = record.extent
         others = [copy for copy in record.placements() if copy is not placement and copy.readable]
         stays = bool(others)
@@ -426,8 +372,8 @@ class Planner:
             shard=placement.shard,
             action="demote" if stays else "drop",
             size_bytes=placement.size_bytes,
-            restore_ns=candidate.restore_ns,
-            scores=self.state.rankings[placement.device].explain(candidate, self.clock.monotonic_ns()),
+            restore_ns=restore_ns,
+            scores=scores,
         )
 
     def goes_to_nvme(self, record: ExtentRecord) -> bool:

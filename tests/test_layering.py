@@ -68,6 +68,7 @@ FLOOR_OF = {
     "precedence": "rules",
     "prefills": "rules",
     "prefix": "rules",
+    "prices": "rules",
     "quotas": "rules",
     "residency": "rules",
     "reuse": "rules",
