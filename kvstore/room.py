@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from typing import Protocol
+from typing import Final, Protocol
 
 from .demand import Demand
 from .document import DocumentId
@@ -28,6 +28,8 @@ from .state import ExtentRecord, Shard
 from .store import Store
 from .writes import Writes
 
+JUDGE_NS: Final = 100_000_000  # how late a wait that cannot help may be noticed, beside other moves
+
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Reservation:
@@ -41,6 +43,7 @@ class Reservation:
     granted: Callable[[], None]
     refused: Callable[[HoldfastError], None]
     deadline_ns: int
+    judged_ns: int | None = None  # when it was last looked at whether waiting helps
 
 
 class Cleared(Enum):
@@ -162,7 +165,7 @@ class Room:
                         self._waiting.remove(reservation)
                         reservation.refused(over)
                     return True  # it may wait for copies of its own, but nobody behind it does
-                if self.store.orders_in_flight and not self.judge.is_hopeless(demand):
+                if self.store.orders_in_flight and not self._is_hopeless(reservation, demand):
                     return False  # what is being moved may leave when its move has ended
                 if self.store.records.ddr.fenced_bytes:
                     return True  # clients of the last daemon may come back, or end; nobody waits behind this one
@@ -176,6 +179,14 @@ class Room:
         self._waiting.remove(reservation)
         reservation.granted()
         return True
+
+    def _is_hopeless(self, reservation: Reservation, demand: Demand) -> bool:
+        """Whether only somebody's letting go could help; asked now and then, because it looks at every copy."""
+        now_ns = self.store.clock.monotonic_ns()
+        if reservation.judged_ns is not None and now_ns - reservation.judged_ns < JUDGE_NS:
+            return False
+        reservation.judged_ns = now_ns
+        return self.judge.is_hopeless(demand)
 
     def clear_now(self, demand: Demand, approves: Callable[[Sequence[Victim]], bool]) -> Cleared:
         """Room without a reservation, while nobody waits for any: what is free, or what those leave who are approved.

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from .claims import Pin
 from .document import Document, DocumentId
 from .errors import DeadlineExceeded, HoldfastError, InUse, InvalidRequest, NoCapacity
 from .extent import Extent, named
+from .holders import largest
 from .ingest import Ingests
 from .loader import Loader
 from .orders import DropDocument, DropExtent, DropPin, Outcome, PutDocument, PutPin, Record, Write
@@ -123,12 +125,22 @@ class Upkeep:
         return self.store.planner.evict_document(owner, target)
 
     def _refuse_claimed(self, owner: Document, tier: Tier) -> None:
-        leases = self.state.leased(owner.id)
-        if leases:
-            raise InUse(f"{owner.id} is leased by {len(leases)} holder(s); detach first")
+        self._refuse_leased(owner.id)
         pin = self.state.pins.hard(owner.id)
         if pin is not None and tier >= pin.floor:
-            raise InUse(f"{owner.id} is pinned at {pin.floor.label} by {pin.owner!r} ({pin.reason!r}); unpin first")
+            raise self._is_pinned(pin)
+
+    def _is_pinned(self, pin: Pin) -> InUse:
+        return InUse(
+            f"{pin.document} is pinned at {pin.floor.label} by {pin.owner!r} ({pin.reason!r}); unpin first",
+            [pin.holder(self.store.clock.wall_ns(), pin.floor)],
+        )
+
+    def _refuse_leased(self, document: DocumentId) -> None:
+        leases, now_ns = self.state.leased(document), self.store.clock.monotonic_ns()
+        if leases:
+            holders = largest(lease.holder(now_ns, self.state.client_name(lease.owner)) for lease in leases)
+            raise InUse(f"{document} is leased by {len(leases)} holder(s); detach first", holders)
 
     def evict(
         self,
@@ -188,11 +200,10 @@ class Upkeep:
             self.store.reap(record)
 
     def _refuse_needed(self, document: DocumentId) -> None:
-        leases = self.state.leased(document)
-        if leases:
-            raise InUse(f"{document} is leased by {len(leases)} holder(s); detach first")
-        if self.state.pins.hard(document) is not None:
-            raise InUse(f"{document} is pinned; unpin first")
+        self._refuse_leased(document)
+        pin = self.state.pins.hard(document)
+        if pin is not None:
+            raise self._is_pinned(pin)
         for ingest in self.ingests.open.values():
             if ingest.document.id == document:
                 raise InUse(f"{document} is being ingested")

@@ -353,10 +353,14 @@ async def test_a_deletion_that_the_catalog_refuses_is_an_error_and_tried_again(a
 async def test_delete_of_what_is_pinned_or_leased_is_refused(api):
     document = api.ingest("a")
     api.service.pin(document, Tier.NVME, None, "me", "")
-    assert "unpin" in (await api.refused("DELETE", "/v1/documents/default/a", 409, "in-use"))["detail"]
+    problem = await api.refused("DELETE", "/v1/documents/default/a", 409, "in-use")
+    assert "unpin" in problem["detail"]
+    assert [holder["kind"] for holder in problem["holders"]] == ["pin"]
     api.service.unpin(document)
     attach = api.attach(document)
-    assert "leased" in (await api.refused("DELETE", "/v1/documents/default/a", 409, "in-use"))["detail"]
+    problem = await api.refused("DELETE", "/v1/documents/default/a", 409, "in-use")
+    assert "leased" in problem["detail"]
+    assert [(holder["kind"], holder["owner"]) for holder in problem["holders"]] == [("lease", f"client {CLIENT}")]
     api.service.detach(CLIENT, attach.lease.id)
     assert document in api.service.state.documents
 
