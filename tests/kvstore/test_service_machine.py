@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from holdfast.kvstore.claims import PinKind
 from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import CorruptExtent, HoldfastError, StorageFailed, StorageFull
@@ -460,15 +461,24 @@ class Machine(RuleBasedStateMachine):
         attach, *_ = self.leases.pop(lease)
         self.service.detach(attach.lease.owner, lease)
 
-    @rule(name=st.sampled_from(NAMES), floor=st.sampled_from(Tier), seconds=st.sampled_from([None, 1e-6]))
-    def pin(self, name, floor, seconds):
+    @rule(
+        name=st.sampled_from(NAMES),
+        floor=st.sampled_from(Tier),
+        seconds=st.sampled_from([None, 1e-6]),
+        kind=st.sampled_from([PinKind.HARD, PinKind.HARD, PinKind.SOFT]),
+    )
+    def pin(self, name, floor, seconds, kind):
+        """A soft pin only says who leaves first, so what is known of sinking is of hard ones."""
         try:
-            self.service.pin(DocumentId("t", name), floor, seconds, "me", "test")
+            self.service.pin(DocumentId("t", name), floor, seconds, "me", "test", kind)
         except HoldfastError as error:
-            self.refused(error, name not in self.documents, "pins-overcommitted")
+            is_memory = floor is Tier.NVME and error.code == "invalid-request"  # which NVMe never has
+            self.refused(error, name not in self.documents or is_memory, "pins-overcommitted")
             return
         self.floored = {(other, label) for other, label in self.floored if other != name}
-        self.pins[name] = floor
+        self.pins.pop(name, None)
+        if kind is PinKind.HARD:
+            self.pins[name] = floor
 
     @rule(name=st.sampled_from(NAMES))
     def unpin(self, name):
@@ -477,7 +487,7 @@ class Machine(RuleBasedStateMachine):
         except HoldfastError:
             assert name not in self.pins
             return
-        del self.pins[name]
+        self.pins.pop(name, None)
 
     @rule(
         client=st.sampled_from(WRITERS),
@@ -531,7 +541,7 @@ class Machine(RuleBasedStateMachine):
     def tick(self, nanoseconds):
         self.clock.advance(nanoseconds)
         self.service.tick()
-        self.pins = {name: floor for name, floor in self.pins.items() if self.service.state.pins.get(("t", name))}
+        self.pins = {name: floor for name, floor in self.pins.items() if self.service.state.pins.hard(("t", name))}
 
     # Accidents ---------------------------------------------------------------------------------
 
@@ -585,7 +595,7 @@ class Machine(RuleBasedStateMachine):
         )
         found = self.service.state.documents.values()
         self.documents = {r.document.id.name: labels[r.document.extents[-1]] for r in found}
-        self.pins = {pin.document.name: pin.floor for pin in self.service.state.pins.all()}
+        self.pins = {pin.document.name: pin.floor for pin in self.service.state.pins.all() if pin.kind == "hard"}
         for extent, slot in rows["extents"].values():
             assert self.nvme[slot] == labels[extent.id], "a cataloged slot holds something else"
 
