@@ -19,13 +19,12 @@ from typing import Any, Final, get_type_hints
 from .allowed import AUTO, PathOrAuto, PathText, Rule, Text
 from .document import checked_name
 from .errors import ConfigError, InvalidName
-from .sections import DaemonConfig, DdrConfig, EvictionConfig, LimitsConfig, NvmeConfig, TenantConfig
+from .sections import OTHERS, DaemonConfig, DdrConfig, EvictionConfig, LimitsConfig, NvmeConfig, TenantConfig
 from .sizes import GIB, MIB, about_size, format_size
 
 SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, less its final zero
 ENVIRONMENT_PREFIX: Final = "HOLDFAST_"
 TENANTS: Final = "tenants"
-OTHERS: Final = "*"  # the table of tenants that have none of their own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

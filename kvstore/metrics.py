@@ -1,7 +1,8 @@
 """Metrics: the service's numbers as Prometheus text, read from the state at each scrape.
 
-Nothing is counted here: the ledger counts, this shows. Base units; a document or tenant is never a label, for labels
-have to stay few. Groups are labels, as there are never more of them than connections.
+Nothing is counted here: the ledger counts, this shows. Base units; a document is never a label, and of tenants only
+those that are configured, for labels have to stay few. Groups are labels, as there are never more of them than
+connections.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .claims import PinKind
 from .ledger import QUANTILES, HopTime
 from .prices import HOPS
 from .residency import Tier
+from .sections import OTHERS
 from .service import Service
 from .views import tier_views
 
@@ -68,6 +70,7 @@ class ServiceCollector(Collector):
         yield from self._claims()
         yield from self._queues()
         yield from self._transfers()
+        yield from self._tenants()
         yield from self._counts()
 
     def describe(self) -> Iterator[Metric]:
@@ -95,6 +98,18 @@ class ServiceCollector(Collector):
         yield gauge("holdfast_nvme_withdrawn_bytes", withdrawn, state.nvme.withdrawn_bytes)
         fenced_bytes = self.service.state.ddr.fenced_bytes
         yield gauge("holdfast_ddr_fenced_bytes", "Free bytes kept for clients of an earlier daemon.", fenced_bytes)
+
+    def _tenants(self) -> Iterator[Metric]:
+        """Of tenants with a table in the configuration, which are few; all others are one, "*"."""
+        state = self.service.state
+        labels = ["tenant", "tier"]
+        used = GaugeMetricFamily("holdfast_tenant_used_bytes", "Bytes of a configured tenant's copies.", labels=labels)
+        for tier in Tier:
+            named = {tenant: state.usage.used(tier, tenant) for tenant in state.quotas.tables if tenant != OTHERS}
+            named[OTHERS] = sum(state.usage.of(tier).values()) - sum(named.values())
+            for tenant, size_bytes in named.items():
+                used.add_metric([tenant, tier.label], size_bytes)
+        yield used
 
     def _claims(self) -> Iterator[Metric]:
         state = self.service.state

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from .residency import Tier
-from .sections import TenantConfig
-
-OTHERS: Final = "*"  # the quotas of tenants that have none of their own
+from .sections import OTHERS, TenantConfig
 
 
 @dataclass(frozen=True, slots=True)

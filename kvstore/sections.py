@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal
 from .allowed import AUTO, Fraction, PathOrAuto, PathText, Seconds, Size, Text, Whole
 from .sizes import GIB, KIB, MIB, TIB
 
+OTHERS: Final = "*"  # the table of tenants that have none of their own
 PAGE_BYTES: Final = 4096  # slots are read and written directly, in whole pages
 
 

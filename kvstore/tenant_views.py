@@ -8,8 +8,9 @@ from heapq import nsmallest
 
 import msgspec
 
-from .quotas import OTHERS, fair_shares
+from .quotas import fair_shares
 from .residency import Placement, Tier
+from .sections import OTHERS
 from .state import State
 from .tenancy import Tenancy
 from .views import pinned_copies

@@ -1,6 +1,7 @@
 """Expiry: documents whose time is up go, as soon as nobody needs them, and not before."""
 
 import pytest
+from holdfast.kvstore.claims import PinKind
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import DocumentNotFound, InvalidRequest
 from holdfast.kvstore.expiry import EXTENTS_GONE, LOOKED_AT
@@ -85,6 +86,18 @@ def test_a_pin_outlives_the_time_of_its_document(scene):
     scene.service.unpin(document)
     pass_time(scene, 0)
     assert document not in scene.state.documents
+
+
+def test_a_soft_pin_goes_with_its_document(scene):
+    document = scene.store("liked", tokens(1, 2), ttl_seconds=10)
+    scene.service.keeping.pin(document, Tier.DDR, None, "me", "test", kind=PinKind.SOFT)
+    scene.settle()
+    scene.clock.advance(11 * NS)
+    with pytest.raises(DocumentNotFound, match="has expired"):
+        scene.attach(document)
+    pass_time(scene, 0)
+    assert document not in scene.state.documents
+    assert not scene.state.pins.all()
 
 
 def test_an_ingest_of_the_same_document_is_waited_for_and_gives_it_new_time(scene):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.metrics import Metrics
 from holdfast.kvstore.residency import Tier
+from holdfast.kvstore.sections import TenantConfig
 from prometheus_client.parser import text_string_to_metric_families
 
-from fakes import EXTENT_BYTES, FAR_NS, ingest, tiny_service
+from fakes import EXTENT_BYTES, FAR_NS, ingest, tiny_config, tiny_service
 
 GOLDEN = {
     "holdfast_adopted_total": set(),
@@ -57,6 +60,7 @@ GOLDEN = {
     "holdfast_reservations_waiting": set(),
     "holdfast_segments_withdrawn_total": set(),
     "holdfast_tier_capacity_bytes": {"tier", "device"},
+    "holdfast_tenant_used_bytes": {"tenant", "tier"},
     "holdfast_tier_leased_bytes": {"tier", "device"},
     "holdfast_tier_pinned_bytes": {"tier", "device"},
     "holdfast_tier_used_bytes": {"tier", "device"},
@@ -108,6 +112,16 @@ def test_a_document_is_never_a_label():
     ingest(service, effects, "secret-name", tenant="secret-tenant")
     service.pin(next(iter(service.state.documents)), Tier.DDR, 60, "secret-owner", "secret-reason")
     assert b"secret" not in Metrics(service, "1").text()
+
+
+def test_of_tenants_only_those_that_are_configured_are_labels():
+    service, effects, _ = tiny_service(replace(tiny_config(), tenants={"acme": TenantConfig(), "*": TenantConfig()}))
+    for tenant in ("acme", "secret", "other"):
+        ingest(service, effects, "a", tenant=tenant, token_count=20)
+    found = {labels: n for (name, labels), n in samples(service).items() if name == "holdfast_tenant_used_bytes"}
+    assert found.keys() == {(tenant, tier) for tenant in ("acme", "*") for tier in ("hbm", "ddr", "nvme")}
+    assert found["acme", "ddr"] == EXTENT_BYTES
+    assert found["*", "ddr"] == 2 * EXTENT_BYTES
 
 
 def test_numbers_follow_the_service():
