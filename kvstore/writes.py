@@ -231,10 +231,10 @@ class Writes:
 
     def hasten(self) -> None:
         """Somebody waits for room by now: what drains for nobody is written at once."""
-        while self._queues[Urgency.RELIEF]:
-            extent, item = self._queues[Urgency.RELIEF].popitem(last=False)
+        for item in self._queues[Urgency.RELIEF].values():
             item.urgency = Urgency.DEMOTE
-            self._queues[Urgency.DEMOTE][extent] = item
+        self._queues[Urgency.DEMOTE] |= self._queues[Urgency.RELIEF]
+        self._queues[Urgency.RELIEF].clear()
 
     def _queue_through(self, record: ExtentRecord) -> None:
         self.backlog_bytes += record.extent.slot_bytes
@@ -326,8 +326,7 @@ class Writes:
 
     def _in_order(self) -> tuple[OrderedDict[Any, Item], ...]:
         """What waits for a slot, the most urgent first."""
-        demotions, throughs, reliefs = self._queues.values()
-        return demotions, throughs, self.early.waiting, reliefs
+        return (*(self._queues[u] for u in QUEUED[:2]), self.early.waiting, self._queues[Urgency.RELIEF])
 
     def _take_off(self, item: Item, target: Placement) -> None:
         self._in_flight.add(item)
