@@ -27,6 +27,7 @@ from holdfast.kvstore.orders import (
     WriteOut,
 )
 from holdfast.kvstore.residency import State, Tier
+from holdfast.kvstore.sections import TenantConfig
 from holdfast.kvstore.service import Service
 from holdfast.kvstore.state import Left
 from holdfast.kvstore.writes import RETRY_NS
@@ -813,6 +814,29 @@ class NarrowMachine(Machine):
                 self.end(self.endable()[-1])
 
 
+QUOTA = TenantConfig(ddr_maximum_bytes=4 * EXTENT_BYTES, nvme_maximum_bytes=12 * EXTENT_BYTES)
+
+
+def bounded(config):
+    """The tenant may have less than there is, and copies leave in the background at low marks."""
+    ddr = replace(config.ddr, high_watermark=0.6, low_watermark=0.3)
+    nvme = replace(config.nvme, high_watermark=0.6, low_watermark=0.3)
+    return replace(config, ddr=ddr, nvme=nvme, tenants={"t": QUOTA})
+
+
+class BoundedMachine(NarrowMachine):
+    """The same with quotas and watermarks."""
+
+    config = bounded(small_config(6, 16, 2))
+
+    @invariant()
+    def a_tenant_has_no_more_than_it_may(self):
+        if hasattr(self, "service"):
+            usage = self.service.state.usage
+            assert usage.used(Tier.DDR, "t") <= QUOTA.ddr_maximum_bytes
+            assert usage.used(Tier.NVME, "t") <= QUOTA.nvme_maximum_bytes
+
+
 Machine.TestCase.settings = settings(
     max_examples=300,
     stateful_step_count=60,
@@ -823,6 +847,8 @@ Machine.TestCase.settings = settings(
 )
 NarrowMachine.TestCase.settings = settings(Machine.TestCase.settings, max_examples=100)  # its rules do more each
 WarmMachine.TestCase.settings = settings(Machine.TestCase.settings, max_examples=100)
+BoundedMachine.TestCase.settings = settings(Machine.TestCase.settings, max_examples=30)
 TestService = pytest.mark.timeout(400)(Machine.TestCase)  # it computes, and other work may hold the cores
 TestNarrowService = pytest.mark.timeout(400)(NarrowMachine.TestCase)
 TestWarmService = pytest.mark.timeout(400)(WarmMachine.TestCase)
+TestBoundedService = pytest.mark.timeout(400)(BoundedMachine.TestCase)
