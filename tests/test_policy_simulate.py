@@ -138,6 +138,71 @@ def test_holding_what_is_in_use_is_judged_too(tmp_path):
     assert held["hit_tokens"] > free["hit_tokens"]
 
 
+def test_tiers_move_bytes_by_the_hops_that_are_reported(tmp_path):
+    """HBM holds four blocks of nine, DDR five; what is over falls to NVMe."""
+    path = write_trace(tmp_path / "five.jsonl", FIVE)
+    options = ("--tiers", "nvme=100%,hbm=45%,ddr=56%", "--ddr-speed", "100", "--nvme-speed", "10")
+    (found,) = simulated("--trace", path, "--policy", "lru", *options)
+    block = 512 * 327_680
+    assert found["tiers"] == "hbm=45%,ddr=56%,nvme=100%"
+    assert found["tier_blocks"] == {"hbm": 4, "ddr": 5, "nvme": 9}
+    assert found["hit_tokens"] == 2048 + 2560 + 512
+    hits = {tier: round(share * 10) for tier, share in found["hit_shares"].items()}
+    assert hits == {"hbm": 5, "ddr": 1, "nvme": 4}
+    assert found["moved_bytes"] == {
+        "ddr>hbm": 1 * block,
+        "nvme>hbm": 4 * block,
+        "hbm>ddr": 9 * block,
+        "ddr>nvme": 6 * block,
+    }
+    assert found["swaps"] == 2
+    seconds = [block * (ddr / 100e9 + nvme / 10e9) for ddr, nvme in ((1, 3), (0, 1))]
+    assert found["swap_seconds_mean"] == pytest.approx(sum(seconds) / 2)
+    assert found["swap_seconds_p95"] == pytest.approx(max(seconds))
+    asked = sum(prefill_flops(line[1]) for line in FIVE) / found["assumed"]["flops_per_second"]
+    net = found["prefill_seconds_saved"] - sum(seconds) / asked
+    assert found["net_seconds_saved"] == pytest.approx(net)
+    shown = run("simulate", "--trace", path, "--policy", "lru,arc", *options).stdout
+    assert "assumed, not measured: ddr 100 GB/s, nvme 10 GB/s" in shown
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--tiers", "hbm=5%"),
+        ("--tiers", "ddr=5%,nvme=5%"),
+        ("--tiers", "hbm=5%,hbm=6%"),
+        ("--tiers", "hbm=5%,tape=6%"),
+        ("--tiers", "hbm=5%,ddr"),
+        ("--tiers", "hbm=50%,ddr=50%", "--capacity", "5%"),
+        ("--tiers", "hbm=50%,ddr=50%", "--events", "x.jsonl"),
+        ("--plot", "x.pdf"),
+        ("--capacity", "50%", "--events", "/nowhere/x.jsonl"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tmp_path, options):
+    path = write_trace(tmp_path / "five.jsonl", FIVE)
+    result = run("simulate", "--trace", path, "--policy", "lru", *options)
+    assert result.exit_code in {1, 2}, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+
+
+def test_curves_are_drawn_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra `plot` is not installed")
+    path = write_trace(tmp_path / "five.jsonl", FIVE)
+    picture = tmp_path / "curves.png"
+    run("simulate", "--trace", path, "--policy", "lru,belady", "--capacity", "20%,100%", "--plot", picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_extra_is_named_before_anything_is_replayed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    result = run("simulate", "--trace", tmp_path / "nowhere.jsonl", "--policy", "lru", "--plot", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert "holdfast[plot]" in result.stderr
+
+
 def test_units_are_joined_and_what_remains_is_named_apart():
     assert joined((5, 6, 7, 8, 9), 2) == (6, 8, -10)
     assert joined((5, 6), 2) == (6,)
