@@ -48,6 +48,7 @@ class Cache:
         self._ranking = policy.ranking(capacity_units * unit_bytes, worth)
         self._residents = Residents()
         self._units: dict[UnitId, Unit] = {}  # the residents
+        self._described: dict[UnitId, Candidate] = {}  # residents that were looked at: making one takes a while
         self._held: Counter[UnitId] = Counter()
         self._in_use: set[UnitId] = set()  # by the request that is being admitted
 
@@ -117,8 +118,17 @@ class Cache:
             self._residents.left(unit.id)
             self._ranking.left(unit.id)
             del self._units[unit.id]
+            self._described.pop(unit.id, None)
 
     def _describe(self, unit_id: UnitId) -> Candidate:
+        if unit_id in self._held or unit_id in self._in_use:
+            return self._candidate(unit_id, movable=False)
+        found = self._described.get(unit_id)
+        if found is None:
+            found = self._described[unit_id] = self._candidate(unit_id, movable=True)
+        return found
+
+    def _candidate(self, unit_id: UnitId, *, movable: bool) -> Candidate:
         unit = self._units[unit_id]
         start_tokens = (unit.stop_tokens - 1) // self._unit_tokens * self._unit_tokens
         return Candidate(
@@ -126,6 +136,6 @@ class Cache:
             unit=unit_id,
             previous=unit.previous,
             size_bytes=self._unit_bytes,
-            movable=unit_id not in self._held and unit_id not in self._in_use,
+            movable=movable,
             restore_ns=round(self._worth(unit.stop_tokens) - self._worth(start_tokens)),
         )
