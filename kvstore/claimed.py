@@ -139,6 +139,15 @@ class Claimed:
             holders,
         )
 
+    def looks_hopeless(self, demand: Demand) -> bool:
+        """A quick guess by the sizes of claims on DDR, which may share bytes: worth asking `is_hopeless` first."""
+        sizes = {lease.document: lease.size_bytes for lease in self.state.leases.values() if lease.tier is Tier.DDR}
+        sizes |= {pin.document: pin.size_bytes for pin in self._hard() if pin.counts_in(Tier.DDR)}
+        private_bytes = sum(
+            c.size_bytes for copies in self.state.private.values() for c in copies if c.tier is Tier.DDR
+        )
+        return sum(sizes.values()) + private_bytes + demand.size_bytes > self.state.ddr.capacity_bytes
+
     def is_hopeless(self, demand: Demand) -> bool:
         """Whether the demand cannot be met before somebody lets go, whatever the moves under way bring."""
         could = self._slots_could_fit(Tier.DDR, demand.slots)
@@ -161,7 +170,11 @@ class Claimed:
         found = [copy for attach in self.attaches.values() for copy in _kept(attach.loading) if copy.tier is tier]
         found += [c for ingest in self.ingests.values() for c in self._of_ingest(ingest) if c.tier is tier]
         for pin in self._hard():
-            found += (c for c in self._pinned(pin.document, tier, None) if tier is Tier.NVME or self._stays(c))
+            if tier is Tier.DDR and pin.counts_in(tier):  # the rule, and quick: it may have thousands
+                records = (self.state.extents[e] for e in self.state.documents[pin.document].document.extents)
+                found += (record.ddr for record in records if record.ddr is not None)
+            else:
+                found += (c for c in self._pinned(pin.document, tier, None) if tier is Tier.NVME or self._stays(c))
         return found + list(self._in_front(found)) if tier is Tier.DDR else found
 
     def _stays(self, copy: Placement) -> bool:

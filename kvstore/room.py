@@ -28,7 +28,7 @@ from .state import ExtentRecord, Shard
 from .store import Store
 from .writes import Writes
 
-JUDGE_NS: Final = 100_000_000  # how late a wait that cannot help may be noticed, beside other moves
+JUDGE_NS: Final = 1_000_000_000  # how late a wait that cannot help may be noticed, beside other moves
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -56,6 +56,10 @@ class Cleared(Enum):
 
 class Judge(Protocol):
     """Knows who claims what, and so whether waiting could help (see claimed)."""
+
+    def looks_hopeless(self, demand: Demand) -> bool:
+        """A quick guess of it."""
+        ...
 
     def is_hopeless(self, demand: Demand) -> bool:
         """Whether the demand cannot be met before somebody lets go."""
@@ -154,7 +158,8 @@ class Room:
         if demand is None:
             return True
         if not planner.fits(demand) and not planner.draining(demand):
-            victims = planner.make_room(demand)
+            hopeless = self.judge.looks_hopeless(demand) and self.judge.is_hopeless(demand)
+            victims = None if hopeless else planner.make_room(demand)
             if victims is None:
                 over = planner.tenancy.refusal(Tier.DDR, demand.tenant, demand.size_bytes)
                 if over is not None:
@@ -165,7 +170,7 @@ class Room:
                         self._waiting.remove(reservation)
                         reservation.refused(over)
                     return True  # it may wait for copies of its own, but nobody behind it does
-                if self.store.orders_in_flight and not self._is_hopeless(reservation, demand):
+                if self.store.orders_in_flight and not hopeless and not self._is_hopeless(reservation, demand):
                     return False  # what is being moved may leave when its move has ended
                 if self.store.records.ddr.fenced_bytes:
                     return True  # clients of the last daemon may come back, or end; nobody waits behind this one
