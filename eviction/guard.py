@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the registry there names guarded policies
 
 TOLERANCE: Final = 0.001  # of the worth of all that was asked for
 CREDIT: Final = 0.01
-SETTLED_USES: Final = 1_000  # before so many the tolerance is that of so many: one miss is no evidence
+SETTLED_USES: Final = 4_000  # before so many the tolerance is that of so many: a few misses are no evidence
 MEMORY_USES: Final = 16_384  # older ones fade
 FIRST_UNITS: Final = 65_536  # that a shadow remembers before it knows how large units are
 

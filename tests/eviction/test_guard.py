@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 from holdfast.eviction.cache import Cache
 from holdfast.eviction.candidate import Candidate
-from holdfast.eviction.guard import CREDIT, TOLERANCE, Guard, Shadow
+from holdfast.eviction.guard import CREDIT, SETTLED_USES, TOLERANCE, Guard, Shadow
 from holdfast.eviction.lfu import Lfu
 from holdfast.eviction.lru import Lru
 from holdfast.eviction.policy import Policy
@@ -111,7 +111,7 @@ def test_a_hostile_policy_costs_a_thousandth():
     hostile, _ = saved(Hostile(), to_come)
     guarded, _ = saved(Guard(Hostile()), to_come)
     assert hostile < lru - 0.1 * asked, "without a guard it is a disaster"
-    assert guarded >= lru - 0.002 * asked
+    assert guarded >= lru - (TOLERANCE * SETTLED_USES / len(to_come) + 0.001) * asked
 
 
 def test_good_times_do_not_pay_for_long_bad_ones():
@@ -120,11 +120,11 @@ def test_good_times_do_not_pay_for_long_bad_ones():
     assert before > saved(Lru(), good)[0] + 0.2 * asked_before, "it really is ahead"
     both, asked = saved(Guard(Hostile()), [*good, *[tuple(unit + 1000 for unit in chain) for chain in bad]])
     lost = saved(Lru(), bad)[0] - (both - before)
-    assert lost <= (CREDIT + 2 * TOLERANCE) * asked
+    assert lost <= (CREDIT + 3 * TOLERANCE) * asked
 
 
 def test_a_policy_that_has_failed_is_tried_again():
-    to_come = [*sessions(600), *[(unit + 10**6,) for (unit,) in loops(3000)]]
+    to_come = [*sessions(400), *[(unit + 10**6,) for (unit,) in loops(4000)]]
     lru, asked = saved(Lru(), to_come)
     assert saved(Guard(Hostile()), to_come)[0] > lru + 0.02 * asked
 
@@ -145,7 +145,7 @@ def test_it_says_whom_it_follows():
     one = candidate("b")
     assert ranking.explain(one, NOW_NS)["follows_lru"] == 0.0
     ranking.left("a")  # lost: what LRU would still have
-    for _ in range(3):
+    for _ in range(5):
         policy.used(use("a"))
     parts = ranking.explain(one, NOW_NS)
     assert (parts["follows_lru"], parts["ahead_of_lru"] < 0) == (1.0, True)
