@@ -3,7 +3,7 @@
 A hint shields its document's copies until it is used or ends, and lets it displace others, but all hints together only
 within SHARE of a device, in the order in which they came (one document always may, whatever its size): so hints cannot
 take over a cache. Beyond that a hint may use free room. Shielded copies leave last, but they leave for whoever needs
-their room. A hint is believed fully at first; each time that a document was brought near for nothing halves the belief
+their room. A hint is believed at first; each time that a document was brought near for nothing halves the belief
 in its owner's next hints on it, until one of them is used.
 """
 
@@ -26,6 +26,7 @@ ENDED_MAX: Final = 128  # that are remembered, to be shown
 BOUNCES_MAX: Final = 10  # more make no difference
 BOUNCED_MAX: Final = 1024  # documents and owners that are remembered for it; the oldest are forgotten
 SHARE: Final = 0.5
+BELIEF: Final = 0.98  # in an owner that was not wrong before: queries that wait already seldom go away
 
 
 class HintState(StrEnum):
@@ -125,8 +126,8 @@ class Hints:
         self.changed()
 
     def belief(self, hint: Hint) -> float:
-        """How likely the document is to be used as this owner says: 1, halved by each time that it was not."""
-        return 0.5 ** min(BOUNCES_MAX, self._bounced.get((hint.owner, hint.document), 0))
+        """How likely the document is to be used as this owner says: BELIEF, halved by each time that it was not."""
+        return BELIEF * 0.5 ** min(BOUNCES_MAX, self._bounced.get((hint.owner, hint.document), 0))
 
     def upcoming(self) -> list[Upcoming]:
         """Those of which something is to be brought nearer, as the rule of their order wants them."""
@@ -160,13 +161,14 @@ class Hints:
         return found
 
     def weighs_more(self, hint: Hint, restore_ns: Sequence[int]) -> bool:
-        """Whether the load that a hint saves is worth more than what would leave for it.
+        """Whether the load that a hint saves is worth more than what would leave for it; expected nanoseconds.
 
-        Both are expected nanoseconds: of the load with the belief in the hint, of the victims' return (`restore_ns`,
-        each) with even odds. The policy thinks least of them, so even odds are on their side; where the last copy goes,
-        recomputing is what counts, and a hint hardly ever outweighs that.
+        If the queries come, the attach would send the victims away anyway, and the load is saved. If they do not, the
+        victims' return (`restore_ns`, each) is lost. So equal loads displace each other until a hint was wrong once,
+        and what would have to be computed again hardly ever leaves for a hint.
         """
-        return self.belief(hint) * hint.load_ns > sum(restore_ns) / 2
+        belief = self.belief(hint)
+        return belief * hint.load_ns > (1 - belief) * sum(restore_ns)
 
     def of(self, documents: Collection[DocumentId], group: str | None) -> list[Hint]:
         """Hints which a use of any of these documents in DDR, or there in a group, is what they have announced."""

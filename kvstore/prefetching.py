@@ -1,8 +1,8 @@
 """Prefetching: bring documents near before their queries run, one at a time, behind everybody who waits already.
 
 A hint takes free room, and what eviction grants where that is worth less than the load it saves (`Hints.weighs_more`):
-nothing that is leased, pinned (softly too), or shielded by another hint. Where a group has no room for its document,
-that is brought to DDR meanwhile.
+nothing that is leased, pinned (softly too), shielded by another hint, or the last copy. Where a group has no room for
+its document, that is brought to DDR meanwhile.
 """
 
 from __future__ import annotations
@@ -280,7 +280,8 @@ class Prefetching:
             leaving[device] += victim.size_bytes
             documents, now_ns = self.state.extents[victim.extent].documents, self.store.clock.wall_ns()
             is_expected = self.state.is_expected(documents, victim.tier, device)
-            if is_expected or self.state.pins.quarters(documents, victim.tier, now_ns):
+            is_pinned = self.state.pins.quarters(documents, victim.tier, now_ns) > 0
+            if is_expected or is_pinned or victim.action == "drop":
                 return False
         for device, size_bytes in leaving.items():
             tier = Tier.DDR if device == DDR else Tier.HBM

@@ -36,6 +36,7 @@ from holdfast.kvstore.errors import (
     DaemonUnavailable,
     DeadlineExceeded,
     DocumentNotFound,
+    DocumentTooLarge,
     EmptyDocument,
     GroupFailed,
     InvalidRequest,
@@ -685,7 +686,7 @@ def test_documents_that_do_not_fit_together_are_answered_one_after_the_other_eac
 
 
 def test_a_document_larger_than_the_group_does_not_keep_those_beside_it_waiting(stage):
-    """It is computed again, alone, and they are answered."""
+    """It is refused, alone, and they are answered."""
     stage.ingest("small", TEXT)
     stage.engine.gate.clear()
     stage.engine.reached.clear()
@@ -698,10 +699,19 @@ def test_a_document_larger_than_the_group_does_not_keep_those_beside_it_waiting(
         opened = client.begin_ingest("large", fingerprint, tokens, write_policy=WritePolicy.MEMORY)
         client.commit_ingest(opened.ingest)
         stage.texts.put("large", tokens, client.document("large").created_wall_ns)
-        alone = asking(stage, stack, "large")
+        alone = []
+
+        def is_refused():
+            with pytest.raises(DocumentTooLarge):
+                stage.ask("large")
+            alone.append("refused")
+
+        thread = threading.Thread(target=is_refused)
+        thread.start()
+        stack.callback(thread.join, 20)
         until(lambda: stage.service.status().waiting == 1, "the large one waits first")
         beside = asking(stage, stack, "small", 2)
         until(lambda: stage.service.status().waiting == 3, "and the small ones behind it")
         stage.engine.gate.set()
     assert [answer.reason for answer in (*first, *beside)] == [""] * 3
-    assert [answer.reason for answer in alone] == ["no-capacity"]
+    assert alone == ["refused"]

@@ -4,7 +4,7 @@ import pytest
 from holdfast.kvstore.claims import PinKind
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import DocumentNotFound, GroupNotFound, InvalidRequest, NoCapacity, StorageFailed
-from holdfast.kvstore.hints import HINTS_MAX, OWNER_MAX, HintState
+from holdfast.kvstore.hints import BELIEF, HINTS_MAX, OWNER_MAX, HintState
 from holdfast.kvstore.orders import LoadShard, ReadIn, Urgency
 from holdfast.kvstore.precedence import EXPECTED
 from holdfast.kvstore.residency import Tier
@@ -220,13 +220,13 @@ def test_a_document_that_was_brought_for_nothing_is_believed_less():
     stage.evict(stage.documents["e"], Tier.DDR)
     stage.use("a")  # takes the room again
     again = stage.hint("e", owner="x")
-    assert stage.service.prefetching.hints.belief(again) == 0.5
+    assert stage.service.prefetching.hints.belief(again) == BELIEF / 2
     assert again.state is HintState.WAITING
-    assert stage.service.prefetching.hints.belief(stage.hint("e", owner="y")) == 1
+    assert stage.service.prefetching.hints.belief(stage.hint("e", owner="y")) == BELIEF
     stage.settle()
     assert again.state is HintState.PROMOTED  # another owner is believed
     stage.use("e")
-    assert stage.service.prefetching.hints.belief(again) == 1
+    assert stage.service.prefetching.hints.belief(again) == BELIEF
 
 
 def test_an_owner_is_refused_what_is_too_much_and_loses_nothing():
@@ -386,6 +386,19 @@ def test_without_room_in_the_group_a_document_waits_in_ddr():
     assert hint.state is HintState.STAGED
     assert "b" in stage.near()
     stage.detach(attach)
+    stage.settle()
+    assert hint.state is HintState.PROMOTED
+    assert [shard.document for shard in stage.state.shards()] == [stage.documents["b"]]
+
+
+def test_a_cheap_load_may_displace_what_is_dearer_to_bring_back():
+    """Its attach would do so anyway, so that only doubt in the hint counts against it."""
+    stage = Stage("ab", ddr=2)
+    stage.group(rows=40)
+    stage.use("a", "g")
+    stage.use("b")
+    assert stage.near() == {"b"}
+    hint = stage.hint("b", group="g")
     stage.settle()
     assert hint.state is HintState.PROMOTED
     assert [shard.document for shard in stage.state.shards()] == [stage.documents["b"]]
