@@ -50,6 +50,11 @@ def _gap(strand: Strand, _before: Strand | None) -> int:
     return 0 if strand.gap_ns is None else 1 + _octave(strand.gap_ns // HALF_SECOND_NS, 11)
 
 
+def _turn(strand: Strand, _before: Strand | None) -> int:
+    """One by one up to 8, then by octaves: 9 from 9 on, 10 from 16."""
+    return strand.turn if strand.turn <= 8 else min(15, 5 + strand.turn.bit_length())
+
+
 def _mean_gap(strand: Strand, _before: Strand | None) -> int:
     if strand.uses <= 2:
         return 0  # a gap says as much
@@ -64,8 +69,8 @@ MOVING: Final = (
 STILL: Final = (
     Feature("age", lambda _strand, _before: 0),  # its bin alone
     Feature("gap", _gap),
-    Feature("uses", lambda strand, _before: _octave(strand.uses, 7), prior=0.3),
-    Feature("turn", lambda strand, _before: _octave(strand.turn, 5), prior=0.5),
+    Feature("uses", lambda strand, _before: _octave(strand.uses, 7), prior=0.1),
+    Feature("turn", _turn),
     Feature("request_length", lambda strand, _before: _octave(strand.request_tokens // LENGTH_TOKENS, 12)),
     Feature("mean_gap", _mean_gap),
     Feature("parent_uses", lambda strand, _before: _octave(strand.parent_uses, 9)),

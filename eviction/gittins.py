@@ -18,38 +18,42 @@ from .ages import BINS, STARTS_SECONDS, WIDTHS_SECONDS, age_bin
 
 LEAST_SHARE: Final = 0.02  # of a bin is always left: its end is no cliff
 LOGIT_MAX: Final = 30.0  # beyond that it is as good as certain, and rates must not vanish
-_BINS: Final = np.arange(BINS)
-_STOPS_SECONDS: Final = STARTS_SECONDS + WIDTHS_SECONDS
+_STOPS_SECONDS: Final = (STARTS_SECONDS + WIDTHS_SECONDS).tolist()
+_LEAST_SECONDS: Final = (LEAST_SHARE * WIDTHS_SECONDS).tolist()
+_AFTER: Final = np.triu(np.tile(WIDTHS_SECONDS, (BINS, 1)), 1)  # by bin: the spans of those behind it
 
 
 def spans_seconds(ages_ns: Sequence[int]) -> NDArray[np.float64]:
     """How long each bin still lasts for things of these ages: nothing if it is past. One line each."""
-    bins = np.array([age_bin(age_ns) for age_ns in ages_ns])
-    left = np.maximum(_STOPS_SECONDS[bins] - np.array(ages_ns) / 1e9, LEAST_SHARE * WIDTHS_SECONDS[bins])
-    spans = np.where(bins[:, None] < _BINS, WIDTHS_SECONDS, 0.0)
-    spans[np.arange(len(bins)), bins] = left
+    bins = [age_bin(age_ns) for age_ns in ages_ns]
+    spans = _AFTER[bins]
+    for line, (index, age_ns) in enumerate(zip(bins, ages_ns, strict=True)):
+        spans[line, index] = max(_STOPS_SECONDS[index] - age_ns / 1e9, _LEAST_SECONDS[index])
     return spans
 
 
 def _rates(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     """Uses per second that make these odds of a use within each bin."""
-    return np.log1p(np.exp(np.clip(logits, -LOGIT_MAX, LOGIT_MAX))) / WIDTHS_SECONDS
+    within = np.minimum(np.maximum(logits, -LOGIT_MAX), LOGIT_MAX)
+    found: NDArray[np.float64] = np.log1p(np.exp(within)) / WIDTHS_SECONDS
+    return found
 
 
 def indices(logits: NDArray[np.float64], spans: NDArray[np.float64]) -> NDArray[np.float64]:
     """Indices per second of things with these log-odds of use in each bin."""
     rates = _rates(logits)
-    survivals = np.exp(-np.cumsum(rates * spans, axis=1))
-    deaths = -np.diff(survivals, axis=1, prepend=1.0)
-    # Waiting in a bin takes deaths / rate on the mean: those who live on waited for all of it.
-    waits = np.cumsum(deaths / rates, axis=1)
-    ratios = np.divide(1.0 - survivals, waits, out=np.zeros_like(waits), where=waits > 0.0)
-    found: NDArray[np.float64] = ratios.max(axis=1)
+    survivals = np.exp(-(rates * spans).cumsum(axis=1))
+    used = 1.0 - survivals
+    in_bin = used.copy()
+    in_bin[:, 1:] -= used[:, :-1]
+    # Those used in a bin and those who live on wait, taken together, as long as its uses divided by its rate.
+    waits = (in_bin / rates).cumsum(axis=1)
+    # Bins that are past have neither uses nor waits.
+    found: NDArray[np.float64] = (used / np.maximum(waits, 1e-300)).max(axis=1)
     return found
 
 
 def reuse_probability(logits: NDArray[np.float64], spans: NDArray[np.float64], horizon_seconds: float) -> float:
     """Chance that the one thing with these log-odds is used within a time from now on."""
-    rates = _rates(logits)
     starts = np.cumsum(spans, axis=1) - spans
-    return float(-np.expm1(-np.sum(rates * np.clip(horizon_seconds - starts, 0.0, spans))))
+    return float(-np.expm1(-np.sum(_rates(logits) * np.clip(horizon_seconds - starts, 0.0, spans))))

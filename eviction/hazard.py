@@ -12,7 +12,6 @@ Scores use a running average of the tables: learning never ends, so that the tab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -23,10 +22,10 @@ from .features import FEATURES, LEVELS
 
 RATE: Final = 0.2
 CAUTION: Final = 8.0  # where AdaGrad's sums of squares start: the first records move little
-CAUTION_OF_AGE: Final = 2.0
+CAUTION_OF_AGE: Final = 0.5
 AVERAGE_SHARE: Final = 0.1  # of a step, in the average; more while there were few steps
-PRIOR_LOGIT: Final = -2.0
-PRIOR_LOGIT_PER_BIN: Final = -0.15
+MEMORY: Final = 50_000  # records
+PRIOR_LOGIT: Final = -3.0  # in every bin: the hazard falls as one over age
 
 CELLS: Final = len(FEATURES) * LEVELS
 AGE: Final = [feature.name for feature in FEATURES].index("age")
@@ -38,20 +37,48 @@ def cells(levels: Sequence[bytes]) -> NDArray[np.int64]:
     return np.frombuffer(b"".join(levels), np.uint8).reshape(len(levels), len(FEATURES)) + _FIRST_CELLS
 
 
-@dataclass(slots=True)
 class Records:
     """What was seen: bins `first` to `last` were entered, all survived but the last if it was `used` there."""
 
-    levels: list[bytes] = field(default_factory=list)
-    first: list[int] = field(default_factory=list)
-    last: list[int] = field(default_factory=list)
-    used: list[int] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.levels: list[bytes] = []
+        self.first: list[int] = []
+        self.last: list[int] = []
+        self.used: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.levels)
 
     def add(self, levels: bytes, first: int, last: int, *, used: int) -> None:
+        """One more."""
         self.levels.append(levels)
         self.first.append(first)
         self.last.append(last)
         self.used.append(used)
+
+    def lines(self) -> NDArray[np.uint8]:
+        """One line each: levels, first, last, used."""
+        levels = np.frombuffer(b"".join(self.levels), np.uint8).reshape(len(self.levels), len(FEATURES))
+        return np.column_stack((levels, np.array([self.first, self.last, self.used], np.uint8).T))
+
+
+class Memory:
+    """The last MEMORY records, of which as many as are new are learned again: chance decides which, by a fixed seed."""
+
+    def __init__(self) -> None:
+        self._lines = np.zeros((MEMORY, len(FEATURES) + 3), np.uint8)
+        self._count = 0
+        self._random = np.random.default_rng(0)
+
+    def recall(self, lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """These and as many old ones; these are remembered from now on."""
+        found = lines
+        if self._count:
+            old = self._random.integers(0, min(self._count, MEMORY), len(lines))
+            found = np.concatenate((lines, self._lines[old]))
+        self._lines[(self._count + np.arange(len(lines))) % MEMORY] = lines
+        self._count += len(lines)
+        return found
 
 
 class Hazards:
@@ -59,18 +86,19 @@ class Hazards:
 
     def __init__(self) -> None:
         self._curves = np.zeros((CELLS, BINS))
-        self._curves[AGE * LEVELS] = PRIOR_LOGIT + PRIOR_LOGIT_PER_BIN * np.arange(BINS)
+        self._curves[AGE * LEVELS] = PRIOR_LOGIT
         self._curve_squares = np.full((CELLS, BINS), CAUTION)
         self._curve_squares[AGE * LEVELS : (AGE + 1) * LEVELS] = CAUTION_OF_AGE
         priors = np.array([feature.prior for feature in FEATURES])[:, None]
         self._lifts = (priors * np.maximum(0, np.arange(LEVELS) - 1)).ravel()
         self._lift_squares = np.full(CELLS, CAUTION)
+        self._memory = Memory()
         self._steps = 0
         self._average = self._curves + self._lifts[:, None]
 
     def logits(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """Log-odds of a use in every bin, by the averaged tables; a line for each line of `cells`."""
-        found: NDArray[np.float64] = self._average[rows].sum(axis=1)
+        found: NDArray[np.float64] = np.einsum("ifj->ij", self._average.take(rows, axis=0))
         return found
 
     def parts(self, levels: bytes, bin_index: int) -> list[float]:
@@ -80,23 +108,23 @@ class Hazards:
 
     def learn(self, records: Records) -> None:
         """One step of AdaGrad on a batch, and one of the average."""
-        if records.levels:
-            self._step(records)
+        if records:
+            self._step(self._memory.recall(records.lines()))
         share = max(AVERAGE_SHARE, 1 / (1 + self._steps))
         self._steps += 1
         self._average += share * (self._curves + self._lifts[:, None] - self._average)
 
-    def _step(self, records: Records) -> None:
-        first = np.array(records.first)
-        counts = np.array(records.last) - first + 1
+    def _step(self, lines: NDArray[np.uint8]) -> None:
+        first, last, used = lines[:, len(FEATURES) :].T.astype(np.int64)
+        counts = last - first + 1
         stops = counts.cumsum()
         record = np.repeat(np.arange(len(counts)), counts)
         bins = np.arange(stops[-1]) - np.repeat(stops - counts - first, counts)
-        rows = cells(records.levels)[record]
+        rows = (lines[:, : len(FEATURES)] + _FIRST_CELLS)[record]
         spots = rows * BINS + bins[:, None]
-        logits = self._curves.ravel()[spots].sum(axis=1) + self._lifts[rows].sum(axis=1)
+        logits = np.einsum("if->i", self._curves.take(spots) + self._lifts.take(rows))
         gradients = 1 / (1 + np.exp(np.minimum(-logits, 500.0)))
-        gradients[stops - 1] -= records.used
+        gradients[stops - 1] -= used
         repeated = np.repeat(gradients, len(FEATURES))
         _descend(self._curves.ravel(), self._curve_squares.ravel(), spots.ravel(), repeated)
         _descend(self._lifts, self._lift_squares, rows.ravel(), repeated)
