@@ -69,7 +69,7 @@ MOVING: Final = (
 STILL: Final = (
     Feature("age", lambda _strand, _before: 0),  # its bin alone
     Feature("gap", _gap),
-    Feature("uses", lambda strand, _before: _octave(strand.uses, 7), prior=0.1),
+    Feature("uses", lambda strand, _before: _octave(strand.uses, 7), prior=0.3),
     Feature("turn", _turn),
     Feature("request_length", lambda strand, _before: _octave(strand.request_tokens // LENGTH_TOKENS, 12)),
     Feature("mean_gap", _mean_gap),
