@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,15 +99,16 @@ def check_policy(name: str) -> None:
 
 
 def described_policies() -> list[dict[str, str]]:
-    """What a simulation can replay: the daemon's policies, and those that need the future; a line on each."""
-    served = [(name, "daemon, simulator", make.__doc__) for name, make in POLICIES.items()]
-    offline = [(name, "simulator", make.__doc__) for name, make in OFFLINE.items()]
-    return [{"name": name, "where": where, "what": first_line(said)} for name, where, said in (*served, *offline)]
+    """What a simulation can replay: the daemon's policies, and those that need the future; a sentence on each."""
+    served = [(name, "daemon, simulator", make.__module__) for name, make in POLICIES.items()]
+    offline = [(name, "simulator", make.__module__) for name, make in OFFLINE.items()]
+    return [{"name": name, "where": where, "what": about(module)} for name, where, module in (*served, *offline)]
 
 
-def first_line(text: str | None) -> str:
-    """Of a docstring."""
-    return (text or "").strip().partition("\n")[0]
+def about(module: str) -> str:
+    """The first sentence of a module's docstring."""
+    text = " ".join((sys.modules[module].__doc__ or "").split())
+    return text.partition(". ")[0].removesuffix(".")
 
 
 def make_policy(name: str, trace: Trace) -> Policy:
