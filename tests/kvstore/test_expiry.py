@@ -9,7 +9,8 @@ from holdfast.kvstore.orders import PutDocument, Write
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.service import Service
 
-from fakes import CLIENT
+from daemon_process import DaemonProcess, put, tokens_of, until, write
+from fakes import CLIENT, tiny_spec
 from scene import Scene, rows, tokens
 
 NS = 10**9
@@ -182,3 +183,22 @@ def test_a_disconnected_reader_no_longer_keeps_it(scene):
     scene.service.disconnect(CLIENT)
     pass_time(scene, 0)
     assert document not in scene.state.documents
+
+
+def test_a_real_daemon_keeps_the_time_over_a_restart_and_then_deletes():
+    with DaemonProcess() as daemon:
+        client = daemon.start().client()
+        opened = client.begin_ingest("a", tiny_spec().fingerprint(), tokens_of("a", 64), ttl_seconds=3600)
+        write(client, "a", opened.parts)
+        set_at_ingest = client.commit_ingest(opened.ingest).expires_wall_ns
+        put(client, "b", 64)
+        until(lambda: all(document.durable for document in client.documents()), "both are on NVMe")
+        daemon.rest().patch("/v1/documents/default/b", {"ttl_seconds": 1800})
+        known = {document.name: document.expires_wall_ns for document in client.documents()}
+        assert known["a"] == set_at_ingest
+        client = daemon.restart_cold().client()
+        assert {document.name: document.expires_wall_ns for document in client.documents()} == known
+        daemon.rest().patch("/v1/documents/default/b", {"ttl_seconds": 0.001})
+        until(lambda: [document.name for document in client.documents()] == ["a"], "it has expired")
+        until(lambda: daemon.used("nvme") == 2 * 16384, "and its KV is gone")
+        assert {v["reason"] for v in daemon.rest().get("/v1/evictions")["evictions"]} == {"expired"}

@@ -15,6 +15,7 @@ from holdfast.kvstore.errors import (
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.sections import TenantConfig
 
+from daemon_process import DaemonProcess, fetch, put
 from fakes import EXTENT_BYTES
 from scene import Scene, tokens
 
@@ -233,3 +234,18 @@ def act(scene, dice, tenant, step, leases):
                 scene.commit(ingest)
     except (NoCapacity, DocumentTooLarge, DocumentIncomplete, InUse):
         pass
+
+
+def test_a_real_daemon_keeps_to_its_configuration():
+    quota = {"tenants__acme__ddr_maximum_bytes": "128 KiB", "tenants__acme__nvme_maximum_bytes": "1 MiB"}
+    with DaemonProcess(**quota) as daemon:
+        client = daemon.start().client("acme")
+        for number in range(3):
+            put(client, f"d{number}", 160)
+        (shown,) = daemon.rest().get("/v1/tenants")["tenants"]
+        assert (shown["tenant"], shown["quota"], shown["documents"]) == ("acme", "acme", 3)
+        _, ddr, _ = shown["tiers"]
+        assert ddr["maximum_bytes"] == 128 << 10
+        assert 0 < ddr["used_bytes"] <= 128 << 10
+        content = [fetch(client, f"d{number}") for number in range(3)]
+        assert [len(found) for found in content] == [5, 5, 5]
