@@ -42,6 +42,7 @@ PIPE_WIDTH: Final = 120
 LOG_CHARACTERS: Final = 2000
 MAIN: Final = "opticks"
 PINNED: Final = "pinned"
+LEFT_FOR_ROOM: Final = ("pressure", "watermark")  # reasons of verdicts
 EXTRA_DOCUMENTS: Final = 7
 DURABLE_SECONDS: Final = 60.0
 QUESTIONS: Final = (
@@ -371,7 +372,7 @@ class Demo:
 
     def _fate(self, name: str, verdicts: list[VerdictView]) -> DocumentFate:
         view = self.client.document(name)
-        mine = [v for v in verdicts if f"default/{name}" in v.documents and v.reason == "pressure"]
+        mine = [v for v in verdicts if f"default/{name}" in v.documents and v.reason in LEFT_FOR_ROOM]
         role = "popular" if name == MAIN else "pinned" if view.pin is not None else "cold"
         why = f"{view.use_count} uses"
         if view.pin is not None:
