@@ -16,6 +16,7 @@ from ..kvstore.errors import (
     CorruptExtent,
     DocumentIncomplete,
     DocumentNotFound,
+    DocumentTooLarge,
     HoldfastError,
     InvalidRequest,
     NoCapacity,
@@ -32,7 +33,15 @@ from .engine import Answer, Engine, OnToken, Progress, Question, ignore_progress
 CHUNK_TOKENS: Final = 2048
 ATTACH_SECONDS: Final = 120.0
 REPAIRS: Final = 3  # times that more of a document may turn out to be corrupt while it is ingested
-FALLBACK: Final = (Unavailable, NoCapacity, DocumentIncomplete, DocumentNotFound, CorruptExtent, StorageFailed)
+FALLBACK: Final = (  # what the cache cannot serve, the engine can still compute
+    Unavailable,
+    NoCapacity,
+    DocumentTooLarge,
+    DocumentIncomplete,
+    DocumentNotFound,
+    CorruptExtent,
+    StorageFailed,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -686,7 +686,7 @@ def test_documents_that_do_not_fit_together_are_answered_one_after_the_other_eac
 
 
 def test_a_document_larger_than_the_group_does_not_keep_those_beside_it_waiting(stage):
-    """It is refused, alone, and they are answered."""
+    """It is computed without the cache, alone, and they are answered from it."""
     stage.ingest("small", TEXT)
     stage.engine.gate.clear()
     stage.engine.reached.clear()
@@ -701,12 +701,7 @@ def test_a_document_larger_than_the_group_does_not_keep_those_beside_it_waiting(
         stage.texts.put("large", tokens, client.document("large").created_wall_ns)
         alone = []
 
-        def is_refused():
-            with pytest.raises(DocumentTooLarge):
-                stage.ask("large")
-            alone.append("refused")
-
-        thread = threading.Thread(target=is_refused)
+        thread = threading.Thread(target=lambda: alone.append(stage.ask("large")))
         thread.start()
         stack.callback(thread.join, 20)
         until(lambda: stage.service.status().waiting == 1, "the large one waits first")
@@ -714,4 +709,4 @@ def test_a_document_larger_than_the_group_does_not_keep_those_beside_it_waiting(
         until(lambda: stage.service.status().waiting == 3, "and the small ones behind it")
         stage.engine.gate.set()
     assert [answer.reason for answer in (*first, *beside)] == [""] * 3
-    assert alone == ["refused"]
+    assert [answer.reason for answer in alone] == [DocumentTooLarge.code]
