@@ -24,6 +24,7 @@ from .free_admin import FreeRoutes, Limit, LogQuery
 from .hint_admin import HintRoutes
 from .metrics import Metrics
 from .problems import body, problems, query, reply, told
+from .quality_view import QualityView, quality_views
 from .recent_admin import RecentRoutes
 from .residency import Tier
 from .service import Service
@@ -112,6 +113,7 @@ class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     orders_in_flight: int
     ddr_backing: str
     tiers: list[views.TierView]
+    quality: list[QualityView]
     relieving: list[str]
     groups: list[GroupView]
     queries_answered: int
@@ -216,6 +218,7 @@ class Admin:
             orders_in_flight=service.store.orders_in_flight,
             ddr_backing=self.backing,
             tiers=views.tier_views(state),
+            quality=quality_views(state.quality),
             relieving=[tier.label for tier in service.watermarks.relieving],
             groups=[self._group(group) for group in state.groups.values()],
             queries_answered=state.ledger.counts["queries_answered"],
@@ -274,8 +277,9 @@ class Admin:
     # The rest ----------------------------------------------------------------------------------
 
     async def tiers(self, request: web.Request) -> web.Response:
-        """Every device."""
-        return reply({"tiers": views.tier_views(self.service.state)})
+        """Every device, and how good evictions were in each tier."""
+        state = self.service.state
+        return reply({"tiers": views.tier_views(state), "quality": quality_views(state.quality)})
 
     async def swaps(self, request: web.Request) -> web.Response:
         """Receipts of attaches, newest first."""

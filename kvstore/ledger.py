@@ -121,7 +121,10 @@ class SwapRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Why a copy left: `action` is "demote" or "drop"; `scores` are the policy's parts at the time."""
+    """Why a copy left: `action` is "demote" or "drop"; `scores` are the policy's parts at the time.
+
+    `wanted_by` is the document that needed the room; empty where none did, or it is not known.
+    """
 
     wall_ns: int
     extent: str
@@ -136,6 +139,7 @@ class Verdict:
     restore_ns: int
     policy: str
     scores: dict[str, float]
+    wanted_by: str = ""
 
 
 class Wear(NamedTuple):

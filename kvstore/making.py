@@ -30,6 +30,6 @@ def make_place(store: Store, first: Item, queues: Iterable[Mapping[Any, Item]], 
     if victims is None:
         return False
     for victim in victims:
-        store.verdict(victim, "pressure")
+        store.verdict(victim, "pressure", wanted_by=next(map(str, sorted(first.record.documents)), ""))
         store.drop_nvme(store.records.extents[victim.extent])
     return True

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 from .claims import PinKind
 from .ledger import QUANTILES, HopTime
 from .prices import HOPS
+from .quality_view import quality_metrics
 from .residency import Tier
 from .sections import OTHERS
 from .service import Service
@@ -50,6 +51,7 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "watermark_ddr": ("holdfast_watermark_ddr", "Copies that left DDR in the background, for nobody's demand."),
     "watermark_nvme": ("holdfast_watermark_nvme", "Copies that left NVMe in the background, for nobody's demand."),
     "documents_expired": ("holdfast_documents_expired", "Documents deleted as their time was up."),
+    "not_worth_writing": ("holdfast_not_worth_writing", "Copies dropped by DDR as writing them would not have paid."),
     "not_restored": ("holdfast_not_restored", "Extents given up at a restart, as the NVMe budget has shrunk."),
 }
 
@@ -194,6 +196,7 @@ class ServiceCollector(Collector):
         for tier in Tier:
             evictions.add_metric([tier.label], counts[f"evictions_{tier.label}"])
         yield evictions
+        yield from quality_metrics(self.service.state.quality)
         for name, (metric, help_text) in COUNTS.items():
             yield CounterMetricFamily(metric, help_text, value=counts[name])
 

@@ -16,6 +16,7 @@ from ..eviction.policy import Policy
 from ..eviction.residents import Forest
 from ..eviction.use import UnitId
 from ..eviction.victims import Describe, Satisfied
+from .admission import Admission
 from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .contest import Contest
@@ -28,6 +29,7 @@ from .lines import Line, Standing
 from .precedence import Precedence
 from .prices import Prices
 from .residency import Placement, Tier
+from .reuse import PATIENCE_NS, Comebacks
 from .rows import draining, place_rows
 from .shard_forest import ShardForest
 from .shared_ranking import SharedRanking
@@ -40,7 +42,10 @@ from .uses import Uses
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Victim:
-    """A copy that would leave. `action` is "demote" (a copy goes, or stays, one tier down) or "drop" (the last)."""
+    """A copy that would leave. `action` is "demote" (a copy goes, or stays, one tier down) or "drop" (the last).
+
+    `unwritten` says why the last one is not written to NVMe, where that would not pay.
+    """
 
     extent: str
     start: int
@@ -52,6 +57,7 @@ class Victim:
     size_bytes: int
     restore_ns: int
     scores: dict[str, float]
+    unwritten: str = ""
 
 
 class Planner(Prices):
@@ -65,6 +71,8 @@ class Planner(Prices):
         self.uses = Uses(state, policy, clock)
         self.precedence = Precedence(state, clock)
         self.tenancy = Tenancy(state)
+        self.comebacks = Comebacks(PATIENCE_NS)
+        self.admission = Admission(state, self, self.comebacks, clock)
         is_over_nvme = state.nvme.capacity_bytes > 0
         ddr_worth = self.reload_worth(Hop(Tier.NVME, Tier.DDR)) if is_over_nvme else self.recompute_worth
         state.rankings[DDR] = policy.ranking(state.ddr.capacity_bytes, ddr_worth)
@@ -81,7 +89,7 @@ class Planner(Prices):
         for copy in (record.ddr, record.nvme):
             if copy is not None and copy.tier > placement.tier and copy.readable:
                 return self.reload_ns(record, copy.tier, placement.tier)
-        if placement.tier is Tier.DDR and self.goes_to_nvme(record):
+        if placement.tier is Tier.DDR and self.is_written(record):
             return self.reload_ns(record, Tier.NVME, Tier.DDR)
         return self.recompute_ns(record)
 
@@ -127,7 +135,15 @@ class Planner(Prices):
             if more is None:
                 return None
             chosen += more
-        return tuple(chosen)
+        return tuple(map(self._admitted, chosen))
+
+    def _admitted(self, victim: Victim) -> Victim:
+        """A copy that is not worth writing is dropped."""
+        if victim.tier is not Tier.DDR or victim.action != "demote":
+            return victim
+        record = self.state.extents[victim.extent]
+        why = self.admission.refusal(record) if record.nvme is None else ""
+        return replace(victim, action="drop", unwritten=why) if why else victim
 
     def make_nvme_room(self, extents: Sequence[Extent]) -> tuple[Victim, ...] | None:
         """Who should leave NVMe so that these extents of one tenant fit; None: not enough may."""
@@ -296,7 +312,7 @@ class Planner(Prices):
         scores = self.state.rankings[DDR].scores(candidates, self.clock.monotonic_ns())
         for candidate, score in zip(candidates, scores, strict=True):
             record = self._record(candidate)
-            stays = self.goes_to_nvme(record) or (record.nvme is not None and record.nvme.readable)
+            stays = self.is_written(record) or (record.nvme is not None and record.nvme.readable)
             if candidate.movable and (stays or not forest.followers(candidate.id)):
                 loss = score * candidate.size_bytes
                 yield from (Occupant(candidate, slot, loss) for slot in _slots([record.ddr]))
@@ -377,11 +393,15 @@ class Planner(Prices):
         )
 
     def goes_to_nvme(self, record: ExtentRecord) -> bool:
-        """Whether DDR eviction writes it out: some document wants it kept, and NVMe could take it at all."""
+        """Whether DDR eviction may write it out: some document wants it kept, and NVMe could take it at all."""
         kept = any(
             self.state.documents[document].document.write_policy != "memory-only" for document in record.documents
         )
         return kept and self.tenancy.could_hold(Tier.NVME, [record.extent])
+
+    def is_written(self, record: ExtentRecord) -> bool:
+        """Whether it is written out where no operator says so, but somebody's demand: that has to pay, too."""
+        return self.goes_to_nvme(record) and not self.admission.refusal(record)
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

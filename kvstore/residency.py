@@ -83,6 +83,7 @@ class Placement:
     FILLING. `checksums` seal the planes of a DDR copy (see seal; unfilled rows included, so two copies of one
     extent may differ); the seal of an NVMe copy lies in its catalog row.
     `holds` counts the leases and transfers that use the bytes: the slot is not reused while any is left.
+    `came_ns` is when its slot was taken, `used_ns` when it was used last since then, both monotonic.
     """
 
     extent: ExtentId
@@ -96,6 +97,8 @@ class Placement:
     checksums: bytes = b""
     layers_ready: int = 0
     holds: int = 0
+    came_ns: int = 0
+    used_ns: int | None = None
 
     def apply(self, event: Event) -> None:
         """Advance by the table; leaving needs that nobody holds the bytes."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from .costs import LinkSpeed
 from .document import DocumentId, WritePolicy
 from .extent import ExtentId
 
@@ -19,6 +20,11 @@ DOCUMENTS_KEPT: Final = 128  # per tenant, whose return is awaited
 PRIOR_DOCUMENTS: Final = 4.0  # that came back, as it were, before the first was seen
 WINDOW_DOCUMENTS: Final = 64.0  # older ones fade
 NS: Final = 1e9
+PATIENCE_NS: Final = 900 * 10**9  # who has not come back by then is not expected any more
+# A drive of 1 TB takes some 1.8 PB before it is worn (one drive write a day for five years) and costs about $100, so
+# that 10 GB written cost what a GPU at $2 an hour costs in a second: as much as writing at 10 GB/s takes, half of what
+# writing at the 5 GB/s of one such drive does.
+WEAR: Final = 1.5
 
 
 class Decision(NamedTuple):
@@ -32,7 +38,7 @@ class Stake(NamedTuple):
     """One extent that would be written: what having it on NVMe saves on a return, and what writing it takes.
 
     `known`: it was here before, so being here again is its return. `saved_ns` is recompute less reload, and may be
-    negative; `price_ns` is bytes over the measured speed of writing.
+    negative; `price_ns` see write_price_ns.
     """
 
     known: bool
@@ -40,18 +46,23 @@ class Stake(NamedTuple):
     price_ns: int
 
 
+def write_price_ns(size_bytes: int, link: LinkSpeed) -> int:
+    """What writing so much takes: the time at the measured speed, and WEAR times that."""
+    return round(WEAR * size_bytes * NS / link.bytes_per_second)
+
+
 class Ghosts:
     """Extents that were here and are forgotten, at most `limit` of them: the ones that left last."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._ids: OrderedDict[ExtentId, None] = OrderedDict()
 
     def add(self, extent: ExtentId) -> None:
         """It is gone now."""
         self._ids[extent] = None
         self._ids.move_to_end(extent)
-        if len(self._ids) > self._limit:
+        if len(self._ids) > self.limit:
             self._ids.popitem(last=False)
 
     def __contains__(self, extent: ExtentId) -> bool:

@@ -177,7 +177,7 @@ class Room:
                 self._waiting.remove(reservation)
                 reservation.refused(self.judge.refusal(demand, reservation))
                 return True
-            self.execute(victims, "pressure")
+            self.execute(victims, "pressure", wanted_by=str(reservation.document))
         if not planner.fits(demand):
             self.writes.hasten()
             return False
@@ -217,17 +217,22 @@ class Room:
 
     # Verdicts ----------------------------------------------------------------------------------
 
-    def execute(self, victims: Sequence[Victim], reason: str, urgency: Urgency = Urgency.DEMOTE) -> None:
-        """Let these copies go: at once where another copy stays, after a write of that urgency where none does."""
+    def execute(
+        self, victims: Sequence[Victim], reason: str, urgency: Urgency = Urgency.DEMOTE, wanted_by: str = ""
+    ) -> None:
+        """Let these copies go: at once where another copy stays, after a write of that urgency where none does.
+
+        `wanted_by` is the document that needs their room.
+        """
         touched: dict[int, Shard] = {}
         for victim in victims:
             record = self.store.records.extents[victim.extent]
             if victim.tier is Tier.HBM:
                 shard = next(s for s in self.store.records.shards() if s.id == victim.shard)
                 touched[shard.id] = shard
-                self._leave_hbm(shard, record, victim, reason)
+                self._leave_hbm(shard, record, victim, reason, wanted_by)
                 continue
-            self.store.verdict(victim, reason)
+            self.store.verdict(victim, reason, wanted_by)
             if victim.tier is Tier.NVME:
                 self.store.drop_nvme(record)
             else:
@@ -241,10 +246,12 @@ class Room:
         if below or victim.action == "drop":
             self.store.drop(record.ddr)
             return
+        for owner in self.store.document_of(record):
+            owner.admitted = True
         drain(self.store.records, record)
         self.writes.demote(record, urgency)
 
-    def _leave_hbm(self, shard: Shard, record: ExtentRecord, victim: Victim, reason: str) -> None:
+    def _leave_hbm(self, shard: Shard, record: ExtentRecord, victim: Victim, reason: str, wanted_by: str) -> None:
         """Out of HBM; into DDR first when there is no other copy, and a free slot."""
         placement = shard.copies[record.extent.id]
         placement.apply(Event.DRAIN)
@@ -252,7 +259,7 @@ class Room:
         if victim.action == "demote" and not record.placements():
             target = self.store.take(record.extent, Tier.DDR)
             victim = replace(victim, action="demote" if target is not None else "drop")
-        self.store.verdict(victim, reason)
+        self.store.verdict(victim, reason, wanted_by)
         if target is not None:
             self._save(shard, record, placement, target)
 

@@ -49,7 +49,7 @@ from .prefix import Prefix, longest
 from .quotas import Quotas
 from .registering import check_spec, seat_rank
 from .residency import Tier
-from .reuse import Comebacks, Ghosts
+from .reuse import Ghosts
 from .room import Room
 from .slots import SlabPool, Slot
 from .spec import KVSpec
@@ -60,7 +60,6 @@ from .watermarks import Watermarks
 from .writes import Writes
 
 NS = 1_000_000_000
-PATIENCE_NS = 900 * NS  # who has not come back by then is not expected any more
 
 
 class Service:
@@ -80,7 +79,7 @@ class Service:
         self.state = State(ddr, nvme, pins, ledger, ghosts, Quotas(config.tenants))
         self.planner = Planner(self.state, make_policy(), clock)
         self.store = Store(self.state, self.planner, effects, clock)
-        self.writes = Writes(self.store, Comebacks(PATIENCE_NS), config.nvme.backlog_bytes, config.nvme.when_behind)
+        self.writes = Writes(self.store, config.nvme.backlog_bytes, config.nvme.when_behind)
         self.room = Room(self.store, self.writes, config.limits.pending_reservations)
         self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)

@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from ..eviction.policy import Ranking
 from .claims import Lease, Pins
+from .departures import Departures
 from .document import Document, DocumentId, WritePolicy
 from .errors import DocumentNotFound, GroupNotFound
 from .extent import Extent, ExtentId
@@ -21,6 +22,7 @@ from .fronts import Fronts
 from .hints import Hints
 from .layout import Layout
 from .ledger import Ledger
+from .quality import Quality
 from .quotas import Quotas, Usage
 from .residency import Placement, Tier
 from .residency import State as Phase
@@ -88,6 +90,7 @@ class DocumentRecord:
     `volatile` are the extents that were not yet in the catalog when the document was committed. `decision` says what
     was decided for it at its commit; None after a restart. `behind`: it should be on NVMe, and the disk cannot follow.
     `before`: extents of a shorter version that the catalog still names. `chains` are made when needed (see uses).
+    `admitted`: something of it was written when DDR evicted it, so the rest is too (see admission).
     `use_count` and `last_use_ns` tell of uses since the daemon started.
     """
 
@@ -98,6 +101,7 @@ class DocumentRecord:
     decision: Decision | None = None
     behind: bool = False
     chains: tuple[tuple[ExtentId, ...], ...] = ()
+    admitted: bool = False
     use_count: int = 0
     last_use_ns: int | None = None
 
@@ -206,6 +210,8 @@ class State:
         self.documents: dict[DocumentId, DocumentRecord] = {}
         self.extents: dict[ExtentId, ExtentRecord] = {}
         self.ghosts = ghosts
+        self.departures = Departures()
+        self.quality = Quality(ghosts.limit)
         self.forests = Forests()
         self.rankings: dict[str, Ranking] = {}  # by device
         self.fronts = Fronts()  # of these extents
@@ -289,6 +295,20 @@ class State:
     def shards(self) -> list[Shard]:
         """Every shard of every group."""
         return [shard for group in self.groups.values() for shard in group.shards.values()]
+
+    def shards_of(self, document: Document) -> list[Shard]:
+        """Those of this very version, one a group at most."""
+        key = ShardKey(document.id, document.token_count)
+        return [shard for group in self.groups.values() if (shard := group.shards.get(key)) is not None]
+
+    def copies(self, extent: ExtentId, shards: Sequence[Shard] = ()) -> dict[Tier, Placement]:
+        """An extent's copies by tier, those in these shards included."""
+        record = self.extents.get(extent)
+        found = {} if record is None else {copy.tier: copy for copy in record.placements()}
+        for shard in shards:
+            if extent in shard.copies:
+                found[Tier.HBM] = shard.copies[extent]
+        return found
 
     def all_placements(self) -> list[Placement]:
         """Every copy of every extent, those of open ingests included."""

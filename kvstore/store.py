@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from .clock import Clock
 from .errors import CorruptExtent, HoldfastError, StorageFailed
 from .extent import Extent, ExtentId
-from .ledger import Verdict
 from .notes import Notes
 from .orders import (
     CloseShard,
@@ -24,6 +23,7 @@ from .orders import (
     SaveShard,
     Write,
 )
+from .parting import part
 from .placing import place, stay
 from .planner import Planner, Victim
 from .residency import Event, Placement, State, Tier
@@ -132,6 +132,7 @@ class Store:
     def _opened(self, placement: Placement) -> Placement:
         self.records.ledger.came(placement.device, placement.size_bytes)
         self.records.usage.came(placement.tier, placement.tenant, placement.size_bytes)
+        placement.came_ns = self.clock.monotonic_ns()
         placement.apply(Event.FILL)
         return placement
 
@@ -252,6 +253,7 @@ class Store:
             self.records.ledger.counts["read_failures"] += 1
         if isinstance(error, CorruptExtent) or (isinstance(error, StorageFailed) and placement.extent in self._refused):
             self.records.ledger.counts["quarantined"] += 1
+            self.verdict(self.planner.last_copy(record, placement), f"corrupt, {error.message}")
             self._refused.discard(placement.extent)
             self.fail_nvme(record, placement)
         elif isinstance(error, StorageFailed):
@@ -424,26 +426,9 @@ class Store:
 
     # Verdicts ----------------------------------------------------------------------------------
 
-    def verdict(self, victim: Victim, reason: str) -> None:
-        """Write down why a copy leaves."""
-        self.records.ledger.counts[f"evictions_{victim.tier.label}"] += 1
-        self.records.ledger.verdicts.append(
-            Verdict(
-                wall_ns=self.clock.wall_ns(),
-                extent=victim.extent,
-                documents=victim.documents,
-                start=victim.start,
-                stop=victim.stop,
-                tier=victim.tier.label,
-                action=victim.action,
-                reason=reason,
-                size_bytes=victim.size_bytes,
-                last_copy=victim.action == "drop",
-                restore_ns=victim.restore_ns,
-                policy=self.planner.policy.name,
-                scores=victim.scores,
-            )
-        )
+    def verdict(self, victim: Victim, reason: str, wanted_by: str = "") -> None:
+        """Write down why a copy leaves, and for which document."""
+        part(self.records, victim, reason, self.planner.policy.name, self.clock, wanted_by)
 
     def document_of(self, record: ExtentRecord) -> list[DocumentRecord]:
         """The committed documents that need an extent."""

@@ -188,6 +188,7 @@ class Upkeep:
             if shard.document == document:
                 self.store.close_shard(shard)
         del self.state.documents[document]
+        self.state.departures.ended(owner.document, reason or "deleted", self.store.clock.wall_ns())
         forget: list[Record] = [DropDocument(*document)]
         if self.state.pins.get(document) is not None:
             self.state.pins.remove(document)

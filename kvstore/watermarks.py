@@ -92,6 +92,6 @@ class Watermarks:
 
         def may(record: ExtentRecord) -> bool:
             is_clean = record.nvme is not None and record.nvme.readable
-            return is_clean or (not is_read and self.store.planner.goes_to_nvme(record))
+            return is_clean or (not is_read and self.store.planner.is_written(record))
 
         return may

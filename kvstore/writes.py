@@ -23,7 +23,7 @@ from .making import make_place
 from .orders import Outcome, PutDocument, PutExtent, PutSpec, PutWear, Record, Urgency, Write, WriteOut
 from .placing import place, stay
 from .residency import Event, Placement, State, Tier
-from .reuse import Comebacks, Decision, Stake, decide
+from .reuse import Decision, Stake, decide, write_price_ns
 from .slots import SlotClass
 from .state import DocumentRecord, ExtentRecord
 from .store import Store
@@ -39,10 +39,10 @@ NAMED: Final = "named by its owner"
 class Writes:
     """Queues writes and carries them through the catalog. `limit_bytes` bounds the backlog of write-through."""
 
-    def __init__(self, store: Store, comebacks: Comebacks, limit_bytes: int, when_behind: str) -> None:
+    def __init__(self, store: Store, limit_bytes: int, when_behind: str) -> None:
         self.store = store
         self.state = store.records
-        self.comebacks = comebacks
+        self.comebacks = store.planner.comebacks
         self.limit_bytes = limit_bytes
         self.when_behind = when_behind
         self.backlog_bytes = 0  # of write-through, queued and in flight
@@ -80,7 +80,7 @@ class Writes:
         return Stake(
             known=extent.id in self.state.extents or extent.id in self.state.ghosts,
             saved_ns=planner.recompute_ns(record) - planner.reload_ns(record, Tier.NVME, Tier.DDR),
-            price_ns=round(extent.slot_bytes * NS_PER_SECOND / link.bytes_per_second),
+            price_ns=write_price_ns(extent.slot_bytes, link),
         )
 
     def committed(self, owner: DocumentRecord, decision: Decision) -> None:
