@@ -19,9 +19,10 @@ from .residents import Forest
 from .use import UnitId
 
 ALL_SCORED: Final = 256  # so many leaves are all looked at
-SAMPLE: Final = 128  # of more leaves, so many at a time
-POOL: Final = 4  # lowest of what was looked at, that leave before more is
-AHEAD_MAX: Final = 64  # of a chain, scored together as its leaves go
+SAMPLE: Final = 64  # of more leaves, so many at a time
+POOL: Final = 2  # lowest of what was looked at, that leave before more is
+AHEAD_MIN: Final = 8  # of a chain, scored together as its leaves go; then twice as many each time
+AHEAD_MAX: Final = 64
 
 Satisfied = Callable[[Sequence[Candidate]], bool]
 Describe = Callable[[UnitId], Candidate]
@@ -134,13 +135,13 @@ class _Line:
         if chosen < self._residents.followers(previous):
             return
         if previous not in self._ahead:
-            self._look_ahead(previous, 2 * self._steps.pop(gone.id, 0) or 1)
+            self._look_ahead(previous, 2 * self._steps.pop(gone.id, 0) or AHEAD_MIN)
         entry = self._ahead.pop(previous)
         if entry[-1].movable:
             heapq.heappush(self._heap, entry)
 
     def _look_ahead(self, unit_id: UnitId, count: int) -> None:
-        """Score a run of a chain at once: its next one, then twice as many each time."""
+        """Score a run of a chain at once."""
         run: list[Candidate] = []
         following: UnitId | None = unit_id
         while following is not None and following in self._residents and len(run) < min(count, AHEAD_MAX):
