@@ -163,8 +163,8 @@ class Stage:
     def client(self):
         return self._stack.enter_context(RunnerClient(self.seat.socket))
 
-    def ingest(self, name="report", content=TEXT, write_policy=WritePolicy.AUTO):
-        request = IngestRequest(name=name, content=content, write_policy=write_policy)
+    def ingest(self, name="report", content=TEXT, write_policy=WritePolicy.AUTO, ttl_seconds=None):
+        request = IngestRequest(name=name, content=content, write_policy=write_policy, ttl_seconds=ttl_seconds)
         *progress, last = self.client().ingest(request)
         assert isinstance(last, Ingested)
         assert all(isinstance(event, Prefilling | Waiting) for event in progress)
@@ -205,6 +205,11 @@ def test_an_ingested_text_is_answered_from_the_cache(stage):
     status = stage.client().status()
     assert (status.answered, status.ingested, status.recomputed, status.problem) == (1, 1, 0, "")
     assert status.facts == stage.facts()
+
+
+def test_an_ingest_says_when_its_document_ends(stage):
+    assert stage.ingest().document.expires_wall_ns is None
+    assert stage.ingest("short", ttl_seconds=3600).document.expires_wall_ns is not None
 
 
 def test_equal_text_again_says_what_was_cached(stage):
