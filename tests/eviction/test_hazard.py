@@ -7,10 +7,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from holdfast.eviction import hazard as hazard_module
 from holdfast.eviction.ages import BINS, NEVER_NS, STARTS_SECONDS, STOPS_NS, WIDTHS_SECONDS, age_bin, leaves_bin_ns
 from holdfast.eviction.features import FEATURES, LEVELS
 from holdfast.eviction.gittins import LEAST_SHARE, indices, reuse_probability, spans_seconds
-from holdfast.eviction.hazard import CAUTION, CAUTION_OF_AGE, RATE, Hazards, Records, cells
+from holdfast.eviction.hazard import CAUTION, CAUTION_OF_AGE, RATE, Hazards, Memory, Records, cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,6 +127,20 @@ def test_a_batch_is_one_step_of_adagrad_on_the_log_loss_of_its_records():
         old_lifts[row] -= RATE * total / math.sqrt(CAUTION + total**2) if row != age else 0.0
     assert hazards._curves == pytest.approx(old_curves)
     assert hazards._lifts == pytest.approx(old_lifts)
+
+
+def test_old_records_are_recalled_with_new_ones_until_they_are_too_old(monkeypatch):
+    monkeypatch.setattr(hazard_module, "MEMORY", 6)
+    memory, width = Memory(), len(FEATURES) + 3
+    batches = [np.full((4, width), number, np.uint8) for number in range(9)]
+    assert memory.recall(batches[0]).tolist() == batches[0].tolist(), "there is nothing old yet"
+    seen = set()
+    for number in range(1, 9):
+        found = memory.recall(batches[number])
+        assert found[:4].tolist() == batches[number].tolist()
+        seen |= {number - int(one) for one in found[4:, 0]}
+        assert len(found) == 8
+    assert seen == {1, 2}, "six lines are the last batch and half of the one before"
 
 
 def test_parts_add_up_to_the_log_odds():

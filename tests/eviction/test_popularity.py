@@ -63,6 +63,21 @@ class TestPopularity(PolicyContract):
         policy.ranking(1, float).came("x", 1)
         assert score(policy, "x", 1) > score(policy, "x", 60), "its age counts from when it came"
 
+    def test_a_use_shows_at_once_whoever_looked_before(self):
+        """At one time: what was computed for it must not outlive a use or a release."""
+        found = []
+        for looks in (0, 1):
+            policy = Popularity()
+            policy.used(use("a", 0))
+            for _ in range(looks):
+                score(policy, "a", 9)
+            policy.used(use("ab", 9))
+            for _ in range(looks):
+                score(policy, "a", 9)
+            policy.released("ab", 9 * SECOND_NS)
+            found.append(score(policy, "a", 9))
+        assert found[0] == found[1] != score(policy, "a", 10)
+
     def test_a_release_starts_the_age(self):
         policy = Popularity()
         for unit in "ab":

@@ -138,6 +138,7 @@ def test_a_use_that_takes_a_part_splits_and_both_halves_remember():
     assert (front.units, back.units) == (list("ab"), list("cdef"))
     assert (front.uses, back.uses, back.used_ns, back.gap_ns) == (3, 2, 5, 5)
     assert strands.before(back) is front
+    assert front.uses - back.parent_uses == 1, "passed by once"
 
 
 def test_a_conversation_that_goes_on_from_its_end_is_one_strand_and_the_next_turn():
