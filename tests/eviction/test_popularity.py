@@ -11,8 +11,10 @@ from holdfast.eviction.learner import Learner
 from holdfast.eviction.popularity import Popularity
 from holdfast.eviction.strands import Strands
 from holdfast.eviction.use import Use
+from hypothesis import given
+from hypothesis import strategies as st
 
-from contracts.policy import SECOND_NS, Cache, PolicyContract, candidate, ranking_of
+from contracts.policy import NOW_NS, SECOND_NS, Cache, PolicyContract, candidate, ranking_of, shared
 
 UNIT_TOKENS = 512
 
@@ -35,6 +37,18 @@ def score(policy, unit, seconds):
 
 class TestPopularity(PolicyContract):
     make = Popularity
+
+    @shared
+    @given(
+        uses=st.lists(st.sampled_from(["a", "ab", "c", "d"]), min_size=1, max_size=8), released=st.sampled_from("acx")
+    )
+    def test_a_release_never_makes_anything_leave_sooner(self, uses, released):
+        """After an hour. What returns every second is worth more just before that than as its lease ends."""
+        policy, ranking = self.taught([*uses, "z"])
+        one, later_ns = candidate(released), NOW_NS + 3600 * SECOND_NS
+        (before,) = ranking.scores([one], later_ns)
+        policy.released((released, "nobody"), later_ns)
+        assert ranking.scores([one], later_ns)[0] >= before
 
     def test_the_dearer_and_the_smaller_stay_longer_in_proportion(self):
         policy = Popularity()
