@@ -13,6 +13,7 @@ from . import __version__
 from .cli_ask import ask, ingest
 from .cli_calibrate import calibrate
 from .cli_claims import leases, pin, pins, unpin
+from .cli_explain import explain, tiers
 from .cli_free import free
 from .cli_hints import hints, prefetch
 from .cli_policy import policy_app
@@ -61,6 +62,8 @@ app.command()(ingest)
 app.command()(ask)
 app.command()(prefetch)
 app.command()(hints)
+app.command()(tiers)
+app.command()(explain)
 app.command()(tenants)
 app.command()(free)
 app.command()(demo_model)
@@ -149,18 +152,13 @@ def status(ctx: typer.Context) -> None:
 
     def human() -> list[RenderableType]:
         from . import cli_tables
+        from .cli_explain import quality
 
-        return [cli_tables.status(found), "", cli_tables.tiers(found["tiers"])]
+        return [cli_tables.status(found), "", cli_tables.tiers(found["tiers"]), "", quality(found["quality"])]
 
     session.show(found, human)
     if found["not_ready"] is not None:
         raise typer.Exit(FAILED)
-
-
-@app.command()
-def tiers(ctx: typer.Context) -> None:
-    """What each device holds."""
-    listing(ctx, "tiers", {}, "tiers", "no tiers")
 
 
 @app.command()

@@ -20,6 +20,7 @@ from .calibrations import Calibrations
 from .claim_routes import ClaimRoutes, Near
 from .document import DocumentId
 from .errors import InvalidRequest, Unavailable
+from .explain_admin import ExplainRoutes
 from .free_admin import FreeRoutes, Limit, LogQuery
 from .hint_admin import HintRoutes
 from .metrics import Metrics
@@ -315,7 +316,7 @@ def make_app(service: Service, ready: Callable[[], str | None], backing: str) ->
     admin = Admin(service, ready, backing)
     for part in (ClaimRoutes, HintRoutes, FreeRoutes):
         app.add_routes(part(service, admin.must_be_ready).routes())
-    for looking in (Calibrations, RecentRoutes, TenantRoutes):
+    for looking in (Calibrations, ExplainRoutes, RecentRoutes, TenantRoutes):
         app.add_routes(looking(service).routes())
     app.add_routes(admin.routes())
     return app

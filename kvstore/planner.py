@@ -34,7 +34,7 @@ from .rows import draining, place_rows
 from .shard_forest import ShardForest
 from .shared_ranking import SharedRanking
 from .slots import Slot, SlotClass, slots_of
-from .state import DDR, NVME, ExtentRecord, Group, hbm_device
+from .state import DDR, NVME, ExtentRecord, Group, Shard, hbm_device
 from .state import State as Store
 from .tenancy import Tenancy
 from .uses import Uses
@@ -264,6 +264,15 @@ class Planner(Prices):
         ranking = self.state.rankings[DDR if tier is Tier.DDR else NVME]
         return Line(ranking, [self._of(tier, leaf) for leaf in forest.leaves], self.clock.monotonic_ns())
 
+    def explain_shard(self, shard: Shard) -> Standing | None:
+        """Why the last copy of a shard is where it is in its group's line, now; None where nothing of it is in line."""
+        group = self.state.groups[shard.group]
+        forest = ShardForest(group, self.state.extents)
+        leaves = [self._of_shard(forest, None, name) for name in forest.leaves]
+        mine = next((leaf for leaf in leaves if forest.owner(leaf.id)[0] is shard), None)
+        line = Line(self.state.rankings[hbm_device(group.name)], leaves, self.clock.monotonic_ns())
+        return line.standing(mine) if mine is not None else None
+
     # HBM rows ----------------------------------------------------------------------------------
 
     def _make_rows(self, demand: Demand) -> list[Victim] | None:
@@ -273,12 +282,6 @@ class Planner(Prices):
         gone = draining(group)
         forest = ShardForest(group, self.state.extents)
 
-        def described(name: UnitId) -> Candidate:
-            shard, extent = forest.owner(name)
-            stays = shard.id == demand.replaces or not self.state.may_leave_hbm(shard)
-            candidate = self._candidate(self.state.extents[extent], shard.copies[extent], stays=stays)
-            return replace(candidate, id=name, previous=forest.previous(name))
-
         def rows_fit(victims: Sequence[Candidate]) -> bool:
             leaving = {shard: set(extents) for shard, extents in gone.items()}
             for victim in victims:
@@ -286,6 +289,7 @@ class Planner(Prices):
                 leaving.setdefault(shard.id, set()).add(extent)
             return place_rows(group, demand, leaving) is not None
 
+        described = partial(self._of_shard, forest, demand.replaces)
         victims = self._chosen(forest, hbm_device(group.name), described, rows_fit)
         if victims is None:
             return None
@@ -304,6 +308,13 @@ class Planner(Prices):
         copy = record.ddr if tier is Tier.DDR else record.nvme or record.ddr
         assert copy is not None
         return self._candidate(record, copy, stays=copy.tier is not tier)
+
+    def _of_shard(self, forest: ShardForest, replaces: int | None, name: UnitId) -> Candidate:
+        """One of a group's HBM, described; the shard that is to be replaced stays."""
+        shard, extent = forest.owner(name)
+        stays = shard.id == replaces or not self.state.may_leave_hbm(shard)
+        candidate = self._candidate(self.state.extents[extent], shard.copies[extent], stays=stays)
+        return replace(candidate, id=name, previous=forest.previous(name))
 
     def _occupants(self) -> Iterator[Occupant]:
         """DDR copies that break no chain when they leave: NVMe has them, or will, or nothing is behind them."""

@@ -254,13 +254,14 @@ def extent_views(state: State, planner: Planner, record: DocumentRecord) -> list
                 size_bytes=extent.extent.slot_bytes,
                 copies=copies,
                 scores=dict(standing.scores) if standing is not None else {},
-                standing=_standing_view(nearest, standing),
+                standing=standing_view(nearest, standing),
             )
         )
     return views
 
 
-def _standing_view(copy: Placement | None, standing: Standing | None) -> StandingView | None:
+def standing_view(copy: Placement | None, standing: Standing | None) -> StandingView | None:
+    """Show a standing."""
     if copy is None or standing is None:
         return None
     return StandingView(

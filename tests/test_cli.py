@@ -625,3 +625,34 @@ def test_sizes(size_bytes, wanted):
 )
 def test_shown_durations(value, wanted):
     assert cli_tables.duration(value) == wanted
+
+
+def test_explain(live):
+    document = live.ingest("report", token_count=64)
+    shown = ok("explain", "report", live=live)
+    assert "default/report is next to leave ddr, by popularity." in shown
+    assert "holdfast pin default/report --tier ddr" in shown
+    live.call(lambda: live.service.evict(document, Tier.DDR, 0, FAR_NS, lambda _: None))
+    shown = ok("explain", "report", live=live)
+    assert "An attach of default/report reads 32 KiB from nvme" in shown
+    assert "admin" in shown
+    live.call(lambda: live.service.evict(document, Tier.NVME, 0, FAR_NS, lambda _: None))
+    shown = ok("explain", "report", live=live)
+    assert "Tokens [0, 64) of default/report are gone. They left nvme last, " in shown
+    assert "computing them takes" in shown
+    found = machine("explain", "report", live=live)
+    assert [one["tier"] for one in found["departures"]] == ["nvme", "ddr"]
+    ok("doc", "rm", "report", live=live)
+    assert "default/report is deleted since" in ok("explain", "report", live=live)
+    assert "nothing is remembered" in refused(3, "explain", "never", live=live)
+
+
+def test_explain_says_what_keeps_it(live):
+    document = live.ingest("report", token_count=64)
+    live.attach(document)
+    assert "default/report stays in ddr: kept by a lease." in ok("explain", "report", live=live)
+
+
+def test_tiers_and_status_say_how_good_evictions_were(live):
+    assert "UNFETCHED" in ok("tiers", live=live)
+    assert "REGRET" in ok("status", live=live)

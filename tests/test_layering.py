@@ -60,7 +60,6 @@ FLOOR_OF = {
     "parting": "rules",
     "quality": "rules",
     "admission": "rules",
-    "explaining": "rules",
     "quality_view": "edges",
     "explain_view": "edges",
     "explain_admin": "edges",

@@ -29,6 +29,7 @@ ROUTES = {
     "POST /v1/calibration",
     "GET /v1/documents",
     "GET /v1/documents/{tenant}/{name}",
+    "GET /v1/documents/{tenant}/{name}/explain",
     "DELETE /v1/documents/{tenant}/{name}",
     "PATCH /v1/documents/{tenant}/{name}",
     "GET /v1/evictions",
