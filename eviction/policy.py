@@ -17,7 +17,7 @@ from .gdsf import Gdsf
 from .lfu import Lfu
 from .lru import Lru
 from .mq import Mq
-from .popularity import Popularity
+from .popularity import guarded
 from .s3fifo import S3Fifo
 from .tinylfu import TinyLfu
 from .use import UnitId, Use
@@ -79,6 +79,6 @@ POLICIES: Final[Mapping[str, Callable[[], Policy]]] = MappingProxyType(
         "tinylfu": TinyLfu,
         "gdsf": Gdsf,
         "mq": Mq,
-        "popularity": Popularity,
+        "popularity": guarded,
     }
 )

@@ -22,6 +22,7 @@ from .ages import age_bin
 from .candidate import Candidate
 from .features import FEATURES, levels_at_use, levels_now
 from .gittins import indices, reuse_probability, spans_seconds
+from .guard import Guard
 from .hazard import cells
 from .learner import Learner
 from .strands import Strand, Strands
@@ -149,3 +150,8 @@ class PopularityRanking:
 def _worth(candidate: Candidate) -> float:
     """Nanoseconds per byte; an empty unit takes one byte."""
     return max(0, candidate.restore_ns) / max(1, candidate.size_bytes)
+
+
+def guarded() -> Guard:
+    """How it is served: behind a guard."""
+    return Guard(Popularity())

@@ -101,17 +101,14 @@ def saved(policy: Policy, to_come: Sequence[tuple[int, ...]]) -> tuple[float, fl
 class TestGuardedLfu(PolicyContract):
     make = staticmethod(lambda: Guard(Lfu()))
 
-    def test_it_is_registered_under_its_name(self):
-        assert Guard(Lfu()).name == "lfu", "a guard is served under its policy's name"
 
-
-def test_a_hostile_policy_costs_a_thousandth():
+def test_a_hostile_policy_costs_a_hundredth():
     to_come = sessions(2000)
     lru, asked = saved(Lru(), to_come)
     hostile, _ = saved(Hostile(), to_come)
     guarded, _ = saved(Guard(Hostile()), to_come)
     assert hostile < lru - 0.1 * asked, "without a guard it is a disaster"
-    assert guarded >= lru - (TOLERANCE * SETTLED_USES / len(to_come) + 0.001) * asked
+    assert guarded >= lru - (TOLERANCE * max(1.0, SETTLED_USES / len(to_come)) + 0.002) * asked
 
 
 def test_good_times_do_not_pay_for_long_bad_ones():
@@ -120,7 +117,7 @@ def test_good_times_do_not_pay_for_long_bad_ones():
     assert before > saved(Lru(), good)[0] + 0.2 * asked_before, "it really is ahead"
     both, asked = saved(Guard(Hostile()), [*good, *[tuple(unit + 1000 for unit in chain) for chain in bad]])
     lost = saved(Lru(), bad)[0] - (both - before)
-    assert lost <= (CREDIT + 3 * TOLERANCE) * asked
+    assert lost <= (CREDIT + 2 * TOLERANCE) * asked
 
 
 def test_a_policy_that_has_failed_is_tried_again():
@@ -145,7 +142,7 @@ def test_it_says_whom_it_follows():
     one = candidate("b")
     assert ranking.explain(one, NOW_NS)["follows_lru"] == 0.0
     ranking.left("a")  # lost: what LRU would still have
-    for _ in range(5):
+    for _ in range(12):
         policy.used(use("a"))
     parts = ranking.explain(one, NOW_NS)
     assert (parts["follows_lru"], parts["ahead_of_lru"] < 0) == (1.0, True)
