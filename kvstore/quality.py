@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from .extent import ExtentId
 from .residency import Placement, Tier
@@ -62,6 +62,16 @@ class Ghost(NamedTuple):
     restore_ns: int
 
 
+class Copies(Protocol):
+    """An extent's, outside HBM."""
+
+    @property
+    def ddr(self) -> Placement | None: ...
+
+    @property
+    def nvme(self) -> Placement | None: ...
+
+
 class Quality:
     """By tier. At most `ghosts` copies are remembered, a third of them in each."""
 
@@ -85,17 +95,43 @@ class Quality:
         if len(ghosts) > self._limit:
             ghosts.popitem(last=False)
 
-    def used(self, chain: Sequence[ExtentId], here: Sequence[Mapping[Tier, Placement]], now_ns: int) -> None:
-        """A chain is used; `here` are the copies there are of each of its extents, before missing ones come."""
-        for extent, copies in zip(chain, here, strict=True):
-            for tier, copy in copies.items():
-                if tier is not Tier.NVME or Tier.DDR not in copies:  # else nobody reads it
-                    copy.used_ns = now_ns
-            for tier, ghosts in self._ghosts.items():
-                ghost = ghosts.pop(extent, None) if ghosts else None
-                if ghost is None or (tier in copies and copies[tier].came_ns <= ghost.left_ns):
-                    continue  # the same copy is there still: it was called back before it had left
-                quality = self.tiers[tier]
-                quality.returned += 1
-                quality.regret_ns += ghost.restore_ns
-                quality.gap.add(now_ns - ghost.left_ns)
+    def used(
+        self,
+        chain: Sequence[ExtentId],
+        records: Mapping[ExtentId, Copies],
+        in_hbm: Sequence[Mapping[ExtentId, Placement]],
+        now_ns: int,
+    ) -> None:
+        """A chain is used, by these copies of its extents: those there are before missing ones come.
+
+        NVMe's is used where DDR has none: else nobody reads it.
+        """
+        for extent in chain:
+            record = records.get(extent)
+            copy = None if record is None else record.ddr or record.nvme
+            if copy is not None:
+                copy.used_ns = now_ns
+        for copies in in_hbm:
+            for extent in chain:
+                if extent in copies:
+                    copies[extent].used_ns = now_ns
+        for tier, ghosts in self._ghosts.items():
+            for extent in [extent for extent in chain if extent in ghosts] if ghosts else ():
+                here = _copy(tier, records.get(extent), in_hbm, extent)
+                self._returned(tier, ghosts.pop(extent), here, now_ns)
+
+    def _returned(self, tier: Tier, ghost: Ghost, here: Placement | None, now_ns: int) -> None:
+        if here is not None and here.came_ns <= ghost.left_ns:
+            return  # the same copy is there still: it was called back before it had left
+        quality = self.tiers[tier]
+        quality.returned += 1
+        quality.regret_ns += ghost.restore_ns
+        quality.gap.add(now_ns - ghost.left_ns)
+
+
+def _copy(
+    tier: Tier, record: Copies | None, in_hbm: Sequence[Mapping[ExtentId, Placement]], extent: ExtentId
+) -> Placement | None:
+    if tier is Tier.HBM:
+        return next((copies[extent] for copies in in_hbm if extent in copies), None)
+    return None if record is None else record.ddr if tier is Tier.DDR else record.nvme

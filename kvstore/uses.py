@@ -89,9 +89,9 @@ class Uses:
         now_ns = self._clock.monotonic_ns()
         unit_tokens = self._extent_tokens(document)
         session = str(document.id)
-        shards = self._state.shards_of(document)
+        in_hbm = [shard.copies for shard in self._state.shards_of(document)]
         for chain in chains:
-            self._state.quality.used(chain, [self._state.copies(extent, shards) for extent in chain], now_ns)
+            self._state.quality.used(chain, self._state.extents, in_hbm, now_ns)
             use = Use(chain=chain, token_count=token_count, unit_tokens=unit_tokens, now_ns=now_ns, session=session)
             self._policy.used(use)
 

@@ -4,6 +4,10 @@ So an attach that comes after a burst finds room, and waits for no eviction. Who
 what is announced or softly pinned stays, and so does what is guaranteed to tenants. Nobody waits for this, so it gives
 way: it starts nothing while somebody waits for room, nor writes while attaches read. What is on its way when somebody
 comes to wait for it goes on as if that demand had asked for it (`Writes.hasten`).
+
+What keeps copies from going down and up by turns: between the marks nothing leaves; what leaves is what scores least,
+and a document that passed through scores less than one that comes back, however lately it was here (test_hysteresis);
+what queries wait for, or a soft pin names, does not leave for this at all; a copy on its way out stays if it is hit.
 """
 
 from __future__ import annotations
@@ -48,8 +52,9 @@ class Watermarks:
 
     @property
     def relieving(self) -> list[Tier]:
-        """Tiers that are being relieved."""
-        return [tier for tier, mark in self.marks.items() if mark.relieving]
+        """Tiers that are being relieved, or whose copies are being written for that."""
+        writing = Tier.DDR if self.room.writes.relief else None
+        return [tier for tier, mark in self.marks.items() if mark.relieving or tier is writing]
 
     def tick(self) -> None:
         """One step for each tier that needs it."""
@@ -61,20 +66,23 @@ class Watermarks:
             if kept_bytes > mark.high * capacity_bytes:
                 mark.relieving = True
             mark.relieving = mark.relieving and excess_bytes > 0
-            if mark.relieving:
-                self._relieve(tier, mark, min(excess_bytes, STEP_BYTES))
+            if mark.relieving:  # done once enough is on its way out: what comes meanwhile waits for the high mark
+                mark.relieving = self._relieve(tier, mark, min(excess_bytes, STEP_BYTES)) < excess_bytes
 
-    def _relieve(self, tier: Tier, mark: Mark, size_bytes: int) -> None:
+    def _relieve(self, tier: Tier, mark: Mark, size_bytes: int) -> int:
+        """Bytes that leave from now on."""
         now_ns = self.store.clock.monotonic_ns()
         if self.room.waiting or self.room.writes.relief or now_ns < mark.rest_until_ns:
-            return
+            return 0
         victims = self._victims(tier, size_bytes)
         if not victims:
             mark.rest_until_ns = now_ns + REST_NS
         counts = self.store.records.ledger.counts
         counts[f"watermark_{tier.label}"] += len(victims)
-        counts[f"watermark_{tier.label}_bytes"] += sum(victim.size_bytes for victim in victims)
+        left_bytes = sum(victim.size_bytes for victim in victims)
+        counts[f"watermark_{tier.label}_bytes"] += left_bytes
         self.room.execute(victims, REASON, Urgency.RELIEF)
+        return left_bytes
 
     def _victims(self, tier: Tier, size_bytes: int) -> Sequence[Victim]:
         """Who leaves: as many as are wanted, else a part of them, for it is all or nothing that is chosen."""

@@ -6,6 +6,7 @@ import pytest
 from holdfast.kvstore.quality import Quality
 from holdfast.kvstore.residency import Placement, Tier
 from holdfast.kvstore.service import NS
+from holdfast.kvstore.state import ExtentRecord
 
 from fakes import EXTENT_BYTES
 from scene import Scene, tokens
@@ -68,7 +69,7 @@ def test_a_drain_that_a_hit_called_back_is_no_regret():
     quality = Quality(30)
     here = copy_of("a", came_ns=5)
     quality.evicted(here, "pressure", 1000, 10)
-    quality.used(["a"], [{Tier.DDR: here}], 20)
+    quality.used(["a"], {"a": ExtentRecord(extent=None, ddr=here)}, [], 20)
     assert quality.tiers[Tier.DDR].returned == 0
     assert here.used_ns == 20
 
@@ -76,7 +77,7 @@ def test_a_drain_that_a_hit_called_back_is_no_regret():
 def test_a_return_that_was_brought_near_before_its_use_counts():
     quality = Quality(30)
     quality.evicted(copy_of("a", came_ns=5), "watermark", 1000, 10)
-    quality.used(["a"], [{Tier.DDR: copy_of("a", came_ns=15)}], 20)
+    quality.used(["a"], {"a": ExtentRecord(extent=None, ddr=copy_of("a", came_ns=15))}, [], 20)
     assert quality.tiers[Tier.DDR].returned == 1
 
 
@@ -103,12 +104,24 @@ def test_nvme_is_used_where_ddr_has_nothing():
     assert None not in used
 
 
+def test_hbm_is_told_apart_from_what_is_below():
+    quality = Quality(30)
+    below, above = copy_of("a"), copy_of("a", Tier.HBM, came_ns=3)
+    quality.evicted(above, "pressure", 7, 10)
+    quality.used(["a"], {"a": ExtentRecord(extent=None, ddr=below)}, [], 20)
+    assert (quality.tiers[Tier.HBM].returned, quality.tiers[Tier.HBM].regret_ns) == (1, 7)
+    again = copy_of("a", Tier.HBM, came_ns=20)
+    quality.used(["a"], {"a": ExtentRecord(extent=None, ddr=below)}, [{"a": again}], 30)
+    assert (below.used_ns, again.used_ns) == (30, 30)
+    assert quality.tiers[Tier.HBM].returned == 1
+
+
 def test_ghosts_are_bounded_and_the_oldest_goes_first():
     quality = Quality(6)
     for extent in "abc":
         quality.evicted(copy_of(extent), "pressure", 1, 1)
     for extent in "abc":
-        quality.used([extent], [{}], 2)
+        quality.used([extent], {}, [], 2)
     assert quality.tiers[Tier.DDR].returned == 2
 
 
