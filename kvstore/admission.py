@@ -4,13 +4,13 @@ By the rule of write-through (see reuse): the seconds that having the whole docu
 chance of one, against the price of writing it, wear included. It is asked of whole documents, because a chain without
 its front serves nobody; one of which something was written is written on. It is asked only where the daemon was left
 to decide (AUTO) and found no reason to write at commit: who named a policy gets that, and a document that came back,
-that is pinned, or that an earlier daemon knew, is certain to come back.
+that is pinned, whose queries are announced or wait, or that an earlier daemon knew, is certain to come back.
 """
 
 from __future__ import annotations
 
 from .clock import Clock
-from .document import WritePolicy
+from .document import DocumentId, WritePolicy
 from .ledger import Hop
 from .prices import Prices
 from .residency import Tier
@@ -34,13 +34,17 @@ class Admission:
             owner = self._state.documents[document]
             if owner.document.write_policy is WritePolicy.MEMORY:
                 continue
-            if not _is_open(owner):
+            if not _is_open(owner) or self._is_certain(document):
                 return ""
             decision = self._decided(owner)
             if decision.policy is WritePolicy.THROUGH:
                 return ""
             why = f"not written: {decision.reason}"
         return why
+
+    def _is_certain(self, document: DocumentId) -> bool:
+        state = self._state
+        return state.pins.get(document) is not None or document in state.awaited or document in state.hints.named
 
     def _decided(self, owner: DocumentRecord) -> Decision:
         document, links = owner.document, self._prices.links

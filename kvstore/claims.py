@@ -12,6 +12,7 @@ otherwise, so neither can wedge the cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final, NamedTuple
@@ -206,6 +207,11 @@ class Pins:
 
     def __len__(self) -> int:
         return len(self._pins)
+
+    @property
+    def documents(self) -> AbstractSet[DocumentId]:
+        """Those that are pinned."""
+        return self._pins.keys()
 
     def all(self) -> list[Pin]:
         """Every pin, by document."""

@@ -92,6 +92,7 @@ class Hints:
         self.ended: deque[Hint] = deque(maxlen=ENDED_MAX)
         self._bounced: dict[tuple[str, DocumentId], int] = {}
         self._shielded: dict[str, frozenset[DocumentId]] = {}  # by device, until a hint changes
+        self._named: frozenset[DocumentId] | None = None  # until a hint changes
 
     def add(self, hint: Hint) -> None:
         """Raises NoCapacity when there are too many: whoever hinted earlier keeps the place."""
@@ -105,6 +106,14 @@ class Hints:
     def changed(self) -> None:
         """Some hint shields other copies than before."""
         self._shielded.clear()
+        self._named = None
+
+    @property
+    def named(self) -> frozenset[DocumentId]:
+        """Documents whose queries are announced."""
+        if self._named is None:
+            self._named = frozenset(hint.document for hint in self.live.values())
+        return self._named
 
     def find(self, whose: tuple[int, str], document: DocumentId, group: str | None) -> Hint | None:
         """The owner's hint on this document for this target."""

@@ -351,7 +351,6 @@ class Ingests:
             published = records.documents[document.id] = DocumentRecord(document=document)
         elif ingest.grows:
             published = replaced(self.store, published, document)
-            self.grew(document)
         elif published.document.expires_wall_ns != document.expires_wall_ns:
             published.document = replace(published.document, expires_wall_ns=document.expires_wall_ns)
             published.durable = False  # its row has to be written again
@@ -361,6 +360,8 @@ class Ingests:
         self.store.notes.add(PutDocument(published.document))
         self._release(ingest)
         self.room.writes.committed(published, decision)
+        if ingest.grows:
+            self.grew(document)
         committed, ingest.committed = ingest.committed, None
         if committed is not None:
             committed(None)

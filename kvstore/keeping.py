@@ -20,6 +20,7 @@ from .planner import Victim
 from .prefetching import unasked
 from .residency import State, Tier
 from .room import Cleared
+from .state import DocumentRecord
 from .upkeep import Upkeep
 
 PREFETCH_DEADLINE_NS: Final = 300 * NS  # nobody waits for it, but no wait is without end
@@ -41,6 +42,8 @@ class Keeping:
 
     def expire(self) -> None:
         """End the pins whose time is up."""
+        for document in self._told_wall_ns.keys() - self.state.pins.documents:
+            del self._told_wall_ns[document]  # deleted, and its soft pin with it
         expired = self.state.pins.expired(self.store.clock.wall_ns())
         if expired:
             self.unpin_all(PinSelection(documents={pin.document for pin in expired}))
@@ -88,8 +91,7 @@ class Keeping:
         if kind is PinKind.HARD:
             if floor is not Tier.NVME:
                 self._keep(record.document)
-            if record.document.write_policy is not WritePolicy.MEMORY and not record.writes_through:
-                self.upkeep.room.writes.keep(record, "pinned")  # as the pin, it is to survive a restart
+            self._make_durable(record)
         self._bring(pin)
         self.upkeep.give_up_pinned()
         return pin
@@ -105,6 +107,11 @@ class Keeping:
         else:
             self._told_wall_ns.pop(pin.document, None)
         self.upkeep.tell(pin.document, PutPin(pin), done=done)
+
+    def _make_durable(self, owner: DocumentRecord) -> None:
+        """As its hard pin, it is to survive a restart."""
+        if owner.document.write_policy is not WritePolicy.MEMORY and not owner.writes_through:
+            self.upkeep.room.writes.keep(owner, "pinned")
 
     def hit(self, document: DocumentId) -> None:
         """The document is used: its pin's life starts again, if that was asked for.
@@ -129,6 +136,8 @@ class Keeping:
         if pin is not None:
             size_bytes = sum(self.state.extents[extent].extent.slot_bytes for extent in document.extents)
             self._put(replace(pin, size_bytes=size_bytes))
+            if pin.kind is PinKind.HARD:
+                self._make_durable(self.state.documents[document.id])
 
     def unpin(self, document: DocumentId, done: Told = lambda _: None) -> Pin:
         """Let it sink again; `done` hears when the catalog has forgotten the pin. Raises ClaimNotFound."""

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from .claims import Pin, PinKind
-from .document import Document
-from .errors import PinsOvercommitted
+from .document import Document, WritePolicy
+from .errors import InvalidRequest, PinsOvercommitted
 from .extent import Extent
 from .holders import Holder, largest
 from .residency import Tier
@@ -31,9 +31,15 @@ def check_pin(state: State, pin: Pin, document: Document, extents: Iterable[Exte
 
 
 def check_growth(state: State, document: Document, extents: Sequence[Extent], wall_ns: int) -> None:
-    """Raises as `check_pin` if the document is pinned and, that large, could not be."""
+    """Raises as `check_pin` if the document is pinned and, that large, could not be.
+
+    Raises InvalidRequest where NVMe is to keep it, and would never have what it grows by.
+    """
     pin = state.pins.get(document.id)
     if pin is not None:
+        is_kept_below = pin.kind is PinKind.HARD and pin.floor is Tier.NVME
+        if is_kept_below and document.write_policy is WritePolicy.MEMORY:
+            raise InvalidRequest(f"{document.id} is pinned at nvme, and {WritePolicy.MEMORY} it would not get there")
         grown = replace(pin, size_bytes=sum(extent.slot_bytes for extent in extents))
         check_pin(state, grown, document, extents, wall_ns)
 

@@ -419,6 +419,7 @@ class Store:
                 if placement.state is not State.LOST:
                     placement.apply(Event.FAIL)
                 self._released(placement)
+                self.records.rankings[placement.device].left(placement.extent)  # one memory serves all rankings
             shard.copies.clear()
         group.shards.clear()
         del self.records.groups[name]

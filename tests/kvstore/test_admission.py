@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from holdfast.kvstore.claims import PinKind
 from holdfast.kvstore.costs import LinkSpeed
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.ledger import Hop
 from holdfast.kvstore.orders import WriteOut
 from holdfast.kvstore.residency import Tier
-from holdfast.kvstore.reuse import WEAR, write_price_ns
+from holdfast.kvstore.reuse import WEAR, Decision, write_price_ns
 from holdfast.kvstore.service import NS
 
 from scene import Scene, named, tokens
@@ -73,7 +74,7 @@ def test_losing_what_would_not_be_written_costs_a_recompute():
     assert planner.restore_ns(record, record.ddr) == planner.reload_ns(record, Tier.NVME, Tier.DDR)
 
 
-@pytest.mark.parametrize("how", ["write-back", "came back", "pinned", "expected", "restarted"])
+@pytest.mark.parametrize("how", ["write-back", "came back", "pinned", "grown", "announced", "expected", "restarted"])
 def test_a_promise_or_a_certainty_is_written(how):
     scene = Doubtful(ddr=8, nvme=16)
     policy = WritePolicy.BACK if how == "write-back" else WritePolicy.AUTO
@@ -86,6 +87,11 @@ def test_a_promise_or_a_certainty_is_written(how):
             scene.detach(heard[0])
         case "pinned":
             scene.service.pin(document, Tier.NVME, None, "me", "")
+        case "grown":  # its new version is pinned as the one before was
+            scene.service.pin(document, Tier.DDR, None, "me", "", kind=PinKind.SOFT)
+            owner.decision = Decision(WritePolicy.BACK, "as decided for the new version")
+        case "announced":
+            scene.service.prefetching.hint(5, document, None, 1, None, "")
         case "expected":
             scene.service.planner.links[WRITE] = LinkSpeed(bytes_per_second=1e12, latency_ns=0)
         case "restarted":

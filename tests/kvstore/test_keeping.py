@@ -150,6 +150,20 @@ def test_a_hard_pin_makes_its_document_durable_and_refuses_what_nvme_never_has()
     pin(scene, memory, Tier.DDR)
 
 
+def test_what_a_hard_pinned_document_grew_by_is_durable_too():
+    """Pinned on NVMe it would stay in DDR for ever where NVMe has no copy."""
+    scene = Scene(nvme=32)
+    document = scene.store("a", tokens(1, 2), WritePolicy.BACK)
+    pin(scene, document, Tier.NVME)
+    scene.settle()
+    scene.store("a", tokens(1, 4), WritePolicy.BACK)
+    assert scene.state.document(document).durable
+    scene.store("b", tokens(2, 8), WritePolicy.MEMORY)
+    assert scene.tiers(document) == [{Tier.NVME}] * 4
+    with pytest.raises(InvalidRequest, match="memory-only"):
+        scene.begin("a", tokens(1, 5), WritePolicy.MEMORY)
+
+
 # Life ------------------------------------------------------------------------------------------
 
 

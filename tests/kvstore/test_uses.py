@@ -151,11 +151,15 @@ def test_a_front_that_two_shards_hold_is_told_once(scene):
 
 
 def test_a_groups_ranking_goes_with_it(scene):
+    """What it held has left it: policies may count copies over all caches."""
     scene.group()
     assert set(scene.state.rankings) == {"ddr", "nvme", "hbm:g"}
     assert scene.witness.here[2][0] == scene.state.groups["g"].capacity_bytes
+    scene.store("a", tokens(1, 2), group="g")
+    assert len(caches(scene)[2]) == 2
     scene.service.disconnect(next(iter(scene.state.groups["g"].seats.values())))
     assert set(scene.state.rankings) == {"ddr", "nvme"}
+    assert not caches(scene)[2]
 
 
 def test_what_drains_has_not_left_until_it_is_gone(scene):
