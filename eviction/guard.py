@@ -16,7 +16,7 @@ losses of 0.001 on chat at 20 % of the footprint into 0.005.)
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import TYPE_CHECKING, Final
 
 from .candidate import Candidate
@@ -75,7 +75,7 @@ class GuardRanking:
     def used(self, use: Use) -> None:
         """Compare what is here of a chain with what LRU would have."""
         ours = self._saved(use, self._shadow.resident)
-        lru = self._saved(use, self._shadow.order)
+        lru = self._saved(use, self._shadow)
         keep = 1 - 1 / MEMORY_USES
         self._uses = self._uses * keep + 1
         self._asked = self._asked * keep + self._worth(use.token_count)
@@ -125,11 +125,14 @@ class GuardRanking:
 class Shadow:
     """What an LRU cache would hold, by id, and the order of last uses of what the real one holds.
 
-    Its capacity is counted in units of the mean size of those that came.
+    Its capacity is counted in units of the mean size of those that came. Not every use brings a chain into every cache:
+    it may be for another group, be hit in a nearer tier, or not be worth writing. So a unit takes room in the shadow,
+    and is found there, only if it was in the real cache since the shadow has it; `absent` are the others.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self.order: dict[UnitId, int] = {}  # number of the last use; the one used longest ago first
+        self.absent: dict[UnitId, None] = {}  # of those; the one used longest ago first
         self.resident: set[UnitId] = set()  # in the real cache
         self._strays: dict[UnitId, int] = {}  # last use of residents that LRU would have evicted
         self._capacity_bytes = capacity_bytes
@@ -141,13 +144,29 @@ class Shadow:
         """All of it comes, its tail as the first to leave."""
         self._number += 1
         for unit in reversed(chain):
-            self.order.pop(unit, None)
-            self._strays.pop(unit, None)
+            is_known = self.order.pop(unit, None) is not None
             self.order[unit] = self._number
-        for unit in list(islice(self.order, max(0, len(self.order) - self.capacity_units))):
+            self._strays.pop(unit, None)
+            if unit in self.absent if is_known else unit not in self.resident:
+                self.absent.pop(unit, None)
+                self.absent[unit] = None
+        self._trim()
+
+    def __contains__(self, unit: object) -> bool:
+        return unit in self.order and unit not in self.absent
+
+    def _trim(self) -> None:
+        """Those used longest ago leave; of the absent ones as many are remembered as of the others."""
+        capacity = self.capacity_units
+        while len(self.order) - len(self.absent) > capacity:
+            unit = next(iter(self.order))
             number = self.order.pop(unit)
+            self.absent.pop(unit, None)
             if unit in self.resident:
                 self._strays[unit] = number
+        while len(self.absent) > capacity:
+            unit = next(iter(self.absent))
+            del self.absent[unit], self.order[unit]
 
     @property
     def capacity_units(self) -> int:
@@ -159,6 +178,8 @@ class Shadow:
         self.resident.add(unit)
         self._came_bytes += size_bytes
         self._came += 1
+        self.absent.pop(unit, None)
+        self._trim()
 
     def left(self, unit: UnitId) -> None:
         """It is not any more."""

@@ -10,7 +10,8 @@ would pay to have the unit back: every tier has its own. One memory serves all c
 * Scan resistant: what was used once scores by how often such things came back.
 * It forgets: a session that has ended soon reaches ages at which sessions do not go on.
 
-What no use has named (after a restart) counts as used once, when it came.
+What no use has named (after a restart) counts as used once, when it came; before the first use nobody tells the time,
+so what came before counts as used at the first one.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Popularity:
         self._learner = Learner(self.strands)
         self._uses = 0
         self._now_ns = 0
+        self._first_ns: int | None = None  # since when anything is known
         self._indices: dict[Strand | UnitId, float] = {}  # at one time, of what was asked for
         self._indices_ns = 0
 
@@ -103,6 +105,8 @@ class Popularity:
     def _passes(self, now_ns: int) -> None:
         self._now_ns = now_ns
         self._indices.clear()
+        if self._first_ns is None:
+            self._first_ns = now_ns
 
     def _state(self, key: Strand | UnitId, now_ns: int) -> tuple[bytes, int]:
         """Features now, and age in nanoseconds."""
@@ -113,7 +117,9 @@ class Popularity:
 
     def _once(self, unit: UnitId, now_ns: int) -> Strand:
         came_ns = self.strands.came_ns(unit)
-        came_ns = now_ns if came_ns is None else came_ns
+        if came_ns is None or self._first_ns is None:
+            came_ns = now_ns
+        came_ns = max(came_ns, self._first_ns or 0)
         return Strand(units=[unit], previous=None, used_ns=came_ns, first_ns=came_ns, uses=1)
 
 

@@ -161,5 +161,26 @@ def test_the_shadow_holds_what_lru_would(to_come, capacity):
         )
         list(replay([Request(use=request)], policy, cache))
         shadow.used(chain)
+        for unit in chain:
+            shadow.came(unit, 1 << 20)
         assert len(shadow.order) <= capacity
+        assert not shadow.absent
         assert set(shadow.order) == {unit for one in to_come for unit in one if unit in cache}
+
+
+def test_what_is_used_elsewhere_is_no_loss_here():
+    """Two groups serve a document each, a third cache never gets any: nothing is lost, so no policy has failed."""
+    policy = Guard(Lfu())
+    ranking, other, empty = (policy.ranking(4 << 20, worth) for _ in range(3))
+    for unit, cache in (("a", ranking), ("b", other)):
+        policy.used(use(unit))
+        cache.came(unit, 1 << 20)
+    for _ in range(50):
+        policy.used(use("a"))
+        policy.used(use("b"))
+    assert not any(one.follows_lru for one in (ranking, other, empty))
+    assert ranking.explain(candidate("a"), NOW_NS)["ahead_of_lru"] == 0.0
+    for number in range(20):
+        policy.used(use(f"once {number}"))
+    assert len(ranking._shadow.absent) <= 4
+    assert "a" in ranking._shadow, "what never came took no room"

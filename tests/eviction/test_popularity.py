@@ -211,3 +211,12 @@ def test_it_is_deterministic():
         return [score(policy, f"{name}", 300) for name in range(40)]
 
     assert scores() == scores()
+
+
+def test_what_a_restart_found_is_as_young_as_the_first_use_after_it():
+    """A scan right after the restart is worth no more than what was there."""
+    policy = Popularity()
+    ranking = ranking_of(policy, "a")
+    policy.used(use("s", 10**6))
+    assert score(policy, "a", 10**6 + 60) == score(policy, "s", 10**6 + 60)
+    assert ranking.explain(candidate("a"), (10**6 + 60) * SECOND_NS)["age_seconds"] == 60.0
