@@ -321,7 +321,7 @@ def victims(found: Sequence[Json]) -> Table:
 
 def verdicts(found: Sequence[Json]) -> Table:
     """What left and why."""
-    columns = ("WHEN", "DOCUMENTS", "TOKENS", "TIER", "ACTION", "SIZE", "RESTORE", "REASON", "POLICY")
+    columns = ("WHEN", "DOCUMENTS", "TOKENS", "TIER", "ACTION", "SIZE", "RESTORE", "REASON", "FOR", "POLICY")
     rows = (
         (
             moment(v["wall_ns"]),
@@ -332,6 +332,7 @@ def verdicts(found: Sequence[Json]) -> Table:
             size(v["size_bytes"]),
             nanoseconds(v["restore_ns"]),
             v["reason"],
+            v["wanted_by"] or "-",
             v["policy"],
         )
         for v in found

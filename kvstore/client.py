@@ -19,6 +19,8 @@ from .commands import Command
 from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
 from .errors import ClaimNotFound, TokenOutOfRange
+from .explain_view import ExplainView
+from .explain_wire import ExplainDocument, Explained
 from .hint_views import HintView
 from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .layout import Layout
@@ -195,6 +197,13 @@ class Client:
     def cancel_prefetch(self, name: str, *, group: str | None = None, owner: str = "") -> None:
         """They are not coming after all; done, too, where there is no such hint any more."""
         self._ask(Done, CancelPrefetch(name, group, owner), HINT_REPLY_SECONDS)
+
+    def explain(self, name: str) -> ExplainView:
+        """Why a document is where it is, what it has lost, and what bringing that back costs.
+
+        Also of one that is no more. Raises DocumentNotFound where nothing is remembered of it.
+        """
+        return self._ask(Explained, ExplainDocument(name)).explanation
 
     def unpin_all(
         self, *, owner: str | None = None, reason_prefix: str | None = None, names: Sequence[str] | None = None

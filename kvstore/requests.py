@@ -19,6 +19,8 @@ from .claim_messages import ListPins, PinDocument, UnpinDocument, UnpinDocuments
 from .claim_requests import handle_claim
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
+from .explain_view import explain_view
+from .explain_wire import ExplainDocument, Explained
 from .extent import Extent
 from .freeing import emptied
 from .hint_views import hint_view
@@ -175,6 +177,8 @@ class Requests:
                 return Documents([document_view(service.state, service.planner, record) for record in records])
             case ShowDocument(name=name):
                 return Documents([self._view(service.state.document(DocumentId(tenant, name)).document)])
+            case ExplainDocument(name):
+                return Explained(explain_view(service.state, service.planner, DocumentId(tenant, name)))
             case Lookup(fingerprint, keys):
                 return Found(prefix_view(service.lookup(tenant, fingerprint, keys)))
             case ListTiers():

@@ -151,11 +151,12 @@ class VictimView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class VerdictView(VictimView, frozen=True, kw_only=True):
-    """A copy that left, when and why."""
+    """A copy that left, when and why; `wanted_by` is the document that needed the room, where that is known."""
 
     wall_ns: int
     reason: str
     policy: str
+    wanted_by: str = ""
 
 
 def prefix_view(prefix: Prefix) -> PrefixView:
@@ -381,4 +382,5 @@ def verdict_view(verdict: Verdict) -> VerdictView:
         wall_ns=verdict.wall_ns,
         reason=verdict.reason,
         policy=verdict.policy,
+        wanted_by=verdict.wanted_by,
     )

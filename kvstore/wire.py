@@ -13,6 +13,7 @@ import msgspec
 from .calibration import RingRate, RingSetting
 from .claim_messages import ListPins, PinDocument, Pinned, Pins, UnpinDocument, UnpinDocuments
 from .document import WritePolicy
+from .explain_wire import ExplainDocument, Explained
 from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
@@ -260,6 +261,7 @@ Request = (
     | LookupTokens
     | ListDocuments
     | ShowDocument
+    | ExplainDocument
     | DeleteDocument
     | PinDocument
     | UnpinDocument
@@ -421,6 +423,7 @@ Reply = (
     | Documents
     | Pinned
     | Hinted
+    | Explained
     | Pins
     | FreedPlan
     | Tiers

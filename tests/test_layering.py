@@ -62,6 +62,7 @@ FLOOR_OF = {
     "admission": "rules",
     "quality_view": "edges",
     "explain_view": "edges",
+    "explain_wire": "edges",
     "explain_admin": "edges",
     "findings": "rules",
     "forests": "rules",

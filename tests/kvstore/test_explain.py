@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from holdfast.kvstore.claims import PinKind
 from holdfast.kvstore.document import WritePolicy
@@ -134,8 +135,9 @@ def test_a_daemon_explains():
         found = rest.get("/v1/documents/default/a/explain")
         assert [cache["device"] for cache in found["caches"]] == ["nvme"]
         assert found["departures"][0]["reason"] == "admin"
+        assert msgspec.to_builtins(client.explain("a"))["departures"] == found["departures"]
         rest.delete("/v1/documents/default/a")
-        assert rest.get("/v1/documents/default/a/explain")["state"] == "deleted"
+        assert rest.get("/v1/documents/default/a/explain")["state"] == client.explain("a").state == "deleted"
         with pytest.raises(DocumentNotFound):
             rest.get("/v1/documents/default/b/explain")
         assert [one["tier"] for one in rest.get("/v1/status")["quality"]] == ["hbm", "ddr", "nvme"]
