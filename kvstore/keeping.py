@@ -205,7 +205,9 @@ class Keeping:
         try:
             if pin.kind is PinKind.HARD:
                 self.loader.start(loading, self.store.clock.monotonic_ns() + PREFETCH_DEADLINE_NS)
-            elif self.loader.start_now(loading, self._approves, PREFETCH_DEADLINE_NS / NS) is not Cleared.NOW:
+            elif self.loader.room.waiting or (
+                self.loader.start_now(loading, self._approves, PREFETCH_DEADLINE_NS / NS) is not Cleared.NOW
+            ):
                 self.state.ledger.counts["prefetches_refused"] += 1
         except HoldfastError:
             self.state.ledger.counts["prefetches_refused"] += 1

@@ -164,6 +164,20 @@ def test_what_a_hard_pinned_document_grew_by_is_durable_too():
         scene.begin("a", tokens(1, 5), WritePolicy.MEMORY)
 
 
+def test_a_soft_pin_gives_way_to_those_who_wait_for_room():
+    scene = Scene(ddr=4, nvme=32)
+    document = scene.store("a", tokens(1, 2))
+    scene.evict(document, Tier.DDR)
+    full = scene.store("b", tokens(2, 4), WritePolicy.BACK)
+    _, heard = scene.begin("c", tokens(3, 4))
+    assert scene.service.room.waiting
+    soft(scene, document)
+    assert scene.state.ledger.counts["prefetches_refused"] == 1
+    scene.settle()
+    assert not isinstance(heard[0], Exception)
+    assert scene.tiers(full) == [{Tier.NVME}] * 4
+
+
 # Life ------------------------------------------------------------------------------------------
 
 
