@@ -43,20 +43,21 @@ class Departure:
     size_bytes: int = 0
     restore_ns: int = 0
 
-    def takes(self, other: Departure) -> bool:
-        """Take over one that goes on where this ended, if it does."""
-        same = (self.tier, self.reason, self.action, self.policy, self.wanted_by)
-        if same != (other.tier, other.reason, other.action, other.policy, other.wanted_by):
+    def takes(self, verdict: Verdict) -> bool:
+        """Take over one more copy, if it left as these did, beside them and soon after."""
+        if verdict.start > self.stop or verdict.stop < self.start or verdict.wall_ns - self.wall_ns > PAUSE_NS:
             return False
-        if other.start > self.stop or other.stop < self.start or other.wall_ns - self.wall_ns > PAUSE_NS:
+        if verdict.tier != self.tier or verdict.reason != self.reason or verdict.action != self.action:
             return False
-        self.start, self.stop = min(self.start, other.start), max(self.stop, other.stop)
-        self.wall_ns = other.wall_ns
-        if len(other.scores) >= len(self.scores):  # in a run of a chain only one has all the parts
-            self.scores = other.scores
-        self.copies += other.copies
-        self.size_bytes += other.size_bytes
-        self.restore_ns += other.restore_ns
+        if verdict.policy != self.policy or verdict.wanted_by != self.wanted_by:
+            return False
+        self.start, self.stop = min(self.start, verdict.start), max(self.stop, verdict.stop)
+        self.wall_ns = verdict.wall_ns
+        if len(verdict.scores) >= len(self.scores):  # in a run of a chain only one has all the parts
+            self.scores = verdict.scores
+        self.copies += 1
+        self.size_bytes += verdict.size_bytes
+        self.restore_ns += verdict.restore_ns
         return True
 
 
@@ -86,24 +87,9 @@ class Departures:
     def add(self, verdict: Verdict) -> None:
         """A copy leaves."""
         for document in verdict.documents:
-            departure = Departure(
-                tier=verdict.tier,
-                start=verdict.start,
-                stop=verdict.stop,
-                first_wall_ns=verdict.wall_ns,
-                wall_ns=verdict.wall_ns,
-                reason=verdict.reason,
-                action=verdict.action,
-                policy=verdict.policy,
-                scores=verdict.scores,
-                wanted_by=verdict.wanted_by,
-                size_bytes=verdict.size_bytes,
-                restore_ns=verdict.restore_ns,
-            )
             known = self._known(document).departures
-            recent = (known[-back] for back in range(1, min(NEAR, len(known)) + 1))
-            if not any(one.takes(departure) for one in recent):
-                known.append(departure)
+            if not any(known[-back].takes(verdict) for back in range(1, min(NEAR, len(known)) + 1)):
+                known.append(_begun(verdict))
 
     def ended(self, document: Document, reason: str, wall_ns: int) -> None:
         """The document itself is no more."""
@@ -116,3 +102,20 @@ class Departures:
         if len(self._past) > DOCUMENTS:
             self._past.popitem(last=False)
         return past
+
+
+def _begun(verdict: Verdict) -> Departure:
+    return Departure(
+        tier=verdict.tier,
+        start=verdict.start,
+        stop=verdict.stop,
+        first_wall_ns=verdict.wall_ns,
+        wall_ns=verdict.wall_ns,
+        reason=verdict.reason,
+        action=verdict.action,
+        policy=verdict.policy,
+        scores=verdict.scores,
+        wanted_by=verdict.wanted_by,
+        size_bytes=verdict.size_bytes,
+        restore_ns=verdict.restore_ns,
+    )
