@@ -31,10 +31,10 @@ def pins(found: Sequence[Json]) -> Table:
 
 def pin_budgets(found: Json) -> str:
     """What all pins take of their budgets."""
-    parts = [("all", found["pinned_bytes"], found["budget_bytes"])]
+    parts = [("on all tiers", found["pinned_bytes"], found["budget_bytes"])]
     parts.append(("in ddr", found["ddr_pinned_bytes"], found["ddr_budget_bytes"]))
     return "pinned: " + ", ".join(
-        f"{size(used)} {what}" + ("" if limit is None else f" of {size(limit)}") for what, used, limit in parts
+        size(used) + ("" if limit is None else f" of {size(limit)}") + f" {what}" for what, used, limit in parts
     )
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 Json = dict[str, Any]
-CAPACITY: Final = {"ddr": "ddr.capacity_bytes", "nvme": "nvme.capacity_bytes", "hbm": "the group's rows"}
+LINE_COLUMNS: Final = 100
 
 
 def explain(ctx: typer.Context, name: Name) -> None:
@@ -26,9 +26,9 @@ def explain(ctx: typer.Context, name: Name) -> None:
     def human() -> list[RenderableType]:
         parts: list[RenderableType] = []
         if found["caches"]:
-            parts += [_caches(found["caches"]), ""]
+            parts += [_caches(found["caches"]), *_scores(found["caches"], "device"), ""]
         if found["departures"]:
-            parts += [_departures(found["departures"]), ""]
+            parts += [_departures(found["departures"]), *_scores(found["departures"][:1], "tier"), ""]
         return [*parts, *sentences(found)]
 
     session.show(found, human)
@@ -68,9 +68,9 @@ def quality(found: Sequence[Json]) -> RenderableType:
 
 
 def _caches(found: Sequence[Json]) -> RenderableType:
-    from .cli_tables import duration, scores, size, standing, table
+    from .cli_tables import duration, size, standing, table
 
-    columns = ("DEVICE", "HOLDS", "EXTENTS", "KEPT BY", "LEAVES FIRST", "IN LINE", "COSTS", "SCORE")
+    columns = ("DEVICE", "HOLDS", "EXTENTS", "KEPT BY", "LEAVES FIRST", "IN LINE", "COSTS")
     rows = (
         (
             one["device"],
@@ -80,16 +80,23 @@ def _caches(found: Sequence[Json]) -> RenderableType:
             f"[{one['start']}, {one['stop']})",
             standing(one["standing"]),
             duration(one["restore_seconds"]),
-            scores(_brief(one["scores"])),
         )
         for one in found
     )
     return table(columns, rows, numbers=("HOLDS", "EXTENTS", "COSTS"))
 
 
-def _brief(parts: Json) -> Json:
-    """Without what the logit of a learned policy is a sum of: --json has that."""
-    return {name: value for name, value in parts.items() if not name.startswith("logit_")}
+def _scores(found: Sequence[Json], where: str) -> Iterator[str]:
+    """What the scores are made of, but for the sum that a learned policy's logit is: --json has that."""
+    from textwrap import wrap
+
+    from .cli_tables import plain
+
+    for one in found:
+        parts = [f"{key}={value:.3g}" for key, value in one["scores"].items() if not key.startswith("logit_")]
+        if parts:
+            said = plain(f"{one[where]}, by {one['policy']}: {' '.join(parts)}")
+            yield from wrap(said, LINE_COLUMNS, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _keepers(cache: Json) -> Iterator[str]:
@@ -104,9 +111,9 @@ def _keepers(cache: Json) -> Iterator[str]:
 
 
 def _departures(found: Sequence[Json]) -> RenderableType:
-    from .cli_tables import duration, moment, scores, size, table
+    from .cli_tables import duration, moment, score, size, table
 
-    columns = ("LEFT", "TIER", "TOKENS", "SIZE", "WHY", "FOR", "ACTION", "BACK", "COST THEN", "POLICY", "SCORE")
+    columns = ("LEFT", "TIER", "TOKENS", "SIZE", "WHY", "FOR", "ACTION", "BACK", "COST THEN", "SCORE")
     rows = (
         (
             moment(one["wall_ns"]),
@@ -118,12 +125,11 @@ def _departures(found: Sequence[Json]) -> RenderableType:
             one["action"],
             "yes" if one["is_back"] else "no",
             duration(one["restore_seconds"]),
-            one["policy"],
-            scores(_brief(one["scores"])),
+            score(one["scores"]),
         )
         for one in found
     )
-    return table(columns, rows, numbers=("SIZE", "COST THEN"))
+    return table(columns, rows, numbers=("SIZE", "COST THEN", "SCORE"))
 
 
 # Sentences -------------------------------------------------------------------------------------
@@ -164,8 +170,7 @@ def _in_line(name: str, cache: Json) -> str:
         said = f"Others continue {name} in {device}, and have to leave before it."
     if place["ahead"] > place["in_line"] // 4 or not place["is_leaf"] or cache["pin"]:
         return said
-    more = f"raise {CAPACITY[cache['tier']]}"
-    return f"{said} To keep it: `holdfast pin {name} --tier {cache['tier']}`, or {more}."
+    return f"{said} To keep it: `holdfast pin {name} --tier {cache['tier']}`, or raise {cache['bound']}."
 
 
 def _missing(name: str, found: Json) -> str:
@@ -181,4 +186,4 @@ def _missing(name: str, found: Json) -> str:
     said += f"To have them back, ingest it again: computing them takes {duration(restore['recompute_seconds'])}. "
     if last is not None and "not written" in last["reason"]:
         return said + "To have it written to nvme next time: ingest it with the write policy write-through."
-    return said + f"To keep it next time: `holdfast pin {name} --tier nvme`, or raise nvme.capacity_bytes."
+    return said + f"To keep it next time: `holdfast pin {name} --tier nvme`, or raise {restore['bound']}."

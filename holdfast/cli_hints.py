@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Final
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from .cli_session import seconds, session_of, split, user
+from .cli_session import FAILED, seconds, session_of, split, user
 from .kvstore.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+Json = dict[str, Any]
 HBM: Final = "hbm:"  # of which group, follows
 
 
@@ -31,7 +33,10 @@ def prefetch(
         raise InvalidRequest(f"--to {to}: say ddr, or hbm:GROUP with one of the groups that `holdfast status` shows")
     wanted = {"queries": queries, "owner": user(), "group": group}
     if deadline is not None:
-        wanted["deadline_seconds"] = seconds(deadline)
+        until = seconds(deadline)
+        if not until:
+            raise InvalidRequest(f"--deadline {deadline}: say for how long they are wanted: 90s, 30m, 1h")
+        wanted["deadline_seconds"] = until
     rest = session.rest()
     found = []
     for name in names:
@@ -41,9 +46,11 @@ def prefetch(
     def human() -> list[RenderableType]:
         from . import cli_tables
 
-        return [cli_tables.hints(found)]
+        return [cli_tables.hints(found), *_reasons(found)]
 
     session.show({"hints": found}, human)
+    if any(hint["state"] == "refused" for hint in found):
+        raise typer.Exit(FAILED)
 
 
 def hints(
@@ -59,6 +66,16 @@ def hints(
 
         rows = [*found["hints"], *found["ended"]]
         counts = cli_tables.hint_counts(found)
-        return [cli_tables.hints(rows), "", counts] if rows else [counts]
+        return [cli_tables.hints(rows), *_reasons(rows), "", counts] if rows else [counts]
 
     session.show(found, human)
+
+
+def _reasons(found: Sequence[Json]) -> Iterator[str]:
+    """Why those ended that did not end as they should have."""
+    from .cli_tables import plain
+
+    for hint in found:
+        if hint["reason"]:
+            name = f"{hint['tenant']}/{hint['document']}"
+            yield plain(f"{name} {hint['state']}: {hint['reason'].removeprefix(f'{name}: ')}")

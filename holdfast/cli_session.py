@@ -53,7 +53,7 @@ ADVICE: Final = {  # what to do, where the message does not say it already
     "unavailable": "try again when `holdfast status` says it is ready",
     "draining": "the daemon is shutting down; start it again and retry",
     "runner-unavailable": "start one with `holdfast runner --model DIR --cp N`, or say where it is with --data-dir",
-    "no-capacity": "`holdfast tiers` shows who holds what; unpin, detach, or wait",
+    "no-capacity": "`holdfast pins` and `holdfast leases` show who holds what; unpin, detach, or wait",
 }
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A TOML file.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting.")]

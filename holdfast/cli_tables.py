@@ -201,7 +201,7 @@ def document(d: Json) -> Table:
             ("document", f"{d['tenant']}/{d['name']}"),
             ("model", d["model"]),
             ("tokens", d["token_count"]),
-            ("size", f"{size(d['size_bytes'])} in {d['extent_count']} extents"),
+            ("size", f"{size(d['size_bytes'])} in {d['extent_count']} extent{'s' * (d['extent_count'] != 1)}"),
             ("resident", resident),
             ("state", state(d)),
             ("tokens gone", gone),
@@ -225,11 +225,11 @@ def extents(found: Sequence[Json]) -> Table:
             size(e["size_bytes"]),
             ", ".join(f"{device} {phase}" for device, phase in e["copies"].items()) or "gone",
             standing(e["standing"]),
-            scores(e["scores"]),
+            score(e["scores"]),
         )
         for e in found
     )
-    return table(("TOKENS", "SIZE", "COPIES", "TO LEAVE", "SCORE"), rows, numbers=("SIZE",))
+    return table(("TOKENS", "SIZE", "COPIES", "TO LEAVE", "SCORE"), rows, numbers=("SIZE", "SCORE"))
 
 
 def standing(s: Json | None) -> str:
@@ -243,9 +243,9 @@ def standing(s: Json | None) -> str:
     return f"{s['tier']}: {s['ahead']} of {s['in_line']} before it{behind}{shielded}"
 
 
-def scores(parts: Json) -> str:
-    """The policy's score parts."""
-    return " ".join(f"{name}={value:.3g}" for name, value in parts.items() if value is not None) or "-"
+def score(parts: Json) -> str:
+    """What the parts come to. `holdfast explain` and --json have the parts."""
+    return f"{parts['score']:.3g}" if parts.get("score") is not None else "-"
 
 
 def tiers(found: Sequence[Json]) -> Table:
@@ -312,11 +312,11 @@ def victims(found: Sequence[Json]) -> Table:
             v["action"],
             size(v["size_bytes"]),
             nanoseconds(v["restore_ns"]),
-            scores(v["scores"]),
+            score(v["scores"]),
         )
         for v in found
     )
-    return table(columns, rows, numbers=("SIZE", "RESTORE"))
+    return table(columns, rows, numbers=("SIZE", "RESTORE", "SCORE"))
 
 
 def verdicts(found: Sequence[Json]) -> Table:
@@ -354,7 +354,7 @@ def hints(found: Sequence[Json]) -> Table:
             size(h["displaced_bytes"]),
             duration(h["remaining_seconds"]) if h["remaining_seconds"] > 0 else "-",
             h["owner"] or "-",
-            f"{h['state']}: {h['reason']}" if h["reason"] else h["state"],
+            h["state"],
         )
         for h in found
     )

@@ -144,6 +144,7 @@ def record(rest: Rest, path: Path, seconds: float, requests_max: int | None, pas
 
     Raises Unavailable when the daemon goes away; what it told until then is in the file.
     """
+    rest.get("/v1/uses", {})  # where nobody answers, a file of that name stays as it is
     with JsonLines(path) as file:
         recorder = Recorder(rest, file, requests_max)
         recorder.begin(past)

@@ -68,7 +68,10 @@ class UnpinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     def selection(self) -> PinSelection:
         """As a value. Raises InvalidRequest."""
         named = (self.tenant, self.owner, self.reason_prefix, self.documents)
-        if self.everything == any(value is not None for value in named):
+        is_named = any(value is not None for value in named)
+        if self.everything and is_named:
+            raise InvalidRequest("everything, and tenant, owner, reason_prefix or documents: say one or the other")
+        if not self.everything and not is_named:
             raise InvalidRequest("say whose pins end: tenant, owner, reason_prefix or documents, or else everything")
         names = None
         if self.documents is not None:

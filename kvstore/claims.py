@@ -22,6 +22,7 @@ from .document import DocumentId
 from .errors import ClaimNotFound, LeasesOvercommitted, PinsOvercommitted
 from .holders import Holder, Kind, largest
 from .residency import Tier
+from .sizes import format_size
 
 NS: Final = 1_000_000_000
 QUARTERS: Final = 4  # a soft pin's strength when it is new, or has no end
@@ -249,13 +250,14 @@ class Pins:
             taken_bytes = sum(other.size_bytes for other in sharing)
             over_bytes = taken_bytes + pin.size_bytes - limit_bytes
             if over_bytes > 0:
-                told = f"pinning {pin.document} ({pin.size_bytes} B) exceeds {name} = {limit_bytes} B"
+                size, limit = format_size(pin.size_bytes), format_size(limit_bytes)
+                told = f"pinning {pin.document} ({size}) exceeds {name} = {limit}"
                 if pin.size_bytes > limit_bytes:
                     raise PinsOvercommitted(f"{told} by itself; pin it at a lower tier, or raise {name}")
                 holders = largest((other.holder(wall_ns, tier) for other in sharing), over_bytes)
-                names = ", ".join(f"{holder.tenant}/{holder.document} ({holder.size_bytes} B)" for holder in holders)
+                names = ", ".join(f"{one.tenant}/{one.document} ({format_size(one.size_bytes)})" for one in holders)
                 raise PinsOvercommitted(
-                    f"{told}, of which {taken_bytes} B are taken; unpin {names}, or raise {name}", holders
+                    f"{told}, of which {format_size(taken_bytes)} are taken; unpin {names}, or raise {name}", holders
                 )
 
     def _budgets(self, pin: Pin, others: list[Pin]) -> Iterator[tuple[str, Tier, int, list[Pin]]]:

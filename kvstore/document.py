@@ -74,5 +74,8 @@ def checked_name(name: str, what: str = "document") -> str:
     if not name or len(name.encode()) > NAME_LIMIT:
         raise InvalidName(f"a {what} name has 1 to {NAME_LIMIT} bytes, not {len(name.encode())}")
     if not name.isprintable() or name != name.strip() or "/" in name or name in (".", ".."):
-        raise InvalidName(f"{what} name {name!r}: no slashes, control characters or outer spaces, nor one or two dots")
+        raise InvalidName(
+            f"{what} name {name!r}: no slashes (a tenant is named apart), control characters or outer spaces, "
+            "nor one or two dots"
+        )
     return name

@@ -23,7 +23,8 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True):
 
     `restore_seconds` is what losing that copy costs on the next use. `leases` use it; `pin` is "hard" or "soft" where
     one names this tier; `is_hinted`: queries on it wait or are announced; `is_guaranteed`: its tenant has no more here
-    than is guaranteed to it. `follows_lru`: the guard lets the policy rest.
+    than is guaranteed to it. `follows_lru`: the guard lets the policy rest. `bound` is the setting that keeps the
+    device from holding more for its tenant.
     """
 
     device: str
@@ -41,15 +42,20 @@ class CacheView(msgspec.Struct, frozen=True, kw_only=True):
     pin: str | None
     is_hinted: bool
     is_guaranteed: bool
+    bound: str
 
 
 class RestoreView(msgspec.Struct, frozen=True, kw_only=True):
-    """What having all of a document in DDR takes now: bytes read from NVMe, and tokens computed again."""
+    """What having all of a document in DDR takes now: bytes read from NVMe, and tokens computed again.
+
+    `bound` is the setting that keeps NVMe from holding more for its tenant.
+    """
 
     nvme_bytes: int
     reload_seconds: float
     missing_tokens: list[tuple[int, int]]
     recompute_seconds: float
+    bound: str
 
 
 class DepartureView(msgspec.Struct, frozen=True, kw_only=True):
@@ -128,6 +134,7 @@ def _ended(planner: Planner, document: DocumentId, past: Past) -> ExplainView:
             reload_seconds=0.0,
             missing_tokens=[(0, known.token_count)],
             recompute_seconds=planner.prefills.curve(known.fingerprint).marginal_prefill_ns(0, known.token_count) / NS,
+            bound=planner.tenancy.bound(Tier.NVME, document.tenant),
         ),
         departures=[_departure(one, is_back=False) for one in reversed(past.departures)],
     )
@@ -143,6 +150,7 @@ def _restore(state: State, planner: Planner, owner: DocumentRecord) -> RestoreVi
         reload_seconds=sum(planner.reload_ns(r, Tier.NVME, Tier.DDR) for r in below) / NS,
         missing_tokens=missing,
         recompute_seconds=sum(curve.marginal_prefill_ns(*tokens) for tokens in missing) / NS,
+        bound=planner.tenancy.bound(Tier.NVME, owner.document.id.tenant),
     )
 
 
@@ -210,6 +218,7 @@ def _cache(
         pin=None if pin is None or not pin.counts_in(tier) else pin.kind.value,
         is_hinted=state.is_expected({document}, tier, copy.device),
         is_guaranteed=0 < guaranteed_bytes >= state.usage.used(tier, document.tenant),
+        bound="the group's rows" if tier is Tier.HBM else planner.tenancy.bound(tier, document.tenant),
     )
 
 

@@ -13,6 +13,7 @@ from .holders import Holder, Kind
 from .quotas import Quota
 from .residency import Placement, Tier
 from .residency import State as Phase
+from .sections import OTHERS
 from .sizes import format_size
 from .slots import SlabPool, SlotClass, slots_of
 from .state import State
@@ -107,6 +108,15 @@ class Tenancy:
         for copy in self.leaving(tier):
             held[copy.tenant] -= copy.size_bytes
         return Contest(self.state.quotas, tier, max(0, held.total() - size_bytes), held)
+
+    def bound(self, tier: Tier, tenant: str) -> str:
+        """The setting that keeps the tier from holding more of the tenant's: its maximum if less is left of that."""
+        maximum_bytes, used = self.quota(tier, tenant).maximum_bytes, self.state.usage.of(tier)
+        free_bytes = self._pool(tier).capacity_bytes - sum(used.values())
+        if maximum_bytes is None or maximum_bytes - used.get(tenant, 0) > free_bytes:
+            return f"{tier.label}.capacity_bytes"
+        table = tenant if tenant in self.state.quotas.tables else OTHERS
+        return f"tenants.{table}.{tier.label}_maximum_bytes"
 
     def is_too_much(self, tier: Tier, tenant: str | None, wanted_bytes: int) -> bool:
         """Whether the tenant could not have it even if it had nothing else there."""

@@ -20,6 +20,7 @@ from .loader import Loader
 from .orders import DropDocument, DropExtent, DropPin, Outcome, PutDocument, PutPin, Record, Write
 from .planner import Victim
 from .residency import Placement, State, Tier
+from .sizes import format_size
 from .slots import Slot, SlotClass
 from .spec import KVSpec
 from .state import DocumentRecord, ExtentRecord
@@ -117,7 +118,8 @@ class Upkeep:
                 raise InvalidRequest("without a document, name a tier (ddr or nvme) and at least one byte")
             victims = self.store.planner.free_bytes(tier, size_bytes)
             if victims is None:
-                raise NoCapacity(f"{size_bytes} B cannot leave {tier.label}: the rest is leased, pinned or not there")
+                wanted = format_size(size_bytes)
+                raise NoCapacity(f"{wanted} cannot leave {tier.label}: the rest is leased, pinned or not there")
             return victims
         owner = self.state.document(document).document
         self._refuse_claimed(owner, tier)
@@ -131,8 +133,9 @@ class Upkeep:
             raise self._is_pinned(pin)
 
     def _is_pinned(self, pin: Pin) -> InUse:
+        why = f" ({pin.reason!r})" if pin.reason else ""
         return InUse(
-            f"{pin.document} is pinned at {pin.floor.label} by {pin.owner!r} ({pin.reason!r}); unpin first",
+            f"{pin.document} is pinned at {pin.floor.label} by {pin.owner!r}{why}; unpin first",
             [pin.holder(self.store.clock.wall_ns(), pin.floor)],
         )
 

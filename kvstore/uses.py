@@ -34,6 +34,7 @@ class Uses:
         self._policy = policy
         self._clock = clock
         self.recent = RecentUses(clock.wall_ns())
+        policy.released((), clock.monotonic_ns())  # the time: what a restart finds came now, not when the machine did
 
     def published(self, document: Document) -> None:
         """Publishing is a use of the whole document. Told before its copies are there for others."""

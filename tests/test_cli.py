@@ -153,6 +153,17 @@ def test_prefetch_says_what_is_wrong(live):
     assert "nobody" in refused(3, "prefetch", "nobody", live=live)
     assert "hbm:GROUP" in refused(2, "prefetch", "a", "--to", "nvme", live=live)
     assert "no group 'x'" in refused(3, "prefetch", "a", "--to", "hbm:x", live=live)
+    for never in ("0s", "never"):
+        assert "for how long" in refused(2, "prefetch", "a", "--deadline", never, live=live)
+
+
+def test_prefetch_fails_where_it_is_refused_and_hints_say_why(live):
+    live.ingest("a")
+    ok("free", "a", "--to", "none", live=live)
+    result = run("prefetch", "a", live=live)
+    assert result.exit_code == 1
+    assert "default/a refused: tokens [0, " in result.stdout
+    assert "default/a refused: tokens [0, " in ok("hints", live=live)
 
 
 # Looking ---------------------------------------------------------------------------------------
@@ -304,7 +315,7 @@ def test_pins_and_leases_say_who_why_and_how_long(live):
     ok("pin", "other", "--tier", "nvme", "--ttl", "never", "--reason", "audit", live=live)
     live.call(lambda: live.clock.advance(50 * 10**9))
     shown = ok("pins", live=live)
-    for part in ("default/report", "soft", "50%", "50 s", "hit", "demo", "for ever", "32 KiB in ddr of 768 KiB"):
+    for part in ("default/report", "soft", "50%", "50 s", "hit", "demo", "for ever", "32 KiB of 768 KiB in ddr"):
         assert part in shown
     assert "audit" not in ok("pins", "--reason", "demo", live=live)
     live.attach(other)
@@ -326,6 +337,7 @@ def test_many_pins_end_in_one_command(live):
     assert "no such pins" in ok("unpin", "--tenant", "acme", live=live)
     assert "1 pin ended" in ok("unpin", "--all", live=live)
     assert "say whose pins" in refused(2, "unpin", live=live)
+    assert "one or the other" in refused(2, "unpin", "--all", "--tenant", "acme", live=live)
     assert "TENANT/NAME" in refused(2, "unpin", "a", "b", "--tenant", "acme", live=live)
 
 
@@ -337,6 +349,7 @@ def test_what_is_in_the_way_of_a_pin_is_said_line_by_line():
         complaint = refused(4, "pin", "other", live=live)
     assert "held by the pin of default/report by" in complaint
     assert "32 KiB of ddr" in complaint
+    assert "(32 KiB) exceeds limits.ddr_pin_bytes = 40 KiB, of which 32 KiB are taken" in complaint
 
 
 def test_doc_rm(live):
@@ -372,7 +385,7 @@ def test_free(live):
     assert machine("doc", "show", "report", live=live)["document"]["resident_bytes"] == {"nvme": 2 * EXTENT_BYTES}
     live.attach(document)
     assert "leased" in refused(4, "free", "report", live=live)
-    assert "holdfast tiers" in refused(4, "free", "--bytes", "1MiB", live=live)
+    assert "holdfast leases" in refused(4, "free", "--bytes", "1MiB", live=live)
 
 
 def test_free_bytes(live):
@@ -632,6 +645,8 @@ def test_explain(live):
     shown = ok("explain", "report", live=live)
     assert "default/report is next to leave ddr, by popularity." in shown
     assert "holdfast pin default/report --tier ddr" in shown
+    assert max(map(len, shown.splitlines()[:4])) <= 100, shown
+    assert "ddr, by popularity: age_seconds=" in shown
     live.call(lambda: live.service.evict(document, Tier.DDR, 0, FAR_NS, lambda _: None))
     shown = ok("explain", "report", live=live)
     assert "An attach of default/report reads 32 KiB from nvme" in shown

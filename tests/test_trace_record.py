@@ -139,6 +139,13 @@ def test_it_stops_at_what_is_wanted_and_at_a_daemons_end(tmp_path):
             recorder.poll()
 
 
+def test_without_a_daemon_an_older_file_stays(tmp_path):
+    out = tmp_path / "day.jsonl"
+    out.write_text("yesterday")
+    assert run("--url", "http://127.0.0.1:9", "trace", "record", "--out", out, "--seconds", 0).exit_code == 5
+    assert out.read_text() == "yesterday"
+
+
 def test_blocks_are_shared_where_extents_are(tmp_path):
     numbering = Numbering()
     lines = [

@@ -14,7 +14,7 @@ from holdfast.kvstore.service import NS
 
 from daemon_process import DaemonProcess, put
 from fakes import CLIENT, EXTENT_BYTES, FAR_NS
-from scene import Scene, named, tokens
+from scene import Scene, named, rows, tokens
 
 
 def explained(scene, document):
@@ -109,6 +109,33 @@ def test_what_came_back_is_said_to_be_back():
     scene.attach(document)
     scene.settle()
     assert [(one.reason, one.is_back) for one in explained(scene, document).departures] == [("admin", True)]
+
+
+def test_the_setting_that_binds_is_named():
+    """A tenant at its maximum has nothing of a larger tier."""
+    scene = Scene(nvme=16, tenants={"t": TenantConfig(nvme_maximum_bytes=4 * EXTENT_BYTES), "*": TenantConfig()})
+    document = scene.store("a", tokens(1, 2))
+    ddr, nvme = explained(scene, document).caches
+    assert (ddr.bound, nvme.bound) == ("ddr.capacity_bytes", "tenants.t.nvme_maximum_bytes")
+    assert explained(scene, document).restore.bound == "tenants.t.nvme_maximum_bytes"
+    scene = Scene(nvme=4, tenants={"*": TenantConfig(nvme_maximum_bytes=8 * EXTENT_BYTES)})
+    assert explained(scene, scene.store("a", tokens(1, 2))).restore.bound == "nvme.capacity_bytes"
+    scene = Scene(nvme=8, tenants={"*": TenantConfig(nvme_maximum_bytes=4 * EXTENT_BYTES)})
+    assert explained(scene, scene.store("a", tokens(1, 2))).restore.bound == "tenants.*.nvme_maximum_bytes"
+
+
+def test_what_a_restart_finds_is_as_old_as_the_daemon():
+    """Not as the machine: that would make all of it look worthless."""
+    scene = Scene()
+    document = scene.store("a", tokens(1, 2))
+    again = Scene()
+    began_ns = again.clock.monotonic_ns()
+    assert began_ns > 0
+    again.service.restore(*rows(scene))
+    again.settle()
+    again.clock.advance(5 * NS)
+    (nvme,) = explained(again, document).caches
+    assert nvme.scores["age_seconds"] == 5
 
 
 def test_a_document_that_is_no_more():
