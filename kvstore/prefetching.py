@@ -303,10 +303,14 @@ class Prefetching:
         if error is not None:
             self._end(hint, HintState.REFUSED, error.message)
             return
+        try:
+            hint.load_ns = self._load_ns(hint)
+        except HoldfastError as gone:  # its document or its group, meanwhile
+            self._end(hint, HintState.CANCELLED, gone.message)
+            return
         is_there = loading.group == hint.group
         hint.state = HintState.PROMOTED if is_there else HintState.STAGED
         hint.able = is_there  # the group has just said that it has no room
-        hint.load_ns = self._load_ns(hint)
         counts["hints_promoted"] += is_there
         self.hints.changed()
 

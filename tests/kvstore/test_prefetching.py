@@ -440,3 +440,22 @@ def test_a_group_that_dies_takes_its_hints_with_it():
     assert moving.state is HintState.REFUSED
     assert waiting.state in (HintState.CANCELLED, HintState.REFUSED)
     assert not stage.service.prefetching.hints.live
+
+
+@pytest.mark.parametrize("gone", ["document", "group"])
+def test_what_is_gone_when_a_load_ends_leaves_nothing_held(gone):
+    stage = Stage("ab")
+    stage.group(rows=32)
+    busy = stage.attach(stage.documents["b"], "g")
+    stage.settle()
+    assert busy
+    hint = stage.hint("a", group="g")
+    assert hint.state is HintState.MOVING, "to DDR meanwhile"
+    if gone == "document":
+        stage.service.delete(stage.documents["a"])
+    else:
+        stage.service.disconnect(RANKS[0])
+    stage.settle()
+    assert hint.state is HintState.CANCELLED
+    assert not [copy for copy in stage.state.held() if copy.tier is not Tier.HBM]
+    assert stage.counts["prefetched_unused"] == 1
