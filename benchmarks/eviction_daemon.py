@@ -21,6 +21,7 @@ from holdfast.kvstore.extent import Extent, cut
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.keys import KEY_BYTES
 from holdfast.kvstore.orders import CloseShard, Note, OpenShard, Order, Outcome, ReadIn, RetireSlab
+from holdfast.kvstore.pauses import shorten_pauses
 from holdfast.kvstore.service import Service
 from holdfast.kvstore.slots import Slot
 from holdfast.kvstore.spec import KVSpec, LayerGroup
@@ -150,8 +151,8 @@ def attach_decisions(
         daemon.attach(name)
     for _ in range(documents):
         daemon.attach(daemon.popular())
-    gc.collect()
-    gc.freeze()
+    thresholds = gc.get_threshold()
+    shorten_pauses()
     whole: list[tuple[float, int]] = []
     while len(whole) < attaches:
         seconds, left = daemon.attach(daemon.popular())
@@ -165,6 +166,7 @@ def attach_decisions(
         if left:
             part.append((seconds, left))
     gc.unfreeze()
+    gc.set_threshold(*thresholds)
     found = {"tracked": float(daemon.tracked), "in_ddr": float(len(daemon.service.state.forests.ddr))}
     for kind, samples in (("whole", whole), ("part", part)):
         times = [1e3 * seconds for seconds, _ in samples]

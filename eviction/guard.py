@@ -85,7 +85,7 @@ class GuardRanking:
         self._shadow.used(use.chain)
 
     def _saved(self, use: Use, here: Container[UnitId]) -> float:
-        units = sum(1 for _ in takewhile(here.__contains__, use.chain))
+        units = len(list(takewhile(here.__contains__, use.chain)))
         return self._worth(min(units * use.unit_tokens, use.token_count))
 
     def released(self, chain: Sequence[UnitId], now_ns: int) -> None:

@@ -6,12 +6,13 @@ record is its receipt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from .claims import Lease, check_leases
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, HoldfastError, InvalidRequest, LayoutError, SpecMismatch
+from .extent import ExtentId, within
 from .layout import RUNS_LIMIT, Layout, scheme
 from .ledger import Seen, SwapRecord
 from .loader import Loader
@@ -154,9 +155,10 @@ class Attaches:
             self._wake(attach)
 
         start, stop = tokens
-        extents = [self.state.extents[extent] for extent in owner.extents]
+        names: Sequence[ExtentId] = owner.extents
         if stop - start < owner.token_count:
-            extents = [r for r in extents if r.extent.start < stop and start < r.extent.stop]
+            names = within(names, start, stop, self.state.specs[owner.fingerprint])
+        extents = [self.state.extents[extent] for extent in names]
         loading = Loading(
             document=owner.id,
             records=extents,

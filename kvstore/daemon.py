@@ -37,6 +37,7 @@ from .measurements import Measured
 from .mover import Mover
 from .orders import CloseShard, LoadShard, Note, OpenShard, Order, RankOrder, SaveShard
 from .ownership import claim
+from .pauses import shorten_pauses
 from .prefault import Prefault
 from .ranks import Ranks
 from .reports import Reports
@@ -402,6 +403,8 @@ def serve(config: Config) -> int:
     configure_logging(config.daemon.log_level)
 
     async def main() -> int:
-        return await Daemon(config, SystemClock()).run()
+        daemon = Daemon(config, SystemClock())
+        shorten_pauses()
+        return await daemon.run()
 
     return asyncio.run(main())

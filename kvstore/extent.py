@@ -44,6 +44,12 @@ def extent_count(token_count: int, spec: KVSpec) -> int:
     return len(spec.groups) * -(-token_count // spec.extent_tokens)
 
 
+def within(ids: Sequence[ExtentId], start: int, stop: int, spec: KVSpec) -> list[ExtentId]:
+    """Of a document's extents those that hold any of its tokens [start, stop), group by group."""
+    step, first, last = len(ids) // len(spec.groups), start // spec.extent_tokens, -(-stop // spec.extent_tokens)
+    return [extent for front in range(0, len(ids), step) for extent in ids[front + first : front + last]]
+
+
 def named(ids: Sequence[ExtentId], token_count: int, spec: KVSpec, tenant: str) -> tuple[Extent, ...]:
     """The extents of a document of which only their ids are left: as `cut` makes them, without their block keys."""
     keys = [bytes(1)] * -(-token_count // spec.block_tokens)

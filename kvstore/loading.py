@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -92,20 +92,19 @@ class Loading:
         self.released = False
         self.granted()
 
-    def missing_bytes(self, shard: Shard | None) -> tuple[Counter[Hop], int]:
+    def missing_bytes(self, shard: Shard | None) -> tuple[dict[Hop, int], int]:
         """What has to move over which hops, beside what its shard has; and the size of one move."""
-        sizes: Counter[Hop] = Counter()
-        move_bytes = 0
+        read_bytes = load_bytes = move_bytes = 0
         for record in self.records:
             source = record.source()
             if source is None or (shard is not None and record.extent.id in shard.copies):
                 continue
             move_bytes = record.extent.slot_bytes
             if source.tier is Tier.NVME:
-                sizes[Hop(Tier.NVME, Tier.DDR)] += move_bytes
+                read_bytes += move_bytes
             if self.group is not None:
-                sizes[Hop(Tier.DDR, Tier.HBM)] += move_bytes
-        return sizes, move_bytes
+                load_bytes += move_bytes
+        return {Hop(Tier.NVME, Tier.DDR): read_bytes, Hop(Tier.DDR, Tier.HBM): load_bytes}, move_bytes
 
     def came_from(self, tier: Tier, record: ExtentRecord) -> None:
         """Write the extent's bytes on the receipt, by the tier that gives them."""

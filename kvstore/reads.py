@@ -58,6 +58,8 @@ class Reads:
 
     def hasten(self, records: Iterable[ExtentRecord]) -> None:
         """Somebody waits for these by now, if they are being read."""
+        if not self._unhurried:
+            return
         found = [self._unhurried.pop(record.extent.id, None) for record in records]
         reads = frozenset(number for number in found if number is not None)
         if reads:

@@ -24,7 +24,10 @@ class Tier(IntEnum):
     @property
     def label(self) -> str:
         """The tier's name in messages, metrics and the API."""
-        return self.name.lower()
+        return LABELS[self]
+
+
+LABELS: Final = tuple(tier.name.lower() for tier in Tier)
 
 
 class State(StrEnum):

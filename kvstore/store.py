@@ -315,7 +315,8 @@ class Store:
         if self.records.draining.get(placement.extent) is placement:
             del self.records.draining[placement.extent]
         for copies in (*self.records.private.values(), self.records.leaving):
-            copies[:] = [copy for copy in copies if copy is not placement]
+            if copies:
+                copies[:] = [copy for copy in copies if copy is not placement]
         record = self.records.extents.get(placement.extent)
         if record is not None and record.ddr is placement:
             place(self.records, record, Tier.DDR, None)

@@ -61,6 +61,7 @@ FLOOR_OF = {
     "quality": "rules",
     "admission": "rules",
     "quality_view": "edges",
+    "pauses": "edges",
     "explain_view": "edges",
     "explain_wire": "edges",
     "explain_admin": "edges",
