@@ -354,6 +354,10 @@ class Store:
             assert taken, "rows were planned on this very state"
         shard.rows = rows
         group.shards[shard.key] = shard
+        known = self.records.documents.get(shard.document)
+        is_old = known is not None and shard.layout.token_count < known.document.token_count
+        if is_old and shard not in self.records.retired:
+            self.records.retired.append(shard)  # the document grew while an attach waited for these rows
         for extent, (start, stop) in shard.spans.items():
             if extent in shard.copies:
                 continue

@@ -145,6 +145,28 @@ def test_a_shard_of_the_version_before_that_nobody_reads_goes_with_it():
     scene.detach(attach)
 
 
+def test_an_attach_that_waits_while_its_document_grows_leaves_no_rows_behind():
+    scene = Scene(ddr=8, nvme=32)
+    scene.group()
+    scene.store("a", SHORT)
+    scene.evict(A, Tier.DDR)
+    ingest, _ = scene.begin("a", LONG)
+    scene.settle()
+    scene.store("b", tokens(5, 8 - len(ingest.missing)), WritePolicy.BACK)
+    heard = scene.attach(A, "g")
+    assert not heard, "it waits for room"
+    scene.commit(ingest)
+    while others := [order for order in scene.effects.orders if not isinstance(order, WriteOut)]:
+        scene.end(others[0])
+    assert version(scene) == 90
+    assert not heard
+    scene.settle()
+    assert heard[0].owner.token_count == 50
+    scene.detach(heard[0])
+    scene.settle()
+    assert not scene.state.groups["g"].shards
+
+
 def test_a_group_without_room_for_both_says_so_at_once():
     """Detached, the version before makes room: what remains of it in DDR is loaded, the rest prefilled."""
     scene = Scene()
