@@ -68,7 +68,7 @@ def quality(found: Sequence[Json]) -> RenderableType:
 
 
 def _caches(found: Sequence[Json]) -> RenderableType:
-    from .cli_tables import duration, size, standing, table
+    from .cli_tables import duration, size, table
 
     columns = ("DEVICE", "HOLDS", "EXTENTS", "KEPT BY", "LEAVES FIRST", "IN LINE", "COSTS")
     rows = (
@@ -78,12 +78,18 @@ def _caches(found: Sequence[Json]) -> RenderableType:
             one["extents"],
             ", ".join(_keepers(one)) or "-",
             f"[{one['start']}, {one['stop']})",
-            standing(one["standing"]),
+            _place(one["standing"]),
             duration(one["restore_seconds"]),
         )
         for one in found
     )
     return table(columns, rows, numbers=("HOLDS", "EXTENTS", "COSTS"))
+
+
+def _place(standing: Json | None) -> str:
+    if standing is None:
+        return "-"
+    return f"{standing['ahead']} of {standing['in_line']} before it" if standing["is_movable"] else "stays"
 
 
 def _scores(found: Sequence[Json], where: str) -> Iterator[str]:
@@ -168,6 +174,8 @@ def _in_line(name: str, cache: Json) -> str:
     said = f"{before if place['ahead'] else f'{name} is next to leave {device}'}, by {by}."
     if not place["is_leaf"]:
         said = f"Others continue {name} in {device}, and have to leave before it."
+    if cache["is_guaranteed"]:
+        return f"{said} Its tenant's guarantee keeps other tenants from it."
     if place["ahead"] > place["in_line"] // 4 or not place["is_leaf"] or cache["pin"]:
         return said
     return f"{said} To keep it: `holdfast pin {name} --tier {cache['tier']}`, or raise {cache['bound']}."

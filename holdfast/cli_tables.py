@@ -239,7 +239,7 @@ def standing(s: Json | None) -> str:
     if not s["is_movable"]:
         return f"stays in {s['tier']}"
     behind = "" if s["is_leaf"] else ", behind its followers"
-    shielded = f", rank {s['rank']}" if s["rank"] else ""
+    shielded = ", softly pinned" if s["rank"] else ""
     return f"{s['tier']}: {s['ahead']} of {s['in_line']} before it{behind}{shielded}"
 
 
@@ -321,7 +321,7 @@ def victims(found: Sequence[Json]) -> Table:
 
 def verdicts(found: Sequence[Json]) -> Table:
     """What left and why."""
-    columns = ("WHEN", "DOCUMENTS", "TOKENS", "TIER", "ACTION", "SIZE", "RESTORE", "REASON", "FOR", "POLICY")
+    columns = ("WHEN", "DOCUMENTS", "TOKENS", "TIER", "ACTION", "SIZE", "RESTORE", "REASON", "FOR")
     rows = (
         (
             moment(v["wall_ns"]),
@@ -333,7 +333,6 @@ def verdicts(found: Sequence[Json]) -> Table:
             nanoseconds(v["restore_ns"]),
             v["reason"],
             v["wanted_by"] or "-",
-            v["policy"],
         )
         for v in found
     )

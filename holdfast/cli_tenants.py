@@ -21,7 +21,11 @@ def tenants(
         int, typer.Option("--limit", min=1, max=MOST, help="How many, those with most bytes first.")
     ] = 100,
 ) -> None:
-    """What each tenant has of each tier, and its quotas."""
+    """What each tenant has of each tier, and its quotas.
+
+    FAIR NOW is what it could have before it is the first to lose, as much as the others have now: these do not add up.
+    GUARANTEED that is not used is lent to others. PINNED and IN USE (by leases and moves) are parts of USED.
+    """
     session = session_of(ctx)
     found = session.rest().get("/v1/tenants", {"limit": str(limit)})
 

@@ -44,7 +44,7 @@ from .reports import Reports
 from .rest import Rest
 from .segments import Segments
 from .server import Server
-from .service import NS, Service
+from .service import NS, Service, policy_maker
 from .warm import WarmIndex
 
 TICK_SECONDS: Final = 0.1  # how late a deadline may be noticed
@@ -136,6 +136,7 @@ class Daemon:
         """Takes the data directory, and finds what the last daemon left there. Raises HoldfastError."""
         assert __debug__, "Holdfast keeps its assertions on: do not run it with python -O"
         _check_host(config)
+        policy_maker(config)  # before anything is made or mounted
         self.config = config
         self.clock = clock
         self.log = structlog.get_logger("holdfast")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from ..eviction.policy import POLICIES
+from ..eviction.policy import POLICIES, Policy
 from .adoption import Adoption
 from .attach import Attach, Attaches, checked_layout
 from .awaiting import Awaiting, Waiter
@@ -62,13 +62,18 @@ from .writes import Writes
 NS = 1_000_000_000
 
 
+def policy_maker(config: Config) -> Callable[[], Policy]:
+    """What makes the policy that is configured. Raises ConfigError."""
+    found = POLICIES.get(config.eviction.policy)
+    if found is None:
+        raise ConfigError(f"eviction.policy {config.eviction.policy!r} is unknown; use one of {', '.join(POLICIES)}")
+    return found
+
+
 class Service:
     """All commands. `secret` gives a tenant's key secret; `effects` carries out orders."""
 
     def __init__(self, config: Config, clock: Clock, effects: Effects, secret: Callable[[str], bytes]) -> None:
-        make_policy = POLICIES.get(config.eviction.policy)
-        if make_policy is None:
-            raise ConfigError(f"eviction.policy {config.eviction.policy!r} is unknown; use one of {sorted(POLICIES)}")
         self.config = config
         self.clock = clock
         self._secret = secret
@@ -77,7 +82,7 @@ class Service:
         pins, ledger = Pins.configured(config), Ledger(config.limits.swap_records)
         ghosts = Ghosts(config.eviction.ghost_entries)
         self.state = State(ddr, nvme, pins, ledger, ghosts, Quotas(config.tenants))
-        self.planner = Planner(self.state, make_policy(), clock)
+        self.planner = Planner(self.state, policy_maker(config)(), clock)
         self.store = Store(self.state, self.planner, effects, clock)
         self.writes = Writes(self.store, config.nvme.backlog_bytes, config.nvme.when_behind)
         self.room = Room(self.store, self.writes, config.limits.pending_reservations)

@@ -662,6 +662,12 @@ def test_explain(live):
     assert "nothing is remembered" in refused(3, "explain", "never", live=live)
 
 
+def test_verdicts_fit_a_screen(live):
+    live.ingest("report")
+    ok("free", "report", live=live)
+    assert max(map(len, ok("verdicts", live=live).splitlines())) <= 100
+
+
 def test_explain_says_what_keeps_it(live):
     document = live.ingest("report", token_count=64)
     live.attach(document)

@@ -221,6 +221,8 @@ def test_a_daemon_that_cannot_start_says_why_in_one_line(key, value):
         said = [line for line in process.log_text().splitlines() if not line.startswith("{")]
         assert len(said) == 1, said
         assert said[0].startswith("error: ")
+        if key == "eviction.policy":
+            assert not process.data_dir.exists() or not any(process.data_dir.iterdir()), "nothing was made or mounted"
 
 
 def test_a_rest_port_that_is_taken_is_a_refusal(daemon):
