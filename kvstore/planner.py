@@ -73,6 +73,7 @@ class Planner(Prices):
         self.tenancy = Tenancy(state)
         self.comebacks = Comebacks(PATIENCE_NS)
         self.admission = Admission(state, self, self.comebacks, clock)
+        self._is_short = False  # of DDR: the last plan failed
         is_over_nvme = state.nvme.capacity_bytes > 0
         ddr_worth = self.reload_worth(Hop(Tier.NVME, Tier.DDR)) if is_over_nvme else self.recompute_worth
         state.rankings[DDR] = policy.ranking(state.ddr.capacity_bytes, ddr_worth)
@@ -122,11 +123,14 @@ class Planner(Prices):
         leaving = _slots(self.tenancy.leaving(Tier.DDR))
         contest = self.tenancy.contest(Tier.DDR, demand.tenant, demand.size_bytes)
         most = self.tenancy.slabs_most(demand.tenant)
+        if self._is_short and not self._could_fit(demand, leaving, most):
+            return None
         slots_fit = self._freed_by(Tier.DDR, demand.slots, leaving, most)
         one_by_one = self._choose(Tier.DDR, slots_fit, contest)
         victims = rather_slabs(self.state.ddr, demand.slots, leaving, one_by_one, self._occupants, contest, most)
         if victims is None:
             victims = self._choose_unchained(slots_fit, contest)
+        self._is_short = victims is None
         if victims is None:
             return None
         chosen += self._victims(DDR, [(self._record(victim), self._record(victim).ddr, victim) for victim in victims])
@@ -136,6 +140,16 @@ class Planner(Prices):
                 return None
             chosen += more
         return tuple(map(self._admitted, chosen))
+
+    def _could_fit(self, demand: Demand, leaving: Sequence[Slot], most: int | None) -> bool:
+        """Whether the slots fit without all that may move, which no plan can beat.
+
+        Who waits asks for a plan at every move; to find out that there is none takes forty times as long as this.
+        """
+        extents = self.state.extents
+        copies = (extents[str(extent)].ddr for extent in self.state.forests.ddr)
+        movable = _slots(copy for copy in copies if copy is not None and copy.movable)
+        return self.state.ddr.fits(demand.slots, [*leaving, *movable], most)
 
     def _admitted(self, victim: Victim) -> Victim:
         """A copy that is not worth writing is dropped."""
