@@ -18,8 +18,8 @@ from .ages import BINS, STARTS_SECONDS, WIDTHS_SECONDS, age_bin
 
 LEAST_SHARE: Final = 0.02  # of a bin is always left: its end is no cliff
 LOGIT_MAX: Final = 30.0  # beyond that it is as good as certain, and rates must not vanish
-_STOPS_SECONDS: Final = (STARTS_SECONDS + WIDTHS_SECONDS).tolist()
-_LEAST_SECONDS: Final = (LEAST_SHARE * WIDTHS_SECONDS).tolist()
+_STOPS_SECONDS: Final = STARTS_SECONDS + WIDTHS_SECONDS
+_LEAST_SECONDS: Final = LEAST_SHARE * WIDTHS_SECONDS
 _AFTER: Final = np.triu(np.tile(WIDTHS_SECONDS, (BINS, 1)), 1)  # by bin: the spans of those behind it
 
 
@@ -27,8 +27,8 @@ def spans_seconds(ages_ns: Sequence[int]) -> NDArray[np.float64]:
     """How long each bin still lasts for things of these ages: nothing if it is past. One line each."""
     bins = [age_bin(age_ns) for age_ns in ages_ns]
     spans = _AFTER[bins]
-    for line, (index, age_ns) in enumerate(zip(bins, ages_ns, strict=True)):
-        spans[line, index] = max(_STOPS_SECONDS[index] - age_ns / 1e9, _LEAST_SECONDS[index])
+    left = _STOPS_SECONDS[bins] - np.array(ages_ns, np.float64) / 1e9
+    spans[np.arange(len(bins)), bins] = np.maximum(left, _LEAST_SECONDS[bins])
     return spans
 
 
@@ -56,4 +56,4 @@ def indices(logits: NDArray[np.float64], spans: NDArray[np.float64]) -> NDArray[
 def reuse_probability(logits: NDArray[np.float64], spans: NDArray[np.float64], horizon_seconds: float) -> float:
     """Chance that the one thing with these log-odds is used within a time from now on."""
     starts = np.cumsum(spans, axis=1) - spans
-    return float(-np.expm1(-np.sum(_rates(logits) * np.clip(horizon_seconds - starts, 0.0, spans))))
+    return float(-np.expm1(-np.sum(_rates(logits) * np.minimum(np.maximum(horizon_seconds - starts, 0.0), spans))))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from ..eviction.candidate import Candidate
 from ..eviction.policy import Policy
@@ -21,7 +21,7 @@ from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .contest import Contest
 from .demand import Demand
-from .document import Document
+from .document import Document, DocumentId
 from .extent import Extent
 from .forests import Unchained
 from .ledger import Hop
@@ -215,7 +215,7 @@ class Planner(Prices):
         def describe(extent: UnitId) -> Candidate:
             candidate = self._of(tier, extent)
             is_free = candidate.rank <= 0 and may(self._record(candidate))
-            return candidate if is_free else replace(candidate, movable=False)
+            return candidate if is_free else candidate._replace(movable=False)
 
         return self._freed(tier, size_bytes, describe, self.tenancy.relief(tier, size_bytes))
 
@@ -328,7 +328,7 @@ class Planner(Prices):
         shard, extent = forest.owner(name)
         stays = shard.id == replaces or not self.state.may_leave_hbm(shard)
         candidate = self._candidate(self.state.extents[extent], shard.copies[extent], stays=stays)
-        return replace(candidate, id=name, previous=forest.previous(name))
+        return candidate._replace(id=name, previous=forest.previous(name))
 
     def _occupants(self) -> Iterator[Occupant]:
         """DDR copies that break no chain when they leave: NVMe has them, or will, or nothing is behind them."""
@@ -356,7 +356,8 @@ class Planner(Prices):
         )
 
     def _unpinned(self, record: ExtentRecord, placement: Placement) -> bool:
-        return placement.tier is Tier.HBM or self.state.may_leave(record, placement)
+        is_free = not self.state.pins or placement.tier is Tier.HBM
+        return is_free or self.state.may_leave(record, placement)
 
     def _choose(
         self, tier: Tier, satisfied: Satisfied, contest: Contest | None = None, describe: Describe | None = None
@@ -408,7 +409,7 @@ class Planner(Prices):
             extent=extent.id,
             start=extent.start,
             stop=extent.stop,
-            documents=tuple(sorted(str(document) for document in record.documents)),
+            documents=_names(record.documents),
             tier=placement.tier,
             shard=placement.shard,
             action="demote" if stays else "drop",
@@ -427,6 +428,12 @@ class Planner(Prices):
     def is_written(self, record: ExtentRecord) -> bool:
         """Whether it is written out where no operator says so, but somebody's demand: that has to pay, too."""
         return self.goes_to_nvme(record) and not self.admission.refusal(record)
+
+
+@lru_cache(maxsize=1024)
+def _names(documents: frozenset[DocumentId]) -> tuple[str, ...]:
+    """All extents between two forks of a document have the very same set."""
+    return tuple(sorted(map(str, documents)))
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

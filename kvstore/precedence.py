@@ -35,6 +35,8 @@ class Precedence:
         """
         if self.state.is_expected(record.documents, placement.tier, placement.device):
             return EXPECTED
+        if not self.state.pins:
+            return 0
         return self.state.pins.quarters(record.documents, placement.tier, self.clock.wall_ns())
 
     def choose(

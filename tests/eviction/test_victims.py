@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 
 import pytest
 from holdfast.eviction import victims as victims_module
@@ -80,7 +79,7 @@ def wide(seed=1, count=MANY):
             residents.append(candidate(name, previous=previous, size_bytes=1, restore_ns=chance.randint(1, 10**6)))
             previous = name
         if chance.random() < 0.2:
-            residents[-1] = replace(residents[-1], movable=False)
+            residents[-1] = residents[-1]._replace(movable=False)
     return residents
 
 
@@ -271,7 +270,7 @@ def test_of_many_leaves_few_are_scored_and_the_victims_are_among_the_lowest():
 
 def test_of_many_leaves_nobody_of_a_higher_rank_leaves_before_all_were_looked_at():
     residents = [candidate(f"{number:04}", size_bytes=1, rank=1) for number in range(MANY)]
-    residents[123] = replace(residents[123], rank=0)
+    residents[123] = residents[123]._replace(rank=0)
     for now_ns in range(20):
         assert [one.id for one in chosen(residents, frees(1), now_ns=now_ns)] == ["0123"]
 
