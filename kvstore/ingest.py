@@ -416,8 +416,10 @@ class Ingests:
         shard = ingest.shard
         arrived = ingest.loading is not None and ingest.loading.phase is Phase.READY
         self._release(ingest)
-        is_part = shard is not None and shard.copies and not shard.complete  # a whole one is as good as before
-        if arrived and shard is not None and is_part and shard.group in self.store.records.groups:
+        known = self.store.records.documents.get(ingest.document.id)
+        is_there = known is not None and known.document.token_count == ingest.document.token_count
+        is_kept = shard is not None and (not shard.copies or (is_there and shard.complete))  # as good as before
+        if arrived and shard is not None and not is_kept and shard.group in self.store.records.groups:
             self.store.close_shard(shard)
 
     def _release(self, ingest: Ingest) -> None:

@@ -368,3 +368,16 @@ def test_giving_up_an_ingest_of_what_is_all_there_leaves_its_shard_to_those_who_
     scene.settle()
     assert attach.loading.shard.complete
     scene.detach(attach)
+
+
+def test_giving_up_a_new_document_that_was_all_cached_leaves_no_shard_of_nobody():
+    scene = Scene()
+    scene.group()
+    scene.store("other", tokens(1, 2))
+    ingest, _ = scene.begin("a", tokens(1, 2), group="g")
+    scene.settle()
+    assert ingest.shard.complete
+    scene.service.abort_ingest(ingest.client, ingest.id)
+    scene.settle()
+    assert not scene.state.groups["g"].shards
+    scene.store("a", tokens(1, 4))
