@@ -153,6 +153,10 @@ def sentences(found: Json) -> Iterator[str]:
             f"{duration(restore['recompute_seconds'])}, less where others share its front."
         )
         return
+    if found["expires_wall_ns"] is not None:
+        when = moment(found["expires_wall_ns"])
+        overdue = f"{name} was to end {when}: it is deleted as soon as its leases and pins have ended."
+        yield overdue if found["is_overdue"] else f"{name} ends {when}."
     for cache in found["caches"]:
         yield _in_line(name, cache)
     if restore["missing_tokens"]:

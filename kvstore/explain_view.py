@@ -83,6 +83,7 @@ class DepartureView(msgspec.Struct, frozen=True, kw_only=True):
 class ExplainView(msgspec.Struct, frozen=True, kw_only=True):
     """One document. `state`: "complete", "partly gone", "gone" (its name is left), or how it ended ("deleted", ...).
 
+    It ends by itself at `expires_wall_ns`; `is_overdue`: that is over, and leases or pins on it are awaited.
     `departures` are the last that are remembered, the newest first. Of a document that has ended, `restore` is
     computing all of it: what others still have of its front would make that less.
     """
@@ -92,6 +93,8 @@ class ExplainView(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     token_count: int
     ended_wall_ns: int | None
+    expires_wall_ns: int | None
+    is_overdue: bool
     caches: list[CacheView]
     restore: RestoreView
     departures: list[DepartureView]
@@ -103,6 +106,7 @@ def explain_view(state: State, planner: Planner, document: DocumentId) -> Explai
     if owner is None:
         return _ended(planner, document, past)
     restore = _restore(state, planner, owner)
+    expires_wall_ns = owner.document.expires_wall_ns
     lost = sum(stop - start for start, stop in restore.missing_tokens)
     return ExplainView(
         tenant=document.tenant,
@@ -110,6 +114,8 @@ def explain_view(state: State, planner: Planner, document: DocumentId) -> Explai
         state="complete" if not lost else "gone" if lost == owner.document.token_count else "partly gone",
         token_count=owner.document.token_count,
         ended_wall_ns=None,
+        expires_wall_ns=expires_wall_ns,
+        is_overdue=expires_wall_ns is not None and expires_wall_ns <= planner.clock.wall_ns(),
         caches=[*_shards(state, planner, owner), *_tiers(state, planner, owner)],
         restore=restore,
         departures=[_departure(one, is_back=_is_back(state, owner, one)) for one in reversed(past.departures)],
@@ -128,6 +134,8 @@ def _ended(planner: Planner, document: DocumentId, past: Past) -> ExplainView:
         state=past.ended,
         token_count=known.token_count,
         ended_wall_ns=past.ended_wall_ns,
+        expires_wall_ns=None,
+        is_overdue=False,
         caches=[],
         restore=RestoreView(
             nvme_bytes=0,

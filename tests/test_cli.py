@@ -662,6 +662,15 @@ def test_explain(live):
     assert "nothing is remembered" in refused(3, "explain", "never", live=live)
 
 
+def test_explain_says_that_a_document_ends(live):
+    live.ingest("report", token_count=64)
+    ok("pin", "report", live=live)
+    ok("doc", "ttl", "report", "1m", live=live)
+    assert "default/report ends " in ok("explain", "report", live=live)
+    live.call(lambda: live.clock.advance(61 * 10**9))
+    assert "default/report was to end " in ok("explain", "report", live=live)
+
+
 def test_verdicts_fit_a_screen(live):
     live.ingest("report")
     ok("free", "report", live=live)
