@@ -16,7 +16,7 @@ losses of 0.001 on chat at 20 % of the footprint into 0.005.)
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Final
 
 from .candidate import Candidate
@@ -74,6 +74,7 @@ class GuardRanking:
 
     def used(self, use: Use) -> None:
         """Compare what is here of a chain with what LRU would have."""
+        self._shadow.trim()
         ours = self._saved(use, self._shadow.resident)
         lru = self._saved(use, self._shadow)
         keep = 1 - 1 / MEMORY_USES
@@ -150,22 +151,24 @@ class Shadow:
             if unit in self.absent if is_known else unit not in self.resident:
                 self.absent.pop(unit, None)
                 self.absent[unit] = None
-        self._trim()
+        self.trim()
 
     def __contains__(self, unit: object) -> bool:
         return unit in self.order and unit not in self.absent
 
-    def _trim(self) -> None:
-        """Those used longest ago leave; of the absent ones as many are remembered as of the others."""
+    def trim(self) -> None:
+        """Those used longest ago leave; of the absent ones as many are remembered as of the others.
+
+        Many at a time: to find the first of a dict takes the longer the more have left before it.
+        """
         capacity = self.capacity_units
-        while len(self.order) - len(self.absent) > capacity:
-            unit = next(iter(self.order))
-            number = self.order.pop(unit)
-            self.absent.pop(unit, None)
-            if unit in self.resident:
-                self._strays[unit] = number
-        while len(self.absent) > capacity:
-            unit = next(iter(self.absent))
+        while (more := len(self.order) - len(self.absent) - capacity) > 0:
+            for unit in list(islice(self.order, more)):
+                number = self.order.pop(unit)
+                self.absent.pop(unit, None)
+                if unit in self.resident:
+                    self._strays[unit] = number
+        for unit in list(islice(self.absent, max(0, len(self.absent) - capacity))):
             del self.absent[unit], self.order[unit]
 
     @property
@@ -174,12 +177,11 @@ class Shadow:
         return self._capacity_bytes * self._came // self._came_bytes if self._came_bytes else FIRST_UNITS
 
     def came(self, unit: UnitId, size_bytes: int) -> None:
-        """It is in the real cache."""
+        """It is in the real cache. Call `trim` before asking the shadow again."""
         self.resident.add(unit)
         self._came_bytes += size_bytes
         self._came += 1
         self.absent.pop(unit, None)
-        self._trim()
 
     def left(self, unit: UnitId) -> None:
         """It is not any more."""

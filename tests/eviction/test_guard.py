@@ -163,6 +163,7 @@ def test_the_shadow_holds_what_lru_would(to_come, capacity):
         shadow.used(chain)
         for unit in chain:
             shadow.came(unit, 1 << 20)
+        shadow.trim()
         assert len(shadow.order) <= capacity
         assert not shadow.absent
         assert set(shadow.order) == {unit for one in to_come for unit in one if unit in cache}
