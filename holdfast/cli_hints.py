@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from .cli_session import FAILED, seconds, session_of, split, user
-from .kvstore.errors import InvalidRequest
+from .kvstore.errors import InvalidRequest, NotFound
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,10 +38,14 @@ def prefetch(
             raise InvalidRequest(f"--deadline {deadline}: say for how long they are wanted: 90s, 30m, 1h")
         wanted["deadline_seconds"] = until
     rest = session.rest()
-    found = []
-    for name in names:
-        tenant, document = split(name)
-        found.append(rest.post("/v1/hints", {"tenant": tenant, "document": document} | wanted))
+    found, missing = [], None
+    for tenant, document in [split(name) for name in names]:
+        try:
+            found.append(rest.post("/v1/hints", {"tenant": tenant, "document": document} | wanted))
+        except NotFound as error:
+            missing = missing or error
+    if missing is not None and not found:
+        raise missing
 
     def human() -> list[RenderableType]:
         from . import cli_tables
@@ -49,6 +53,8 @@ def prefetch(
         return [cli_tables.hints(found), *_reasons(found)]
 
     session.show({"hints": found}, human)
+    if missing is not None:
+        raise missing
     if any(hint["state"] == "refused" for hint in found):
         raise typer.Exit(FAILED)
 

@@ -172,13 +172,17 @@ def documents(found: Sequence[Json]) -> Table:
             size(d["size_bytes"]),
             *(size(here) if (here := d["resident_bytes"].get(tier)) else "-" for tier in ("hbm", "ddr", "nvme")),
             state(d),
-            d["pin"]["tier"] if d["pin"] else "-",
+            _pin(d["pin"]),
             d["leases"],
             duration(d["restore_seconds"]),
         )
         for d in found
     )
     return table(columns, rows, numbers=("TOKENS", "SIZE", "HBM", "DDR", "NVME", "LEASES", "RESTORE"))
+
+
+def _pin(pin: Json | None) -> str:
+    return "-" if pin is None else pin["tier"] if pin["kind"] == "hard" else f"{pin['tier']}, soft"
 
 
 def state(document: Json) -> str:
@@ -192,7 +196,7 @@ def state(document: Json) -> str:
 def document(d: Json) -> Table:
     """One document."""
     pin = d["pin"]
-    pinned = f"{pin['tier']} until {moment(pin['expires_wall_ns'])}, {pin['owner']}: {pin['reason']}" if pin else "-"
+    pinned = f"{_pin(pin)} until {moment(pin['expires_wall_ns'])}, {pin['owner']}: {pin['reason']}" if pin else "-"
     resident = ", ".join(f"{size(held)} in {tier}" for tier, held in d["resident_bytes"].items()) or "nowhere"
     gone = ", ".join(f"[{start}, {stop})" for start, stop in d["missing_tokens"]) or "none"
     used = d["last_access_seconds_ago"]

@@ -77,7 +77,9 @@ class Capacity:
         try:
             size_bytes = parse_size(text)
         except ValueError as error:
-            raise InvalidRequest(f"capacity {text!r}: say 5% of the trace's blocks, or a size such as 300GB") from error
+            raise InvalidRequest(
+                f"capacity {text!r}: say 5% of the trace's blocks (at most 100%), or a size such as 300GB"
+            ) from error
         return cls(text, None, size_bytes)
 
     def units(self, trace: Trace) -> int:

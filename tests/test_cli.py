@@ -151,6 +151,8 @@ def test_prefetch_brings_documents_near_and_hints_says_so(live):
 def test_prefetch_says_what_is_wrong(live):
     live.ingest("a")
     assert "nobody" in refused(3, "prefetch", "nobody", live=live)
+    result = run("prefetch", "nobody", "a", live=live)
+    assert (result.exit_code, "default/a" in result.stdout, "nobody" in result.stderr) == (3, True, True)
     assert "hbm:GROUP" in refused(2, "prefetch", "a", "--to", "nvme", live=live)
     assert "no group 'x'" in refused(3, "prefetch", "a", "--to", "hbm:x", live=live)
     for never in ("0s", "never"):
@@ -314,6 +316,8 @@ def test_pins_and_leases_say_who_why_and_how_long(live):
     assert "pinned softly" in ok("pin", "report", "--soft", "--ttl", "100s", "--refresh", "--reason", "demo", live=live)
     ok("pin", "other", "--tier", "nvme", "--ttl", "never", "--reason", "audit", live=live)
     live.call(lambda: live.clock.advance(50 * 10**9))
+    assert "ddr, soft" in ok("doc", "ls", live=live)
+    assert "ddr, soft until" in ok("doc", "show", "report", live=live)
     shown = ok("pins", live=live)
     for part in ("default/report", "soft", "50%", "50 s", "hit", "demo", "for ever", "32 KiB of 768 KiB in ddr"):
         assert part in shown
