@@ -1,7 +1,8 @@
 """Features: what the hazard of a strand depends on, each a small level by which a table is looked up.
 
-To add one: a line in MOVING or STILL. Those that move while a strand is idle are looked up again whenever they are
-needed; the others stand still between two uses.
+To add one: a line in MOVING, STILL or RELATIVE. Those that move while a strand is idle are looked up again whenever
+they are needed; the others stand still between two uses. Relative ones are ages themselves: what counts is how far from
+it the strand is now, so what is learned of one pace is known of all.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from .ages import BINS, age_bin
 from .strands import Strand
 
 LEVELS: Final = 16  # of every feature, used or not
 HALF_SECOND_NS: Final = 500_000_000
 LENGTH_TOKENS: Final = 256
+UNKNOWN: Final = BINS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +58,18 @@ def _turn(strand: Strand, _before: Strand | None) -> int:
     return strand.turn if strand.turn <= 8 else min(15, 5 + strand.turn.bit_length())
 
 
+def _mean_gap_ns(strand: Strand) -> int | None:
+    """None while the last gap says as much."""
+    return None if strand.uses <= 2 else (strand.used_ns - strand.first_ns) // (strand.uses - 1)
+
+
 def _mean_gap(strand: Strand, _before: Strand | None) -> int:
-    if strand.uses <= 2:
-        return 0  # a gap says as much
-    return 1 + _octave((strand.used_ns - strand.first_ns) // ((strand.uses - 1) * HALF_SECOND_NS), 14)
+    mean_ns = _mean_gap_ns(strand)
+    return 0 if mean_ns is None else 1 + _octave(mean_ns // HALF_SECOND_NS, 14)
+
+
+def _bin(age_ns: int | None) -> int:
+    return UNKNOWN if age_ns is None else age_bin(age_ns)
 
 
 MOVING: Final = (
@@ -75,13 +86,18 @@ STILL: Final = (
     Feature("mean_gap", _mean_gap),
     Feature("parent_uses", lambda strand, _before: _octave(strand.parent_uses, 9)),
 )
+RELATIVE: Final = (  # their level is a bin of age, or UNKNOWN
+    Feature("age_to_gap", lambda strand, _before: _bin(strand.gap_ns)),
+    Feature("age_to_mean_gap", lambda strand, _before: _bin(_mean_gap_ns(strand))),
+)
 FEATURES: Final = (*MOVING, *STILL)
+TERMS: Final = (*FEATURES, *RELATIVE)
 _MOVING_LEVELS: Final = tuple(feature.level for feature in MOVING)
-_LEVELS: Final = tuple(feature.level for feature in FEATURES)
+_LEVELS: Final = tuple(feature.level for feature in TERMS)
 
 
 def levels_at_use(strand: Strand, before: Strand | None) -> bytes:
-    """A level for each of FEATURES, right after a use."""
+    """A level for each of TERMS, right after a use."""
     return bytes([level(strand, before) for level in _LEVELS])
 
 

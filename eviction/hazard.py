@@ -1,10 +1,12 @@
 """Hazards: the chance that something idle is used in the age bin it is in, given that it was not until then.
 
     logit hazard(x, j) = sum over features i of w[i][x_i][j] + c[i][x_i]
+                       + sum over relative features k of d[k][j - x_k]
 
-x_i is the level of feature i, j the bin of age: a discrete-time hazard regression whose terms are table look-ups. It is
-learned online by AdaGrad on the log-loss of what happened: bins survived unused, and bins in which the use came. `w` is
-how a feature bends the curve of age, `c` how it lifts all of it, learned from every bin and so much faster.
+x_i is the level of feature i, j the bin of age: a discrete-time hazard regression whose terms are table look-ups. It
+is learned online by AdaGrad on the log-loss of what happened: bins survived unused, and bins in which the use came.
+`w` is how a feature bends the curve of age, `c` how it lifts all of it, learned from every bin and so much faster. `d`
+knows by how many bins the age is beyond one that was expected, whatever that is.
 
 Scores use a running average of the tables: learning never ends, so that the tables themselves always shake a little.
 """
@@ -18,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ages import BINS
-from .features import FEATURES, LEVELS
+from .features import FEATURES, LEVELS, RELATIVE, TERMS
 
-RATE: Final = 0.2
+RATE: Final = 0.1
 CAUTION: Final = 8.0  # where AdaGrad's sums of squares start: the first records move little
 CAUTION_OF_AGE: Final = 0.5
 AVERAGE_SHARE: Final = 0.1  # of a step, in the average; more while there were few steps
@@ -29,12 +31,15 @@ PRIOR_LOGIT: Final = -3.0  # in every bin: the hazard falls as one over age
 
 CELLS: Final = len(FEATURES) * LEVELS
 AGE: Final = [feature.name for feature in FEATURES].index("age")
-_FIRST_CELLS: Final = np.arange(len(FEATURES)) * LEVELS
+ROWS: Final = CELLS + len(RELATIVE) * (BINS + 1)  # a relative feature has one for each bin, and one of zeros
+_FIRST_ROWS: Final[NDArray[np.int64]] = np.array([*range(0, CELLS, LEVELS), *range(CELLS, ROWS, BINS + 1)])
+_BEYOND: Final = BINS + np.arange(BINS) - np.arange(BINS)[:, None]  # by bins of expected age and of age
 
 
 def cells(levels: Sequence[bytes]) -> NDArray[np.int64]:
-    """Rows of the tables that these levels look up: one line for each, one column a feature."""
-    return np.frombuffer(b"".join(levels), np.uint8).reshape(len(levels), len(FEATURES)) + _FIRST_CELLS
+    """Rows of the tables that these levels look up: one line for each, one column a term."""
+    found = np.frombuffer(b"".join(levels), np.uint8).reshape(len(levels), len(TERMS))
+    return _FIRST_ROWS + found
 
 
 class Records:
@@ -58,7 +63,7 @@ class Records:
 
     def lines(self) -> NDArray[np.uint8]:
         """One line each: levels, first, last, used."""
-        levels = np.frombuffer(b"".join(self.levels), np.uint8).reshape(len(self.levels), len(FEATURES))
+        levels = np.frombuffer(b"".join(self.levels), np.uint8).reshape(len(self.levels), len(TERMS))
         return np.column_stack((levels, np.array([self.first, self.last, self.used], np.uint8).T))
 
 
@@ -66,7 +71,7 @@ class Memory:
     """The last MEMORY records, of which as many as are new are learned again: chance decides which, by a fixed seed."""
 
     def __init__(self) -> None:
-        self._lines = np.zeros((MEMORY, len(FEATURES) + 3), np.uint8)
+        self._lines = np.zeros((MEMORY, len(TERMS) + 3), np.uint8)
         self._count = 0
         self._random = np.random.default_rng(0)
 
@@ -85,13 +90,16 @@ class Hazards:
     """The tables, learned record by record, and their average."""
 
     def __init__(self) -> None:
-        self._curves = np.zeros((CELLS, BINS))
+        self._curves = np.zeros((ROWS, BINS))
         self._curves[AGE * LEVELS] = PRIOR_LOGIT
-        self._curve_squares = np.full((CELLS, BINS), CAUTION)
+        self._curve_squares = np.full((ROWS, BINS), CAUTION)
+        self._diagonals = np.zeros((len(RELATIVE), 2 * BINS))  # which the rows of relative features are made of
+        self._diagonal_squares = np.full((len(RELATIVE), 2 * BINS), CAUTION)
         self._curve_squares[AGE * LEVELS : (AGE + 1) * LEVELS] = CAUTION_OF_AGE
         priors = np.array([feature.prior for feature in FEATURES])[:, None]
-        self._lifts = (priors * np.maximum(0, np.arange(LEVELS) - 1)).ravel()
-        self._lift_squares = np.full(CELLS, CAUTION)
+        self._lifts = np.zeros(ROWS)
+        self._lifts[:CELLS] = (priors * np.maximum(0, np.arange(LEVELS) - 1)).ravel()
+        self._lift_squares = np.full(ROWS, CAUTION)
         self._memory = Memory()
         self._steps = 0
         self._average = self._curves + self._lifts[:, None]
@@ -102,7 +110,7 @@ class Hazards:
         return found
 
     def parts(self, levels: bytes, bin_index: int) -> list[float]:
-        """What each of FEATURES adds to the log-odds of a use in one bin."""
+        """What each of TERMS adds to the log-odds of a use in one bin."""
         parts: list[float] = self._average[cells([levels])[0], bin_index].tolist()
         return parts
 
@@ -115,20 +123,29 @@ class Hazards:
         self._average += share * (self._curves + self._lifts[:, None] - self._average)
 
     def _step(self, lines: NDArray[np.uint8]) -> None:
-        first, last, used = lines[:, len(FEATURES) :].T.astype(np.int64)
+        first, last, used = lines[:, len(TERMS) :].T.astype(np.int64)
         counts = last - first + 1
         stops = counts.cumsum()
         record = np.repeat(np.arange(len(counts)), counts)
         bins = np.arange(stops[-1]) - np.repeat(stops - counts - first, counts)
-        rows = (lines[:, : len(FEATURES)] + _FIRST_CELLS)[record]
+        levels = lines[record, : len(TERMS)]
+        rows = levels + _FIRST_ROWS
         spots = rows * BINS + bins[:, None]
-        logits = np.einsum("if->i", self._curves.take(spots) + self._lifts.take(rows))
+        fixed = rows[:, : len(FEATURES)]
+        logits = np.einsum("if->i", self._curves.take(spots)) + np.einsum("if->i", self._lifts.take(fixed))
         gradients = 1 / (1 + np.exp(np.minimum(-logits, 500.0)))
         gradients[stops - 1] -= used
         repeated = np.repeat(gradients, len(FEATURES))
-        _descend(self._curves.ravel(), self._curve_squares.ravel(), spots.ravel(), repeated)
-        _descend(self._lifts, self._lift_squares, rows.ravel(), repeated)
+        _descend(self._curves.ravel(), self._curve_squares.ravel(), spots[:, : len(FEATURES)].ravel(), repeated)
+        _descend(self._lifts, self._lift_squares, fixed.ravel(), repeated)
         self._lifts[AGE * LEVELS] = 0.0  # its curve says it all
+        for number, expected in enumerate(levels[:, len(FEATURES) :].T.astype(np.int64)):
+            known = expected < BINS
+            diagonal = self._diagonals[number]
+            beyond = BINS + bins[known] - expected[known]
+            _descend(diagonal, self._diagonal_squares[number], beyond, gradients[known])
+            start = CELLS + number * (BINS + 1)
+            self._curves[start : start + BINS] = diagonal[_BEYOND]
 
 
 def _descend(

@@ -21,7 +21,7 @@ from typing import Final
 
 from .ages import age_bin
 from .candidate import Candidate
-from .features import FEATURES, levels_at_use, levels_now
+from .features import TERMS, levels_at_use, levels_now
 from .gittins import indices, reuse_probability, spans_seconds
 from .guard import Guard
 from .hazard import cells
@@ -97,7 +97,7 @@ class Popularity:
             "uses": float(strand.uses),
             **known,
             "turn": float(strand.turn),
-            **{f"logit_{feature.name}": part for feature, part in zip(FEATURES, parts, strict=True)},
+            **{f"logit_{feature.name}": part for feature, part in zip(TERMS, parts, strict=True)},
             "reuse_probability_10_min": reuse_probability(hazards.logits(cells([levels])), spans, HORIZON_SECONDS),
             "index_per_second": self.indices([unit], now_ns)[0],
         }

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from holdfast.eviction import hazard as hazard_module
 from holdfast.eviction.ages import BINS, NEVER_NS, STARTS_SECONDS, STOPS_NS, WIDTHS_SECONDS, age_bin, leaves_bin_ns
-from holdfast.eviction.features import FEATURES, LEVELS
+from holdfast.eviction.features import FEATURES, LEVELS, RELATIVE, TERMS, UNKNOWN
 from holdfast.eviction.gittins import LEAST_SHARE, indices, reuse_probability, spans_seconds
-from holdfast.eviction.hazard import CAUTION, CAUTION_OF_AGE, RATE, Hazards, Memory, Records, cells
+from holdfast.eviction.hazard import CAUTION, CAUTION_OF_AGE, RATE, ROWS, Hazards, Memory, Records, cells
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,7 +70,8 @@ def test_what_is_certain_and_what_is_impossible_are_finite():
 
 
 def levels(**given_levels):
-    return bytes(given_levels.get(feature.name, 0) for feature in FEATURES)
+    unsaid = [0] * len(FEATURES) + [UNKNOWN] * len(RELATIVE)
+    return bytes(given_levels.get(term.name, level) for term, level in zip(TERMS, unsaid, strict=True))
 
 
 def chances(hazards, one):
@@ -104,19 +105,23 @@ def test_a_batch_is_one_step_of_adagrad_on_the_log_loss_of_its_records():
     hazards, records = Hazards(), Records()
     for one, first, last, used in (
         (levels(turn=2), 1, 3, 1),
-        (levels(turn=2, gap=4), 0, 2, 0),
+        (levels(turn=2, gap=4, age_to_gap=1), 0, 2, 0),
+        (levels(age_to_gap=2, age_to_mean_gap=0), 1, 3, 1),
         (levels(turn=5, uses=1), 2, 2, 1),
     ):
         records.add(one, first, last, used=used)
     old_curves, old_lifts = hazards._curves.copy(), hazards._lifts.copy()
     hazards.learn(records)
-    curves, lifts = Counter(), Counter()  # sums of gradients by what is looked up
+    curves, lifts, diagonals = Counter(), Counter(), Counter()  # sums of gradients by what is looked up
     for one, first, last, used in zip(records.levels, records.first, records.last, records.used, strict=True):
         for index in range(first, last + 1):
             rows = cells([one])[0]
             logit = sum(old_curves[row, index] + old_lifts[row] for row in rows)
             gradient = 1 / (1 + math.exp(-logit)) - (used and index == last)
-            for row in rows:
+            for number, expected in enumerate(one[len(FEATURES) :]):
+                if expected != UNKNOWN:
+                    diagonals[number, index - expected] += gradient
+            for row in rows[: len(FEATURES)]:
                 curves[row, index] += gradient
                 lifts[row] += gradient
     age = [feature.name for feature in FEATURES].index("age") * LEVELS
@@ -125,13 +130,19 @@ def test_a_batch_is_one_step_of_adagrad_on_the_log_loss_of_its_records():
         old_curves[row, index] -= RATE * total / math.sqrt(start + total**2)
     for row, total in lifts.items():
         old_lifts[row] -= RATE * total / math.sqrt(CAUTION + total**2) if row != age else 0.0
+    for (number, beyond), total in diagonals.items():
+        for expected in range(BINS):
+            if 0 <= expected + beyond < BINS:
+                row = cells([levels(**{RELATIVE[number].name: expected})])[0][len(FEATURES) + number]
+                old_curves[row, expected + beyond] -= RATE * total / math.sqrt(CAUTION + total**2)
+    assert diagonals
     assert hazards._curves == pytest.approx(old_curves)
     assert hazards._lifts == pytest.approx(old_lifts)
 
 
 def test_old_records_are_recalled_with_new_ones_until_they_are_too_old(monkeypatch):
     monkeypatch.setattr(hazard_module, "MEMORY", 6)
-    memory, width = Memory(), len(FEATURES) + 3
+    memory, width = Memory(), len(TERMS) + 3
     batches = [np.full((4, width), number, np.uint8) for number in range(9)]
     assert memory.recall(batches[0]).tolist() == batches[0].tolist(), "there is nothing old yet"
     seen = set()
@@ -144,12 +155,26 @@ def test_old_records_are_recalled_with_new_ones_until_they_are_too_old(monkeypat
 
 
 def test_parts_add_up_to_the_log_odds():
-    hazards, one = Hazards(), levels(turn=3, uses=2)
+    hazards, one = Hazards(), levels(turn=3, uses=2, age_to_gap=7)
     parts = hazards.parts(one, 5)
-    assert len(parts) == len(FEATURES)
+    assert len(parts) == len(TERMS)
     assert sum(parts) == pytest.approx(hazards.logits(cells([one]))[0, 5])
 
 
 def test_features_fit_their_tables():
-    assert len({feature.name for feature in FEATURES}) == len(FEATURES)
-    assert cells([bytes([LEVELS - 1] * len(FEATURES))]).max() == len(FEATURES) * LEVELS - 1
+    assert len({term.name for term in TERMS}) == len(TERMS)
+    rows = cells([bytes([LEVELS - 1] * len(FEATURES) + [UNKNOWN] * len(RELATIVE))])[0]
+    assert max(rows[: len(FEATURES)]) == len(FEATURES) * LEVELS - 1
+    assert max(rows) == ROWS - 1
+
+
+def test_what_is_learned_of_one_pace_is_known_of_all():
+    """They come back when they are twice as old as their gap was. The same is expected of one that nobody had."""
+    hazards = Hazards()
+    for _ in range(400):
+        records = Records()
+        for gap in (4, 8, 12):
+            records.add(levels(age_to_gap=gap), 0, gap + 2, used=1)
+        hazards.learn(records)
+    stranger = chances(hazards, levels(age_to_gap=20))
+    assert stranger[22] > 2 * max(*stranger[18:22], *stranger[23:27])
