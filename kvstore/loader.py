@@ -151,6 +151,11 @@ class Loader:
             if source is None:
                 raise incomplete(loading, record)
             loading.sources[extent] = self.store.hold(source)
+        near = record.ddr
+        if source.tier is Tier.NVME and near is not None and near.state is State.RESIDENT and not loading.gives_way:
+            loading.sources[extent] = self.store.hold(near)  # another loading has brought it: it is not to leave for us
+            self.store.unhold(source)
+            return near
         return source
 
     def _refused(self, loading: Loading, error: HoldfastError) -> None:

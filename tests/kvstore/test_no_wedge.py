@@ -381,3 +381,27 @@ def test_giving_up_a_new_document_that_was_all_cached_leaves_no_shard_of_nobody(
     scene.settle()
     assert not scene.state.groups["g"].shards
     scene.store("a", tokens(1, 4))
+
+
+def test_what_another_brings_near_does_not_leave_for_the_load_that_waits_for_it():
+    """Else its own victim is one slot more that it needs, after its room was counted."""
+    scene = Scene(ddr=4, nvme=32)
+    document = scene.store("a", tokens(1, 3))
+    scene.evict(document, Tier.DDR)
+    scene.store("b", tokens(2, 4), WritePolicy.BACK)
+    part = scene.attach(document, tokens=(0, 32))
+    whole = scene.attach(document)
+    scene.end(scene.pending(WriteOut)[0])
+    while others := [order for order in scene.effects.orders if not isinstance(order, WriteOut)]:
+        scene.end(others[0])
+    assert part
+    assert not whole, "it waits for more room"
+    scene.detach(part[0])
+    scene.service.tick()
+    front = scene.state.extents[scene.state.documents[document].document.extents[0]]
+    assert front.ddr.readable
+    assert front.ddr.holds == 1
+    scene.settle()
+    assert whole
+    scene.detach(whole[0])
+    assert not list(scene.state.held())
