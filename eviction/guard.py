@@ -15,7 +15,7 @@ losses of 0.001 on chat at 20 % of the footprint into 0.005.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Final
 
@@ -75,8 +75,8 @@ class GuardRanking:
     def used(self, use: Use) -> None:
         """Compare what is here of a chain with what LRU would have."""
         self._shadow.trim()
-        ours = self._saved(use, self._shadow.resident)
-        lru = self._saved(use, self._shadow)
+        ours = self._saved(use, self._shadow.is_here)
+        lru = self._saved(use, self._shadow.__contains__)
         keep = 1 - 1 / MEMORY_USES
         self._uses = self._uses * keep + 1
         self._asked = self._asked * keep + self._worth(use.token_count)
@@ -85,8 +85,8 @@ class GuardRanking:
         self.follows_lru = self._ahead < -tolerated * (0.5 if self.follows_lru else 1.0)
         self._shadow.used(use.chain)
 
-    def _saved(self, use: Use, here: Container[UnitId]) -> float:
-        units = len(list(takewhile(here.__contains__, use.chain)))
+    def _saved(self, use: Use, is_here: Callable[[UnitId], bool]) -> float:
+        units = len(list(takewhile(is_here, use.chain)))
         return self._worth(min(units * use.unit_tokens, use.token_count))
 
     def released(self, chain: Sequence[UnitId], now_ns: int) -> None:
@@ -132,10 +132,9 @@ class Shadow:
     """
 
     def __init__(self, capacity_bytes: int) -> None:
-        self.order: dict[UnitId, int] = {}  # number of the last use; the one used longest ago first
+        self.order: dict[UnitId, int] = {}  # last uses, the oldest first: their number if it is here, else minus that
         self.absent: dict[UnitId, None] = {}  # of those; the one used longest ago first
-        self.resident: set[UnitId] = set()  # in the real cache
-        self._strays: dict[UnitId, int] = {}  # last use of residents that LRU would have evicted
+        self._strays: dict[UnitId, int] = {}  # last use of residents that LRU would have evicted; 0: nobody knows
         self._capacity_bytes = capacity_bytes
         self._came_bytes = 0
         self._came = 0
@@ -144,17 +143,25 @@ class Shadow:
     def used(self, chain: Sequence[UnitId]) -> None:
         """All of it comes, its tail as the first to leave."""
         self._number += 1
+        here, away = self._number, -self._number
         for unit in reversed(chain):
-            is_known = self.order.pop(unit, None) is not None
-            self.order[unit] = self._number
-            self._strays.pop(unit, None)
-            if unit in self.absent if is_known else unit not in self.resident:
+            last = self.order.pop(unit, None)
+            is_here = unit in self._strays if last is None else last > 0
+            if last is None:
+                self._strays.pop(unit, None)
+            self.order[unit] = here if is_here else away
+            if not is_here if last is None else unit in self.absent:
                 self.absent.pop(unit, None)
                 self.absent[unit] = None
         self.trim()
 
     def __contains__(self, unit: object) -> bool:
         return unit in self.order and unit not in self.absent
+
+    def is_here(self, unit: UnitId) -> bool:
+        """Whether the real cache has it."""
+        last = self.order.get(unit)
+        return unit in self._strays if last is None else last > 0
 
     def trim(self) -> None:
         """Those used longest ago leave; of the absent ones as many are remembered as of the others.
@@ -164,10 +171,10 @@ class Shadow:
         capacity = self.capacity_units
         while (more := len(self.order) - len(self.absent) - capacity) > 0:
             for unit in list(islice(self.order, more)):
-                number = self.order.pop(unit)
+                last = self.order.pop(unit)
                 self.absent.pop(unit, None)
-                if unit in self.resident:
-                    self._strays[unit] = number
+                if last > 0:
+                    self._strays[unit] = last
         for unit in list(islice(self.absent, max(0, len(self.absent) - capacity))):
             del self.absent[unit], self.order[unit]
 
@@ -178,16 +185,23 @@ class Shadow:
 
     def came(self, unit: UnitId, size_bytes: int) -> None:
         """It is in the real cache. Call `trim` before asking the shadow again."""
-        self.resident.add(unit)
+        last = self.order.get(unit)
+        if last is None:
+            self._strays.setdefault(unit, 0)
+        else:
+            self.order[unit] = abs(last)
         self._came_bytes += size_bytes
         self._came += 1
         self.absent.pop(unit, None)
 
     def left(self, unit: UnitId) -> None:
         """It is not any more."""
-        self.resident.discard(unit)
-        self._strays.pop(unit, None)
+        last = self.order.get(unit)
+        if last is None:
+            self._strays.pop(unit, None)
+        else:
+            self.order[unit] = -abs(last)
 
     def last(self, unit: UnitId) -> float:
         """Number of its last use; 0 where nothing is known."""
-        return float(self.order.get(unit, self._strays.get(unit, 0)))
+        return float(abs(self.order.get(unit, self._strays.get(unit, 0))))

@@ -137,7 +137,7 @@ def test_it_says_whom_it_follows():
     ranking = policy.ranking(2 << 20, worth)
     for unit in "aab":
         policy.used(use(unit))
-        if unit not in ranking._shadow.resident:
+        if not ranking._shadow.is_here(unit):
             ranking.came(unit, 1 << 20)
     one = candidate("b")
     assert ranking.explain(one, NOW_NS)["follows_lru"] == 0.0
