@@ -8,7 +8,7 @@ from holdfast.kvstore.transfers import PASSES_MAX, Transfers
 from hypothesis import given
 from hypothesis import strategies as st
 
-ATTACH, DEMOTE, PREFETCH, WRITE, SCRUB = Urgency
+ATTACH, DEMOTE, PREFETCH, WRITE, RELIEF, SCRUB = Urgency
 
 
 def filled(workers, counts):
