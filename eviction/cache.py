@@ -13,7 +13,7 @@ from .candidate import Candidate
 from .policy import Policy, Worth
 from .residents import Residents
 from .use import UnitId
-from .victims import choose
+from .victims import ALL_SCORED, choose
 
 
 class Unit(NamedTuple):
@@ -37,14 +37,27 @@ class Admitted(NamedTuple):
 
 
 class Cache:
-    """At most `capacity_units` residents; only leaves go. `worth` is the ranking's, see policy.Worth."""
+    """At most `capacity_units` residents; only leaves go. `worth` is the ranking's, see policy.Worth.
 
-    def __init__(self, policy: Policy, *, capacity_units: int, unit_tokens: int, unit_bytes: int, worth: Worth) -> None:
+    Of more than `all_scored` leaves a decision looks at a sample, see `choose`.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        capacity_units: int,
+        unit_tokens: int,
+        unit_bytes: int,
+        worth: Worth,
+        all_scored: int = ALL_SCORED,
+    ) -> None:
         assert capacity_units > 0, capacity_units
         self.capacity_units = capacity_units
         self._unit_tokens = unit_tokens
         self._unit_bytes = unit_bytes
         self._worth = worth
+        self._all_scored = all_scored
         self._ranking = policy.ranking(capacity_units * unit_bytes, worth)
         self._residents = Residents()
         self._units: dict[UnitId, Unit] = {}  # the residents
@@ -101,7 +114,14 @@ class Cache:
         surplus = len(self._units) - self.capacity_units
         if surplus <= 0:
             return Admitted((), tuple(units), ())
-        victims = choose(self._residents, self._ranking, self._describe, now_ns, lambda chosen: len(chosen) >= surplus)
+        victims = choose(
+            self._residents,
+            self._ranking,
+            self._describe,
+            now_ns,
+            lambda chosen: len(chosen) >= surplus,
+            all_scored=self._all_scored,
+        )
         assert victims is not None, "newcomers are never held, and there are as many as are too many"
         newcomers = {unit.id for unit in units}
         leaving = [self._units[victim.id] for victim in victims]

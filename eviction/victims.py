@@ -41,6 +41,7 @@ def choose(
     now_ns: int,
     satisfied: Satisfied,
     permit: Callable[[Candidate], bool] = anybody,
+    all_scored: int = ALL_SCORED,
 ) -> tuple[Candidate, ...] | None:
     """The victims in the order to evict them, or None when no set of victims is enough.
 
@@ -48,7 +49,7 @@ def choose(
     one from then on. `satisfied(victims)` says whether evicting these is enough. It must be monotone: more victims
     never turn True into False. `permit` is asked of each as it is about to be chosen; who is refused stays.
 
-    Up to ALL_SCORED leaves are all looked at. Of more, a pseudo-random sample at a time (it follows from their number
+    Up to `all_scored` leaves are all looked at. Of more, a pseudo-random sample at a time (it follows from their number
     and `now_ns`), until the lowest that is left is no better than what a sample's lowest POOL were. So a victim may
     score a little higher than the lowest of all. But of a rank above 0 nobody leaves, and the answer is not None,
     before every leaf was looked at.
@@ -59,7 +60,7 @@ def choose(
         return ()
     chosen: list[Candidate] = []
     too_few, asked_next = 0, 1
-    for candidate in _Line(residents, ranking, describe, now_ns).leaf_first(permit):
+    for candidate in _Line(residents, ranking, describe, now_ns, all_scored).leaf_first(permit):
         chosen.append(candidate)
         if len(chosen) < asked_next:
             continue  # asked when they are a quarter more, then by bisection: a predicate that sums is itself O(n)
@@ -77,12 +78,13 @@ def choose(
 class _Line:
     """Who leaves next, in one decision."""
 
-    def __init__(self, residents: Forest, ranking: Ranking, describe: Describe, now_ns: int) -> None:
+    def __init__(self, residents: Forest, ranking: Ranking, describe: Describe, now_ns: int, all_scored: int) -> None:
         self._residents = residents
         self._ranking = ranking
         self._describe = describe
         self._now_ns = now_ns
-        self._unseen = _scattered(residents.leaves, now_ns)
+        self._all_scored = all_scored
+        self._unseen = _scattered(residents.leaves, now_ns, all_scored)
         self._heap: list[_Entry] = []
         self._gone: dict[UnitId, int] = {}  # followers of a resident that were chosen
         self._ahead: dict[UnitId, _Entry] = {}  # described and scored before it is a leaf
@@ -105,7 +107,8 @@ class _Line:
 
     def _look(self) -> bool:
         """Describe and score the next leaves; False when there are none."""
-        count = SAMPLE if self._heap or len(self._residents.leaves) > ALL_SCORED else ALL_SCORED
+        leaves = len(self._residents.leaves)
+        count = SAMPLE if self._heap or leaves > self._all_scored else leaves
         found = list(islice(self._unseen, count))
         self._add([one for one in map(self._describe, found) if one.movable])
         return bool(found)
@@ -153,10 +156,10 @@ class _Line:
         self._ahead |= {entry[-1].id: entry for entry in self._scored(run)}
 
 
-def _scattered(leaves: Sequence[UnitId], now_ns: int) -> Iterator[UnitId]:
+def _scattered(leaves: Sequence[UnitId], now_ns: int, all_scored: int) -> Iterator[UnitId]:
     """Every leaf once, in an order that goes all over them: by a step that shares no factor with their number."""
     count = len(leaves)
-    if count <= ALL_SCORED:
+    if count <= all_scored:
         return iter(leaves)
     step = max(1, count * 618 // 1000 + now_ns % (count // 8))
     while gcd(step, count) > 1:

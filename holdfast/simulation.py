@@ -24,6 +24,7 @@ from .eviction.cache import Cache
 from .eviction.policy import POLICIES, Policy, Worth
 from .eviction.replay import Step, replay
 from .eviction.use import UnitId
+from .eviction.victims import ALL_SCORED
 from .kvstore.errors import InvalidRequest
 from .kvstore.sizes import parse_size
 from .traces import Trace
@@ -33,6 +34,7 @@ LAYERS: Final = 80
 HIDDEN: Final = 8192
 KV_BYTES_PER_TOKEN: Final = 327_680
 FLOPS_PER_SECOND: Final = 3.56e15  # effective; 100K tokens take 7.6 s
+DEFAULT_POLICY: Final = "popularity"
 NS_PER_SECOND: Final = 1_000_000_000
 PROGRESS_REQUESTS: Final = 64
 OFFLINE: Final[Mapping[str, Callable[[Iterable[Sequence[UnitId]]], Policy]]] = {
@@ -119,6 +121,11 @@ def make_policy(name: str, trace: Trace) -> Policy:
     return OFFLINE[name](trace.chains) if name in OFFLINE else POLICIES[name]()
 
 
+def leaves_scored(name: str) -> int:
+    """Our own policy is replayed as the daemon decides; others exactly, because they are what it is held to."""
+    return ALL_SCORED if name == DEFAULT_POLICY else sys.maxsize
+
+
 @dataclass(slots=True)
 class Tally:
     """Sums over requests."""
@@ -178,7 +185,14 @@ def simulate(
     """
     policy, units = make_policy(name, trace), capacity.units(trace)
     unit_bytes = trace.block_tokens * KV_BYTES_PER_TOKEN
-    cache = Cache(policy, capacity_units=units, unit_tokens=trace.block_tokens, unit_bytes=unit_bytes, worth=worth)
+    cache = Cache(
+        policy,
+        capacity_units=units,
+        unit_tokens=trace.block_tokens,
+        unit_bytes=unit_bytes,
+        worth=worth,
+        all_scored=leaves_scored(name),
+    )
     tally, timer = Tally(), Timer()
     steps = timer.timed(replay((one.request for one in trace.requests), policy, cache))
     for number, (one, step) in enumerate(zip(trace.requests, steps, strict=True)):
