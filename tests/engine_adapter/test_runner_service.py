@@ -323,7 +323,7 @@ def test_questions_that_wait_together_are_answered_together(stage):
 def test_documents_that_do_not_fit_together_are_answered_one_after_the_other(stage):
     texts = {name: (name + TEXT) * 3 for name in ("one", "two", "three")}
     for name, text in texts.items():
-        stage.ingest(name, text)
+        stage.ingest(name, text, WritePolicy.THROUGH)
     _, thread, _ = busy(stage, "one")
     clients = [stage.client().ask(AskRequest(document=name, question="who?", new_tokens=NEW)) for name in texts]
     for client in clients:
