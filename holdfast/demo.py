@@ -43,6 +43,7 @@ LOG_CHARACTERS: Final = 2000
 MAIN: Final = "opticks"
 PINNED: Final = "pinned"
 LEFT_FOR_ROOM: Final = ("pressure", "watermark")  # reasons of verdicts
+REUSE: Final = "reuse_probability_10_min"
 EXTRA_DOCUMENTS: Final = 7
 DURABLE_SECONDS: Final = 60.0
 QUESTIONS: Final = (
@@ -374,14 +375,15 @@ class Demo:
         view = self.client.document(name)
         mine = [v for v in verdicts if f"default/{name}" in v.documents and v.reason in LEFT_FOR_ROOM]
         role = "popular" if name == MAIN else "pinned" if view.pin is not None else "cold"
-        why = f"{view.use_count} uses"
+        why = f"{view.use_count} {'use' if view.use_count == 1 else 'uses'}"
         if view.pin is not None:
             why = f"pinned at {TIER_NAMES[view.pin.tier]}: {view.pin.reason}"
-        lowest = max((v for v in mine if v.tier != "hbm"), key=lambda v: v.tier, default=None)
+        # Of victims in a row only one is explained in full.
+        explained = [v for v in mine if v.tier != "hbm" and REUSE in v.scores]
+        lowest = max(explained, key=lambda v: v.tier, default=None)
         if lowest is not None:
-            chance = lowest.scores.get("reuse_probability", 0.0)
             cost = f"{lowest.restore_ns / 1e6:.0f} ms to {'recompute' if lowest.action == 'drop' else 'reload'}"
-            why += f"; left {TIER_NAMES[lowest.tier]} for others: {chance:.0%} reuse x {cost}"
+            why += f"; left {TIER_NAMES[lowest.tier]} for others: {lowest.scores[REUSE]:.1%} reuse x {cost}"
         return DocumentFate(
             name=name,
             role=role,
