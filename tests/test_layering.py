@@ -204,9 +204,20 @@ THIRD_PARTY = {
     "safetensors": ("ring_attention/*",),
     "structlog": ("kvstore/daemon.py", "holdfast/*"),
     "tokenizers": ("ring_attention/*",),
-    "torch": ("ring_attention/*",),
+    "lmcache": ("engine_adapter/lmcache/*",),
+    "sglang": ("engine_adapter/sglang/*",),
+    "torch": (
+        "ring_attention/*",
+        "engine_adapter/lmcache/*",
+        "engine_adapter/sglang/*",
+        "engine_adapter/transformers/*",
+        "engine_adapter/vllm/*",
+    ),
+    "transformers": ("engine_adapter/transformers/*",),
     "typer": ("holdfast/*",),
+    "vllm": ("engine_adapter/vllm/*",),
     "xxhash": ("*",),
+    "zmq": ("kvstore/event_publisher.py",),
 }
 # The same for parts of the standard library; an empty tuple means nowhere in the product.
 STANDARD_LIBRARY = {

@@ -1,0 +1,1 @@
+"""SGLang's hook: a dynamic HiCache storage backend, over opaque objects."""
