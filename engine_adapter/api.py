@@ -24,6 +24,7 @@ from ..kvstore.document import WritePolicy
 from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, NoCapacity, Unavailable
 from ..kvstore.geometry import extent_geometry
 from ..kvstore.hint_views import HintView
+from ..kvstore.keys import Extras
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PrefixView, TierView, VictimView
 from ..kvstore.wire import Attached
@@ -206,11 +207,13 @@ class Store:
         *,
         write_policy: WritePolicy = WritePolicy.AUTO,
         ttl_seconds: float | None = None,
+        extras: Extras | None = None,
         deadline_seconds: float = 60.0,
     ) -> Iterator[IngestWriter]:
         """Store a document: write what is missing inside the block; leaving it publishes, an error leaves no trace.
 
-        So many seconds later it is deleted; None: never, or when the document of this name would be.
+        So many seconds later it is deleted; None: never, or when the document of this name would be. `extras`: what
+        its KV depends on besides tokens (an adapter, a picture, a salt), by the index of the block where it begins.
         """
         if getattr(tokens, "ndim", 1) != 1:
             raise InvalidRequest(f"tokens are one row of token ids, not an array of shape {np.shape(tokens)}")
@@ -223,6 +226,7 @@ class Store:
             tokens,
             write_policy=write_policy,
             ttl_seconds=ttl_seconds,
+            extras=extras,
             deadline_seconds=deadline_seconds,
         )
         published = False
@@ -311,9 +315,11 @@ class Store:
         capacity_bytes = sum(tier.capacity_bytes for tier in self._client.tiers() if tier.tier == "ddr")
         return max(1, capacity_bytes // 4 * view.token_count // view.size_bytes)
 
-    def lookup(self, spec: KVSpec, tokens: Sequence[int] | npt.NDArray[np.integer]) -> PrefixView:
+    def lookup(
+        self, spec: KVSpec, tokens: Sequence[int] | npt.NDArray[np.integer], *, extras: Extras | None = None
+    ) -> PrefixView:
         """How many leading tokens are in the cache, and in which tiers. Nothing is leased, and nothing learnt."""
-        return self._client.lookup_tokens(self._client.register_spec(spec), tokens)
+        return self._client.lookup_tokens(self._client.register_spec(spec), tokens, extras)
 
     def documents(self) -> list[DocumentView]:
         """The tenant's documents, by name."""

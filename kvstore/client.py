@@ -23,8 +23,10 @@ from .explain_view import ExplainView
 from .explain_wire import ExplainDocument, Explained
 from .hint_views import HintView
 from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
+from .keys import Extras
 from .layout import Layout
 from .layouts import LayoutMessage
+from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens, extra_parts
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PrefixView, SwapView, TierView, VictimView
@@ -40,18 +42,13 @@ from .wire import (
     Documents,
     Done,
     FindRing,
-    Found,
     FreeDocument,
     FreedPlan,
     IngestOpened,
     KeepRing,
-    Keys,
-    KeysOf,
     LayersReady,
     ListDocuments,
     ListTiers,
-    Lookup,
-    LookupTokens,
     MapSlabs,
     MoveDone,
     NextSlots,
@@ -243,16 +240,25 @@ class Client:
         deadline_seconds: float = 60.0,
         layout: Layout | None = None,
         ttl_seconds: float | None = None,
+        extras: Extras | None = None,
     ) -> IngestOpened:
         """Open an ingest: slots to fill, or a shard to prefill into when a group is named.
 
         A document of that name may be there if these tokens continue it. `layout` says who is to have which tokens.
         So many seconds after it is published the document is deleted; None: never, or when that of this name would be.
+        `extras`: what its KV depends on besides tokens, by the index of the block where it begins.
         """
-        data = token_bytes(tokens)
-        wanted = LayoutMessage.of(layout) if layout is not None else None
         body = BeginIngest(
-            name, fingerprint, data, write_policy, group, chunk_tokens, deadline_seconds, wanted, ttl_seconds
+            name,
+            fingerprint,
+            token_bytes(tokens),
+            write_policy,
+            group,
+            chunk_tokens,
+            deadline_seconds,
+            LayoutMessage.of(layout) if layout is not None else None,
+            ttl_seconds,
+            extra_parts(extras),
         )
         return self._ask(IngestOpened, body, deadline_seconds + MARGIN_SECONDS)
 
@@ -339,17 +345,24 @@ class Client:
 
     # Lookup ------------------------------------------------------------------------------------
 
-    def keys_of(self, fingerprint: bytes, tokens: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
-        """The keys of a token sequence's blocks, 16 bytes each: to ask for it, or a front of it, more than once."""
-        return self._ask(Keys, KeysOf(fingerprint, token_bytes(tokens))).keys
+    def keys_of(
+        self, fingerprint: bytes, tokens: Sequence[int] | npt.NDArray[np.integer], extras: Extras | None = None
+    ) -> bytes:
+        """The keys of a token sequence's blocks, 16 bytes each: to ask for it, or a front of it, more than once.
+
+        `extras`: as when it was ingested.
+        """
+        return self._ask(Keys, KeysOf(fingerprint, token_bytes(tokens), extra_parts(extras))).keys
 
     def lookup(self, fingerprint: bytes, keys: bytes) -> PrefixView:
         """How much of the sequence with these block keys is in the cache. Nothing is leased, and nothing learnt."""
         return self._ask(Found, Lookup(fingerprint, keys)).prefix
 
-    def lookup_tokens(self, fingerprint: bytes, tokens: Sequence[int] | npt.NDArray[np.integer]) -> PrefixView:
+    def lookup_tokens(
+        self, fingerprint: bytes, tokens: Sequence[int] | npt.NDArray[np.integer], extras: Extras | None = None
+    ) -> PrefixView:
         """The same by tokens."""
-        return self._ask(Found, LookupTokens(fingerprint, token_bytes(tokens))).prefix
+        return self._ask(Found, LookupTokens(fingerprint, token_bytes(tokens), extra_parts(extras))).prefix
 
     # Ranks -------------------------------------------------------------------------------------
 

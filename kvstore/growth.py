@@ -10,20 +10,23 @@ from collections.abc import Iterable, Sequence
 
 from .document import Document
 from .extent import ExtentId, cut
-from .keys import ROOT, Tokens, block_keys
+from .keys import NO_EXTRAS, ROOT, Extras, Tokens, block_keys
 from .spec import KVSpec
 from .state import DocumentRecord, ShardKey
 from .store import Store
 
 
-def continues(known: Document, tokens: Tokens, keys: Sequence[bytes], spec: KVSpec, secret: bytes) -> bool:
+def continues(
+    known: Document, tokens: Tokens, keys: Sequence[bytes], spec: KVSpec, secret: bytes, extras: Extras = NO_EXTRAS
+) -> bool:
     """Whether these tokens, whose block keys these are, begin with all tokens of the document, and are more."""
     count = known.token_count
     if known.fingerprint != spec.fingerprint() or count >= len(tokens):
         return False
     whole = count // spec.block_tokens
     front = list(keys[:whole])
-    front += block_keys(tokens[whole * spec.block_tokens : count], spec, secret, front[-1] if front else ROOT)
+    rest = tokens[whole * spec.block_tokens : count]
+    front += block_keys(rest, spec, secret, front[-1] if front else ROOT, extras, whole)
     return tuple(extent.id for extent in cut(front, count, spec, known.id.tenant)) == known.extents
 
 

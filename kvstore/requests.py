@@ -26,12 +26,13 @@ from .freeing import emptied
 from .hint_views import hint_view
 from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .ingesting import Ingest
-from .keys import ROOT, Tokens, as_tokens, block_keys
+from .keys import ROOT, Extras, Tokens, as_tokens, block_keys
 from .layouts import LayoutMessage, ShardMessage
 from .ledger import Seen
 from .loading import Loading
 from .planner import Victim
 from .prefills import Prefill
+from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens
 from .residency import Placement
 from .runs import RunMessage, in_runs
 from .service import NS, Service
@@ -48,18 +49,13 @@ from .wire import (
     Documents,
     Done,
     FindRing,
-    Found,
     FreeDocument,
     FreedPlan,
     IngestOpened,
     KeepRing,
-    Keys,
-    KeysOf,
     LayersReady,
     ListDocuments,
     ListTiers,
-    Lookup,
-    LookupTokens,
     NextSlots,
     ObservePrefill,
     Receipt,
@@ -124,8 +120,8 @@ class Requests:
                 return await handle_claim(self._service, tenant, body, self._call)
             case KeepRing(rate=rate):
                 return await self._done(lambda done: self._service.measurements.keep_ring(rate, done))
-            case KeysOf(fingerprint, tokens) | LookupTokens(fingerprint, tokens):
-                keys = b"".join(await self._keys(tenant, fingerprint, tokens))
+            case KeysOf(fingerprint, tokens, extras) | LookupTokens(fingerprint, tokens, extras):
+                keys = b"".join(await self._keys(tenant, fingerprint, tokens, dict(extras)))
                 is_lookup = isinstance(body, LookupTokens)
                 return self._simple(client, tenant, Lookup(fingerprint, keys)) if is_lookup else Keys(keys)
             case _:
@@ -186,20 +182,21 @@ class Requests:
             case _:
                 raise MalformedFrame(f"{type(body).__name__} is not expected here")
 
-    async def _keys(self, tenant: str, fingerprint: bytes, data: bytes) -> list[bytes]:
+    async def _keys(self, tenant: str, fingerprint: bytes, data: bytes, extras: Extras) -> list[bytes]:
         spec, secret = self._service.keying(tenant, fingerprint)
         tokens = as_tokens(_tokens(data), spec)
         keys = [ROOT]
         step = KEYS_AT_ONCE * spec.block_tokens
         for start in range(0, len(tokens), step):
-            keys += block_keys(tokens[start : start + step], spec, secret, keys[-1])
+            keys += block_keys(tokens[start : start + step], spec, secret, keys[-1], extras, len(keys) - 1)
             await asyncio.sleep(0)  # a long document's keys take longer than others should have to wait
         return keys[1:]
 
     async def _begin(self, client: int, tenant: str, body: BeginIngest) -> Reply:
         tokens = _tokens(body.tokens)
         document = DocumentId(tenant, body.name)
-        keys = await self._keys(tenant, body.fingerprint, body.tokens)
+        extras = dict(body.extras)
+        keys = await self._keys(tenant, body.fingerprint, body.tokens, extras)
         opened: Ingest = await self._call(
             lambda done: self._service.begin_ingest(
                 client,
@@ -214,6 +211,7 @@ class Requests:
                 keys,
                 body.layout.layout() if body.layout is not None else None,
                 body.ttl_seconds,
+                extras,
             ),
             late=lambda ingest: self._service.abort_ingest(client, ingest.id),
         )

@@ -37,7 +37,7 @@ from .growth import close_retired, continues
 from .ingest import Ingests
 from .ingesting import Ingest
 from .keeping import Keeping
-from .keys import KEY_BYTES, Tokens, as_tokens, block_keys
+from .keys import KEY_BYTES, NO_EXTRAS, Extras, Tokens, as_tokens, block_keys
 from .layout import Layout, chunked, zigzag
 from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
@@ -239,6 +239,7 @@ class Service:
         keys: Sequence[bytes] = (),
         layout: Layout | None = None,
         ttl_seconds: float | None = None,
+        extras: Extras = NO_EXTRAS,
     ) -> Ingest:
         """Open an ingest. A group prefills in zigzag chunks of `chunk_tokens` behind what is cached, or as `layout`.
 
@@ -250,7 +251,8 @@ class Service:
         tokens = as_tokens(tokens, spec)
         if len(self.state.documents) >= self.config.limits.documents and document not in self.state.documents:
             raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
-        keys = keys or block_keys(tokens, spec, self._secret(document.tenant))
+        secret = self._secret(document.tenant)
+        keys = keys or block_keys(tokens, spec, secret, extras=extras)
         extents = cut(keys, len(tokens), spec, document.tenant)
         missing = tuple(extent for extent in extents if not self.ingests.present(extent))
         cached = min((extent.start for extent in missing), default=len(tokens))  # in front of any layer group's first
@@ -260,7 +262,7 @@ class Service:
             made = layout or chunked(zigzag(cached, seats.cp, seats.tp), len(tokens), chunk_tokens)
             placed = checked_layout(self.state, group, fingerprint, len(tokens), made)
         known = self.state.documents.get(document)
-        grows = known is not None and continues(known.document, tokens, keys, spec, self._secret(document.tenant))
+        grows = known is not None and continues(known.document, tokens, keys, spec, secret, extras)
         if known is not None and write_policy is WritePolicy.AUTO:
             write_policy = known.document.write_policy  # its owner named it before
         ingest = Ingest(

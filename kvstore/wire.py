@@ -18,9 +18,10 @@ from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
 from .message import Count, Line, Message, Nanoseconds, Seconds, Size
+from .prefix_wire import ExtraParts, Found, Keys, KeysOf, Lookup, LookupTokens
 from .runs import Parts, RunMessage
 from .spec import KVSpec
-from .views import DocumentView, PrefixView, SwapView, TierView, VictimView
+from .views import DocumentView, SwapView, TierView, VictimView
 
 PROTOCOL_VERSION: Final = 2
 SLABS_AT_ONCE: Final = 128  # a message carries at most 253 descriptors
@@ -76,6 +77,7 @@ class BeginIngest(Message, frozen=True):
     deadline_seconds: float
     layout: LayoutMessage | None = None
     ttl_seconds: float | None = None
+    extras: ExtraParts = msgspec.field(default_factory=list)
 
 
 class CommitIngest(Message, frozen=True):
@@ -175,27 +177,6 @@ class MapSlabs(Message, frozen=True):
     """Send me those slabs' descriptors."""
 
     slabs: Annotated[list[int], msgspec.Meta(min_length=1, max_length=SLABS_AT_ONCE)]
-
-
-class KeysOf(Message, frozen=True):
-    """The keys of a token sequence (little-endian uint32), to look it up with."""
-
-    fingerprint: bytes
-    tokens: bytes
-
-
-class Lookup(Message, frozen=True):
-    """How much of a prefix is in the cache, by the keys of its blocks, one after another."""
-
-    fingerprint: bytes
-    keys: bytes
-
-
-class LookupTokens(Message, frozen=True):
-    """The same by its tokens, little-endian uint32."""
-
-    fingerprint: bytes
-    tokens: bytes
 
 
 class ListDocuments(Message, frozen=True):
@@ -374,18 +355,6 @@ class SlabsMapped(Message, frozen=True):
 
     slabs: list[tuple[int, int]]
     size_bytes: int
-
-
-class Keys(Message, frozen=True):
-    """Keys of blocks, 16 bytes each, one after another."""
-
-    keys: bytes
-
-
-class Found(Message, frozen=True):
-    """What is in the cache of a prefix."""
-
-    prefix: PrefixView
 
 
 class Documents(Message, frozen=True):

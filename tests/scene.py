@@ -73,7 +73,7 @@ class Scene:
         for rank, client in enumerate(RANKS):
             self.service.register_rank(client, "g", rank, 2, 1, FINGERPRINT, rows)
 
-    def begin(self, name, ids, policy=WritePolicy.THROUGH, group=None, deadline_ns=FAR_NS, ttl_seconds=None):
+    def begin(self, name, ids, policy=WritePolicy.THROUGH, group=None, deadline_ns=FAR_NS, ttl_seconds=None, **wanted):
         """Open an ingest; returns it and what was heard of it."""
         heard = []
         document = named(name)
@@ -88,6 +88,7 @@ class Scene:
             deadline_ns,
             heard.append,
             ttl_seconds=ttl_seconds,
+            **wanted,
         )
         self.state.check()
         return ingest, heard
@@ -99,9 +100,9 @@ class Scene:
         self.state.check()
         return heard
 
-    def store(self, name, ids, policy=WritePolicy.THROUGH, group=None, ttl_seconds=None):
+    def store(self, name, ids, policy=WritePolicy.THROUGH, group=None, ttl_seconds=None, **wanted):
         """A committed document, everything settled."""
-        ingest, _ = self.begin(name, ids, policy, group, ttl_seconds=ttl_seconds)
+        ingest, _ = self.begin(name, ids, policy, group, ttl_seconds=ttl_seconds, **wanted)
         self.settle()
         heard = self.commit(ingest)
         self.settle()

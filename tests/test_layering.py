@@ -77,6 +77,7 @@ FLOOR_OF = {
     "precedence": "rules",
     "prefills": "rules",
     "prefix": "rules",
+    "prefix_wire": "edges",
     "prices": "rules",
     "quotas": "rules",
     "residency": "rules",

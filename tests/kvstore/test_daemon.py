@@ -38,16 +38,15 @@ from holdfast.kvstore.errors import (
 )
 from holdfast.kvstore.frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, decode_request, encode
 from holdfast.kvstore.geometry import extent_geometry
+from holdfast.kvstore.prefix_wire import Found, LookupTokens
 from holdfast.kvstore.requests import Requests
 from holdfast.kvstore.seal import seal_planes
 from holdfast.kvstore.wire import (
     PROTOCOL_VERSION,
     AttachDocument,
-    Found,
     Goodbye,
     Hello,
     ListDocuments,
-    LookupTokens,
     MapSlabs,
     ObservePrefill,
     Refused,
@@ -434,6 +433,8 @@ def test_numbers_no_machine_has_are_refused(unharmed):
         ["Lookup", 7, b""],
         ["LookupTokens", FINGERPRINT, None],
         ["KeysOf", FINGERPRINT, [1]],
+        ["KeysOf", FINGERPRINT, bytes(4), [[0, bytes(257)]]],
+        ["KeysOf", FINGERPRINT, bytes(4), [[-1, b""]]],
     ],
     ids=str,
 )
@@ -448,12 +449,19 @@ def test_messages_of_another_shape_are_malformed(unharmed, body):
     [
         (["Report", 1, 2, 3, 4, 5], Report(1, 2, 3, 4, 5, "", "")),
         (["RegisterRank", "g", 0, 1, 1, b"f", 9], RegisterRank("g", 0, 1, 1, b"f", 9, "", "", "")),
+        (["LookupTokens", b"f", b"1234"], LookupTokens(b"f", b"1234", [])),
         (["ObservePrefill", b"f", [[0, 1, 1.0]]], ObservePrefill(b"f", [(0, 1, 1.0)], 1)),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_what_an_older_client_leaves_out_is_empty(body, message):
     assert decode_request(msgspec.msgpack.encode([2, body])).body == message
+
+
+def test_more_extra_key_parts_than_blocks_of_any_prompt_are_malformed():
+    decode_request(msgspec.msgpack.encode([2, ["KeysOf", FINGERPRINT, b"", [[0, b""]] * 65_536]]))
+    with pytest.raises(MalformedFrame):
+        decode_request(msgspec.msgpack.encode([2, ["KeysOf", FINGERPRINT, b"", [[0, b""]] * 65_537]]))
 
 
 def test_what_cannot_be_looked_up_is_refused(unharmed):
@@ -490,6 +498,23 @@ def test_a_front_is_found_by_tokens_and_by_keys_and_only_by_its_tenant(unharmed)
         assert client.keys_of(FINGERPRINT, long[:14_000])[: 6 * 16] == keys[: 6 * 16]
         client.delete("report")
         assert client.lookup(FINGERPRINT, keys).token_count == 0
+
+
+def test_what_kv_depends_on_besides_tokens_is_part_of_its_keys(unharmed):
+    """Whatever its length, in every message that says tokens, and from its block on."""
+    tokens, picture = tokens_of("pictured", 100), b"picture" * 100
+    with closing(Client(unharmed.socket)) as client:
+        client.register_spec(SPEC)
+        opened = client.begin_ingest("pictured", FINGERPRINT, tokens, extras={2: picture})
+        client.commit_ingest(opened.ingest)
+        assert client.lookup_tokens(FINGERPRINT, tokens, {2: picture}).token_count == 100
+        assert client.lookup(FINGERPRINT, client.keys_of(FINGERPRINT, tokens, {2: picture})).token_count == 100
+        for other in (None, {2: picture + b"!"}, {1: b"salt", 2: picture}):
+            assert client.lookup_tokens(FINGERPRINT, tokens, other).token_count == (16 if other and 1 in other else 32)
+            assert client.keys_of(FINGERPRINT, tokens, other) != client.keys_of(FINGERPRINT, tokens, {2: picture})
+        with pytest.raises(InvalidRequest):
+            client.keys_of(FINGERPRINT, tokens, dict.fromkeys(range(65_537), b"x"))
+        client.delete("pictured")
 
 
 def test_seals_of_the_writer_are_kept_and_wrong_ones_are_found(daemon):

@@ -63,6 +63,18 @@ def test_what_does_not_continue_a_document_is_refused(ids):
     assert version(scene) == 50
 
 
+def test_a_document_with_extra_key_parts_grows_only_with_the_same_ones():
+    """Also where the part belongs to the block that was part-filled."""
+    for block in (0, 3):
+        scene = Scene()
+        scene.store("a", SHORT, extras={block: b"picture"})
+        for extras in ({}, {block: b"another"}):
+            with pytest.raises(DocumentExists):
+                scene.begin("a", LONG, extras=extras)
+        scene.store("a", LONG, extras={block: b"picture", 5: b"more"})
+        assert version(scene) == 90
+
+
 def test_a_growth_that_is_aborted_leaves_the_document_as_it_was():
     scene = Scene()
     scene.store("a", SHORT)

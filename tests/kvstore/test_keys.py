@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from holdfast.kvstore.errors import EmptyDocument, TokenOutOfRange
-from holdfast.kvstore.keys import as_tokens, block_keys, token_list
+from holdfast.kvstore.keys import ROOT, as_tokens, block_keys, token_list
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,19 +16,46 @@ SECRET = b"s" * 32
 FEW = st.lists(st.integers(0, 1), min_size=1, max_size=50)
 
 
-def keys(tokens, spec=SPEC, secret=SECRET):
+EXTRAS = st.dictionaries(st.integers(0, 4), st.sampled_from([b"", b"a", b"b", bytes(4), bytes(8)]), max_size=3)
+
+
+def keys(tokens, spec=SPEC, secret=SECRET, **kwargs):
     """Block keys of a list."""
-    return block_keys(as_tokens(tokens, spec), spec, secret)
+    return block_keys(as_tokens(tokens, spec), spec, secret, **kwargs)
 
 
-@given(FEW, st.integers(1, 4))
-def test_keys_can_be_made_piece_by_piece(tokens, blocks):
+@given(FEW, st.integers(1, 4), EXTRAS)
+def test_keys_can_be_made_piece_by_piece(tokens, blocks, extras):
     array = as_tokens(tokens, SPEC)
-    made = []
+    made = [ROOT]
     for start in range(0, len(tokens), 16 * blocks):
         piece = array[start : start + 16 * blocks]
-        made += block_keys(piece, SPEC, SECRET, made[-1]) if made else block_keys(piece, SPEC, SECRET)
-    assert made == keys(tokens)
+        made += block_keys(piece, SPEC, SECRET, made[-1], extras, len(made) - 1)
+    assert made[1:] == keys(tokens, extras=extras)
+
+
+@settings(deadline=None, max_examples=200)
+@given(FEW, EXTRAS, EXTRAS)
+def test_other_extra_parts_make_other_keys_from_their_block_on(tokens, ours, theirs):
+    """And the same keys in front of it; empty parts are none."""
+    pairs = zip(keys(tokens, extras=ours), keys(tokens, extras=theirs), strict=True)
+    for i, (a, b) in enumerate(pairs):
+        assert (a == b) == all(ours.get(k, b"") == theirs.get(k, b"") for k in range(i + 1))
+
+
+def test_keys_without_extra_parts_are_those_that_were_always_made():
+    """Else what is stored would not be found again."""
+    assert keys(range(40))[-1].hex() == "2b1cef01d7c3baebf7beddf7a6e6c643"
+    assert keys(range(40), extras={3: b"behind the end"}) == keys(range(40))
+
+
+def test_no_extra_part_reads_as_tokens():
+    """Blocks of fewer tokens and a longer part differ from blocks of more tokens and a shorter one."""
+    words = [bytes([number, 0, 0, 0]) for number in range(4)]
+    found = [keys([0]), keys([0, 1]), keys([0, 1, 2])]
+    found += [keys(range(count), extras={0: b"".join(words[count:])}) for count in (1, 2, 3)]
+    found += [keys(range(count), extras={0: b"".join(words[count:3])}) for count in (1, 2)]
+    assert len({only for (only,) in found}) == len(found)
 
 
 @settings(deadline=None, max_examples=200)
