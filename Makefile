@@ -3,9 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 ROOMS := kvstore eviction engine_adapter ring_attention
+ENGINES := vllm lmcache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format links clean soak bench-reattach bench-store bench-ring bench-hints bench-eviction bench-lmcache-env
+.PHONY: help setup demo test test-engines engines check format links clean soak bench-reattach bench-store bench-ring bench-hints bench-eviction
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +23,11 @@ demo: $(STAMP) ## Run the demonstration
 
 test: $(STAMP) ## Run all tests
 	$(BIN)/python -m pytest -q
+
+test-engines: engines ## Run the tests against real engines, each in its environment
+	HOLDFAST_LMCACHE_PYTHON=$(CURDIR)/.venv-lmcache/bin/python .venv-vllm/bin/python -m pytest -q tests/engines/vllm
+	HOLDFAST_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python .venv-lmcache/bin/python -m pytest -q tests/engines/lmcache
+	PYTHONPATH=$(CURDIR)/.sglang$${PYTHONPATH:+:$$PYTHONPATH} .venv-lmcache/bin/python -m pytest -q tests/engines/sglang
 
 soak: $(STAMP) ## Kill a daemon at random for MINUTES (20), from SEED if given, and hold it against a model
 	PYTHONPATH=tests $(BIN)/python tests/crash_harness.py --minutes $(or $(MINUTES),20) $(if $(SEED),--seed $(SEED))
@@ -53,13 +59,22 @@ bench-eviction: $(STAMP) ## Replay traces with every eviction policy (benchmarks
 bench-hints: $(STAMP) ## Measure what queries wait for KV, with hints and without (benchmarks/results/hints.json)
 	$(BIN)/python benchmarks/hints.py
 
-# In an environment of its own: it pins packages that Holdfast uses at other versions.
-LMCACHE := benchmarks/.venv-lmcache
-bench-lmcache-env: ## Make LMCache's environment, for its rows of bench-store
-	test -x $(LMCACHE)/bin/python || $(PYTHON) -m venv $(LMCACHE)
-	$(LMCACHE)/bin/python -m pip install --disable-pip-version-check -c constraints.txt torch
-	$(LMCACHE)/bin/python -m pip install --disable-pip-version-check --no-deps -r benchmarks/lmcache-requirements.txt
-	$(LMCACHE)/bin/python -c 'import lmcache.v1.storage_backend.storage_manager'
+engines: $(ENGINES:%=.venv-%/.holdfast) .sglang/.stamp ## Make the environments of real engines (.venv-vllm, .venv-lmcache, .sglang)
+
+# Environments of their own: engines pin packages that Holdfast uses at other versions. Dropped pins must go: made anew.
+$(ENGINES:%=.venv-%/.stamp): .venv-%/.stamp: deploy/engines/%.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet --no-deps -r $<
+	touch $@
+
+$(ENGINES:%=.venv-%/.holdfast): .venv-%/.holdfast: .venv-%/.stamp pyproject.toml
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+.sglang/.stamp: deploy/engines/sglang.txt
+	rm -rf .sglang
+	$(PYTHON) -m pip install --disable-pip-version-check --quiet --no-deps --no-compile --target .sglang -r $<
+	touch $@
 
 format: $(STAMP) ## Format the code and fix what can be fixed safely
 	$(BIN)/ruff format

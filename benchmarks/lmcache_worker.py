@@ -1,6 +1,6 @@
 """LMCache's storage managers behind a pipe: commands as JSON lines on stdin, answers on stdout.
 
-Runs in LMCache's own environment (`make bench-lmcache-env`) and imports nothing of Holdfast. A store is: allocate,
+Runs in LMCache's own environment (`make engines`) and imports nothing of Holdfast. A store is: allocate,
 copy in from an engine's buffer, put, wait until the tier has every object, and (disk) fsync of what it wrote. A load
 is: get, copy out into an engine's buffer. Objects are 256 tokens of all layers, as LMCache cuts them.
 """

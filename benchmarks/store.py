@@ -4,7 +4,7 @@ A document is 1 GiB of Llama-3-8B's KV (32 layers, 8 kv heads of 128, bfloat16: 
 otherwise. The daemon is a real process, here with room for 6 GiB of DDR; what returns is compared byte by byte after
 every round. What each row must move, and what that takes at this machine's limits, stands in LOG.md.
 
-    make bench-store          the whole run; with LMCache's rows where `make bench-lmcache-env` was run before
+    make bench-store          the whole run; with LMCache's rows where `make engines` was run before
     store.py --quick          small sizes and two rounds: shows that every row can be measured, not what it is
 """
 
@@ -113,7 +113,7 @@ def main() -> None:
     copies = f"; bare copies vary by {here['noise']:.0%}" if "noise" in here else ""
     show(run.rows, f"The store, {sizes.document_bytes // MIB} MiB a document, {sizes.rounds} rounds{copies}")
     if "lmcache" not in chosen:
-        print("LMCache's rows are left out: run `make bench-lmcache-env` and the whole benchmark for them.")
+        print("LMCache's rows are left out: run `make engines` and the whole benchmark for them.")
 
 
 if __name__ == "__main__":

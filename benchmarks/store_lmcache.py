@@ -27,7 +27,7 @@ from samples import Samples
 from store_memory import alternate
 
 HERE: Final = Path(__file__).resolve().parent
-PYTHON: Final = HERE / ".venv-lmcache" / "bin" / "python"
+PYTHON: Final = HERE.parent / ".venv-lmcache" / "bin" / "python"
 WORKER: Final = HERE / "lmcache_worker.py"
 RAM: Final = ("local_ram", "shared_ram")
 DISK: Final = ("local_disk", "local_disk_direct", "shared_files")
