@@ -18,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from bare import Bytes, let_go
 from holdfast.engine_adapter.api import Attachment, Store
-from holdfast.engine_adapter.planes import Planes, in_extents
+from holdfast.engine_adapter.planes import Planes
 from holdfast.engine_adapter.writer import IngestWriter
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
-from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.spec import KVSpec, LayerGroup
 
 from holdfast.demo_stage import DaemonProcess
@@ -181,8 +180,7 @@ class Opened:
         """All copies that a write makes, as few and as large as the geometries allow."""
         runs = self._opened.runs
         views = zip(runs, self.client.views(runs), strict=True)
-        geometry = extent_geometry(self.source.spec)
-        targets = [Planes(run, geometry, self.source.spec.dtype, view) for run, view in views]
+        targets = [Planes(run, self.source.spec, view) for run, view in views]
         moves: Copies = []
 
         def write(layer: int, start: int, key: KV, value: KV) -> None:
@@ -190,7 +188,7 @@ class Opened:
                 for cut in planes.cuts(start, start + key.shape[1]):
                     for part, array in enumerate((key, value)):
                         some = array[:, cut.start - start : cut.stop - start]
-                        moves.append((planes.at(part, layer, cut), in_extents(some, cut.extents)))
+                        moves.extend(planes.beside(part, layer, cut, some))
 
         self.source.write(write)
         return moves

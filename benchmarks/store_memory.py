@@ -11,9 +11,8 @@ from typing import Final
 import numpy as np
 from bare import echo_peer
 from documents import GIB, KV, LLAMA, Copies, Sizes, Source, Stage, copy
-from holdfast.engine_adapter.planes import Planes, in_extents
+from holdfast.engine_adapter.planes import Planes
 from holdfast.kvstore.document import WritePolicy
-from holdfast.kvstore.geometry import extent_geometry
 from rows import Row, percentile, row
 from samples import Samples
 
@@ -126,12 +125,12 @@ class Memory:
         attached = self.stage.client.attach("document")
         moves: Copies = []
         for run, view in zip(attached.runs, self.stage.client.views(attached.runs), strict=True):
-            planes = Planes(run, extent_geometry(LLAMA), LLAMA.dtype, view)
+            planes = Planes(run, LLAMA, view)
             for layer in range(self.source.layers):
                 for cut in planes.cuts(run.start, run.stop):
                     for part in (0, 1):
                         into = self.target[layer, part, :, cut.start : cut.stop]
-                        moves.append((in_extents(into, cut.extents), planes.at(part, layer, cut)))
+                        moves += [(theirs, ours) for ours, theirs in planes.beside(part, layer, cut, into)]
         self.stage.client.detach(attached.lease)
         return moves
 

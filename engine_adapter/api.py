@@ -22,13 +22,13 @@ from ..kvstore.client import Client
 from ..kvstore.config import load_config
 from ..kvstore.document import WritePolicy
 from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, NoCapacity, Unavailable
-from ..kvstore.geometry import extent_geometry
 from ..kvstore.hint_views import HintView
 from ..kvstore.keys import Extras
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PrefixView, TierView, VictimView
 from ..kvstore.wire import Attached
-from .planes import Array, Planes, in_extents
+from .pages import Array
+from .planes import Planes
 from .writer import IngestWriter
 
 AHEAD_SECONDS: Final = 0.2  # how long the next window may wait for room while the present one could be read
@@ -49,7 +49,7 @@ def connect(socket: str | Path | None = None, *, data_dir: str | Path | None = N
 class Piece:
     """Consecutive tokens [start, start + n) of one layer: `key` and `value` are views of shared memory.
 
-    They may be read until the attachment ends. MLA has no `value` (an empty array).
+    They may be read until the attachment ends. MLA has no `value` (an empty array). Of native pages they are copies.
     """
 
     start: int
@@ -89,7 +89,7 @@ class _Pieces(Sequence[Piece]):
 
     def _piece(self, planes: Planes, index: int) -> Piece:
         cut = planes.clipped(index, *self._tokens)
-        key, value = (planes.at(part, self._position, cut)[0] for part in (0, 1))
+        key, value = (planes.of_cut(part, self._position, cut) for part in (0, 1))
         return Piece(cut.start, key, value)
 
 
@@ -107,17 +107,16 @@ class LayerKV:
 
     @property
     def pieces(self) -> Sequence[Piece]:
-        """What it consists of, one piece per extent, without a copy; each is made when it is looked at."""
+        """What it consists of, one piece per extent, made when it is looked at: no copy, but of native pages."""
         return _Pieces(self._planes, self._position, self.tokens)
 
     def gathered(self) -> tuple[Array, Array]:
         """Key and value of all tokens, copied into one array each: [kv heads, tokens, dim]."""
-        both = []
-        for part in (0, 1):
-            heads, dim = self._planes[0].arrays[part].shape[2::2]
-            both.append(np.empty((heads, self.tokens[1] - self.tokens[0], dim), self._planes[0].arrays[part].dtype))
-        self.copy_into(*both)
-        return both[0], both[1]
+        start, stop = self.tokens
+        planes = self._planes[0]
+        key, value = (np.empty((heads, stop - start, dim), planes.dtype) for heads, dim in planes.shapes)
+        self.copy_into(key, value)
+        return key, value
 
     def copy_into(self, key: Array, value: Array) -> None:
         """Copy key and value of all tokens into the caller's arrays: [kv heads, tokens, dim], of the model's dtype.
@@ -125,18 +124,24 @@ class LayerKV:
         Raises InvalidRequest for arrays of another shape or dtype, and copies nothing.
         """
         start, stop = self.tokens
-        for part, array in enumerate((key, value)):
-            ours = self._planes[0].arrays[part]
-            heads, dim = ours.shape[2::2]
-            if array.shape != (heads, stop - start, dim) or array.dtype != ours.dtype:
-                raise InvalidRequest(
-                    f"{array.dtype} {array.shape} is no room for {ours.dtype} {(heads, stop - start, dim)}"
-                )
+        dtype = self._planes[0].dtype
+        for array, (heads, dim) in zip((key, value), self._planes[0].shapes, strict=True):
+            if array.shape != (heads, stop - start, dim) or array.dtype != dtype:
+                raise InvalidRequest(f"{array.dtype} {array.shape} is no room for {dtype} {(heads, stop - start, dim)}")
         for planes in self._planes:
             for cut in planes.cuts(start, stop):
                 for part, array in enumerate((key, value)):
-                    source = planes.at(part, self._position, cut)
-                    np.copyto(in_extents(array[:, cut.start - start : cut.stop - start], cut.extents), source)
+                    rows = array[:, cut.start - start : cut.stop - start]
+                    for ours, theirs in planes.beside(part, self._position, cut, rows):
+                        np.copyto(theirs, ours)
+
+    @property
+    def pages(self) -> Sequence[tuple[int, Array]]:
+        """A native document's pages as they were stored: (number of the first, uint8 views [n, page bytes]), no copy.
+
+        In order, one entry per extent: all pages that hold any of `tokens`. Raises InvalidRequest for canonical KV.
+        """
+        return [found for planes in self._planes for found in planes.native_pages(self._position, *self.tokens)]
 
 
 class Attachment:
@@ -172,11 +177,10 @@ class Attachment:
         """The runs of every layer group, in token order, as arrays."""
         runs = self._attached.runs
         views = self._client.views(runs)
-        geometries = [extent_geometry(self.spec, group) for group in range(len(self.spec.groups))]
-        found: list[list[Planes]] = [[] for _ in geometries]
+        found: list[list[Planes]] = [[] for _ in self.spec.groups]
         for run, view in zip(runs, views, strict=True):
             # Sealed: whoever writes here corrupts everybody's copy.
-            found[run.group].append(Planes(run, geometries[run.group], self.spec.dtype, view.toreadonly()))
+            found[run.group].append(Planes(run, self.spec, view.toreadonly()))
         return found
 
 

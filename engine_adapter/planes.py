@@ -1,4 +1,7 @@
-"""Planes: the extents of a run as numpy arrays over shared memory, and copies between them and token-major arrays."""
+"""Planes: the extents of a run as numpy arrays over shared memory, side by side with token-major arrays.
+
+Canonical and native extents are looked at alike: native pages through the strides of their format.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,13 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from ..kvstore.geometry import Geometry
+from ..kvstore.errors import InvalidRequest
+from ..kvstore.geometry import extent_geometry
 from ..kvstore.runs import RunMessage
+from ..kvstore.spec import KVSpec
+from .pages import Array, key_value, page_format
 
-Array = npt.NDArray[Any]
 NUMPY_DTYPES: Final = {
     "float32": np.float32,
     "float64": np.float64,
@@ -36,22 +40,43 @@ class Cut(NamedTuple):
 
 
 class Planes:
-    """A run of extents of a layer group with this geometry. `content` are the run's bytes."""
+    """A run of extents of a layer group of this model. `content` are the run's bytes."""
 
-    def __init__(self, run: RunMessage, geometry: Geometry, dtype: str, content: memoryview) -> None:
+    def __init__(self, run: RunMessage, spec: KVSpec, content: memoryview) -> None:
         self.run = run
-        self.geometry = geometry
+        self.geometry = extent_geometry(spec, run.group)
         self.content = content
-        self._dtype = dtype
+        self._spec = spec
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its elements, as numpy has them."""
+        return np.dtype(NUMPY_DTYPES[self._spec.dtype])
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(kv heads, dim) of its keys and of its values. MLA has no values: their dim is 0."""
+        group = self._spec.groups[self.run.group]
+        return (group.kv_heads, group.key_dim), (group.kv_heads, group.value_dim)
 
     @cached_property
-    def arrays(self) -> tuple[Array, Array]:
-        """Its key and value planes: [extents, layers, kv heads, rows, dim] each, without a copy.
+    def pages(self) -> Array:
+        """A native run's pages: [extents, layers, pages, elements], without a copy."""
+        assert self._spec.page_format, "canonical extents have no pages"
+        run, geometry, size = self.run, self.geometry, self.dtype.itemsize
+        shape = (run.count, geometry.layers, geometry.rows, geometry.key_bytes // size)
+        strides = (run.slot_bytes, geometry.layer_bytes, geometry.key_bytes, size)
+        return np.ndarray(shape, self.dtype, buffer=self.content, strides=strides)
 
-        MLA has no values: their dim is 0.
+    @cached_property
+    def _arrays(self) -> tuple[Array, Array]:
+        """Its key and value planes without a copy: [extents, layers, kv heads, rows, dim] each.
+
+        Those of native extents have pages before heads, and rows of a page.
         """
-        run, geometry = self.run, self.geometry
-        dtype = np.dtype(NUMPY_DTYPES[self._dtype])
+        run, geometry, dtype = self.run, self.geometry, self.dtype
+        if self._spec.page_format:
+            return key_value(page_format(self._spec, run.group), self.pages)
         arrays = []
         for part in (0, 1):
             row_bytes = geometry.row_bytes(part)
@@ -86,10 +111,56 @@ class Planes:
         low, high = max(start, cut.start), min(stop, cut.stop)
         return Cut(index, 1, low - cut.start, low, high)
 
-    def at(self, part: int, layer: int, cut: Cut) -> Array:
-        """The rows of a cut in one layer's key (0) or value (1) planes: [extents, kv heads, rows, dim]."""
-        rows = (cut.stop - cut.start) // cut.extents
-        return self.arrays[part][cut.first : cut.first + cut.extents, layer, :, cut.row : cut.row + rows]
+    def beside(self, part: int, layer: int, cut: Cut, array: Array) -> Iterator[tuple[Array, Array]]:
+        """Pairs of equal views that cover a cut: of one layer's key (0) or value (1) planes, and of the caller's array.
+
+        `array` is [kv heads, tokens of the cut, dim]. A pair is copied in whichever direction.
+        """
+        planes = self._arrays[part][cut.first : cut.first + cut.extents, layer]
+        if not self._spec.page_format:
+            rows = (cut.stop - cut.start) // cut.extents
+            yield planes[:, :, cut.row : cut.row + rows], _split(array, cut.extents).transpose(1, 0, 2, 3)
+            return
+        page_tokens = self._spec.block_tokens
+        done = 0
+        while done < array.shape[1]:
+            page, row = divmod(cut.row + done, page_tokens)
+            whole = (array.shape[1] - done) // page_tokens if not row else 0
+            if whole:  # of several extents all pages, of one extent those that lie in the cut
+                inside = _split(array[:, done : done + whole * page_tokens], whole)
+                pages = whole // cut.extents
+                inside = inside.reshape((inside.shape[0], cut.extents, pages, *inside.shape[2:]), copy=False)
+                yield planes[:, page : page + pages], inside.transpose(1, 2, 0, 3, 4)
+                done += whole * page_tokens
+            else:
+                count = min(page_tokens - row, array.shape[1] - done)
+                yield planes[0, page, :, row : row + count], array[:, done : done + count]
+                done += count
+
+    def of_cut(self, part: int, layer: int, cut: Cut) -> Array:
+        """The rows of a cut of one extent: [kv heads, rows, dim]. A view; of native pages a copy."""
+        assert cut.extents == 1, cut
+        if not self._spec.page_format:
+            return self._arrays[part][cut.first, layer, :, cut.row : cut.row + cut.stop - cut.start]
+        heads, dim = self.shapes[part]
+        array = np.empty((heads, cut.stop - cut.start, dim), self.dtype)
+        for ours, theirs in self.beside(part, layer, cut, array):
+            np.copyto(theirs, ours)
+        return array
+
+    def native_pages(self, layer: int, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+        """By extent the pages that hold any of tokens [start, stop): (number of the first in the document, raw bytes).
+
+        Raises InvalidRequest for canonical KV.
+        """
+        if not self._spec.page_format:
+            raise InvalidRequest("this document is stored in canonical form; it has no pages")
+        page_tokens = self._spec.block_tokens
+        for index in range(self.run.count):
+            cut = self.clipped(index, start, stop)
+            first, upto = cut.row // page_tokens, -(-(cut.row + cut.stop - cut.start) // page_tokens)
+            if first < upto:
+                yield (cut.start - cut.row) // page_tokens + first, self.pages[index, layer, first:upto].view(np.uint8)
 
     def plane(self, extent: int, layer: int, part: int) -> memoryview:
         """The bytes of one plane, padding included."""
@@ -97,8 +168,8 @@ class Planes:
         return self.content[offset : offset + self.geometry.plane_bytes(part)]
 
 
-def in_extents(array: Array, count: int) -> Array:
-    """A view of [kv heads, tokens, dim] as `count` extents: [extents, kv heads, rows, dim]."""
+def _split(array: Array, count: int) -> Array:
+    """A view of [kv heads, tokens, dim] as [kv heads, count, tokens of each, dim]."""
     heads, tokens, dim = array.shape
     # A view or an error, never a copy that writes would be lost in.
-    return array.reshape((heads, count, tokens // count, dim), copy=False).transpose(1, 0, 2, 3)
+    return array.reshape((heads, count, tokens // count, dim), copy=False)

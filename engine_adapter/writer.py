@@ -6,7 +6,7 @@ Neither copying nor hashing holds the interpreter's lock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final
 
@@ -15,13 +15,13 @@ import numpy.typing as npt
 
 from ..kvstore.client import Client
 from ..kvstore.errors import InvalidRequest
-from ..kvstore.geometry import extent_geometry
 from ..kvstore.runs import RunMessage
 from ..kvstore.seal import CHECKSUM_BYTES, checksum
 from ..kvstore.spec import KVSpec
 from ..kvstore.wire import IngestOpened
 from .exchange import Exchange
-from .planes import NUMPY_DTYPES, Array, Cut, Planes, in_extents
+from .pages import Array
+from .planes import NUMPY_DTYPES, Cut, Planes
 
 SEAL_BATCH_BYTES: Final = 4 << 20  # much less than a cache, much more than handing it over costs
 EARLY_BATCH_BYTES: Final = 64 << 20  # the disk's work of 20 ms or so, and a round trip of 1
@@ -42,9 +42,14 @@ class _Target:
 
     def write(self, layer: int, cut: Cut, array: Array, part: int) -> None:
         """Fill a cut's rows of one plane kind from [kv heads, tokens of the cut, dim]. Raises InvalidRequest."""
+        self.check_open(cut)
+        for ours, theirs in self.planes.beside(part, layer, cut, array):
+            np.copyto(ours, theirs)
+
+    def check_open(self, cut: Cut) -> None:
+        """Raises InvalidRequest when some of it was handed over."""
         if not self.given.isdisjoint(range(cut.first, cut.first + cut.extents)):
             raise InvalidRequest(f"tokens from {cut.start} on are complete and have been handed over; write them once")
-        np.copyto(self.planes.at(part, layer, cut), in_extents(array, cut.extents))
 
     def mark(self, layer: int, cut: Cut) -> list[tuple[int, int]]:
         """Note a cut as written; returns the (extent, layer) that are complete now."""
@@ -92,7 +97,6 @@ class IngestWriter:
         self._token_count = token_count
         self._released = False
         self._opened = opened
-        self._geometries = [extent_geometry(spec, group) for group in range(len(spec.groups))]
         self._targets: list[_Target] = []
         self._places = {
             layer: (number, position)
@@ -114,10 +118,7 @@ class IngestWriter:
         if self._exchange is not None:
             runs = [single for run in runs for single in run.singles()]
         views = self._client.views(runs)
-        self._targets += [
-            _Target(Planes(run, self._geometries[run.group], self._spec.dtype, view))
-            for run, view in zip(runs, views, strict=True)
-        ]
+        self._targets += [_Target(Planes(run, self._spec, view)) for run, view in zip(runs, views, strict=True)]
         for run in runs:
             self._waiting.pop((run.group, run.start), None)
 
@@ -143,31 +144,63 @@ class IngestWriter:
         Raises InvalidRequest when the layer, the shape or the dtype is not the model's, when the tokens are not the
         document's or lie outside the window, and when the block has ended.
         """
+        number, position = self._place(layer)
+        self._check(number, key, value)
+        stop = start + key.shape[1]
+        for target, cut in self._cuts(number, start, stop):
+            for part, array in enumerate((key, value)):
+                target.write(position, cut, array[:, cut.start - start : cut.stop - start], part)
+            self._written(target, position, cut)
+
+    def write_pages(self, layer: int, first_page: int, page_count: int, fill: Callable[[int, Array], None]) -> None:
+        """Store one layer's pages [first_page, first_page + page_count) of a native document, as the engine has them.
+
+        `fill(first, view)` is called with uint8 views [n, page bytes] of the store's memory, and copies pages
+        first, first + 1, ... into them. What is stored already is skipped. In which order to write: see `write`.
+
+        Raises InvalidRequest when the spec is not native, the layer not the model's, the pages not the document's or
+        outside the window, and when the block has ended. What `fill` raises ends the ingest.
+        """
+        number, position = self._place(layer)
+        if not self._spec.page_format:
+            raise InvalidRequest("this document is stored in canonical form; `write` its keys and values")
+        page_tokens = self._spec.block_tokens
+        stop = (first_page + page_count) * page_tokens
+        for target, cut in self._cuts(number, first_page * page_tokens, stop):
+            target.check_open(cut)
+            for first, view in target.planes.native_pages(position, cut.start, cut.stop):
+                fill(first, view)
+            self._written(target, position, cut)
+
+    def _place(self, layer: int) -> tuple[int, int]:
+        """The layer group of a layer, and its position in there. Raises InvalidRequest."""
         if self._released:
             raise InvalidRequest("this ingest has ended; write inside its block")
         if layer not in self._places:
             raise InvalidRequest(f"layer {layer} is not in this model")
-        number, position = self._places[layer]
-        self._check(number, key, value)
-        stop = start + key.shape[1]
+        return self._places[layer]
+
+    def _cuts(self, number: int, start: int, stop: int) -> Iterator[tuple[_Target, Cut]]:
+        """What of tokens [start, stop) is to be written, in slots that were fetched for them. Raises InvalidRequest."""
         if not 0 <= start <= stop <= self._token_count:
             raise InvalidRequest(f"tokens [{start}, {stop}) are not in this document of {self._token_count} tokens")
         if self._exchange is not None:
             self._move_to(number, start, stop, self._exchange)
         for target in list(self._targets):
-            if target.planes.run.group != number:
-                continue
-            for cut in target.planes.cuts(start, stop):
-                for part, array in enumerate((key, value)):
-                    target.write(position, cut, array[:, cut.start - start : cut.stop - start], part)
-                complete = target.mark(position, cut)
-                if self._exchange is None:
-                    self._seal(target, complete)
-                    if self._opened.early:
-                        self._give_early(target, complete)
-                elif self._waiting and target.written.all():
-                    self._targets.remove(target)
-                    self._exchange.give(target.planes.run, target.seal_all)
+            if target.planes.run.group == number:
+                for cut in target.planes.cuts(start, stop):
+                    yield target, cut
+
+    def _written(self, target: _Target, position: int, cut: Cut) -> None:
+        """Note a cut of a layer as written; seal, or hand over, what is complete now."""
+        complete = target.mark(position, cut)
+        if self._exchange is None:
+            self._seal(target, complete)
+            if self._opened.early:
+                self._give_early(target, complete)
+        elif self._waiting and target.written.all():
+            self._targets.remove(target)
+            self._exchange.give(target.planes.run, target.seal_all)
 
     def _move_to(self, number: int, start: int, stop: int, exchange: Exchange) -> None:
         """Get slots for all of these tokens, in exchange for what is complete. Raises InvalidRequest."""

@@ -204,6 +204,7 @@ def document(d: Json) -> Table:
         (
             ("document", f"{d['tenant']}/{d['name']}"),
             ("model", d["model"]),
+            ("page format", d["page_format"] or "canonical"),
             ("tokens", d["token_count"]),
             ("size", f"{size(d['size_bytes'])} in {d['extent_count']} extent{'s' * (d['extent_count'] != 1)}"),
             ("resident", resident),

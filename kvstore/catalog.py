@@ -60,7 +60,7 @@ from .seal import CHECKSUM_BYTES
 from .slots import Slot
 from .spec import KVSpec
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 CALIBRATION: Final = "calibration"  # names in meta
 RINGS: Final = "rings"
 WEAR: Final = "wear"

@@ -7,6 +7,8 @@ HoldfastError
 |   |-- InvalidName             a document or tenant name we refuse
 |   |-- EmptyDocument           a document without tokens
 |   |-- TokenOutOfRange         a token id outside the model's vocabulary
+|   |-- PartialPage             native KV whose last page is not full
+|   |-- UnknownPageFormat       native KV in pages that this installation cannot read
 |   |-- LayoutError             a layout that does not cover what is asked of it
 |   |-- ProtocolError           bytes on the socket that are not our protocol
 |   |   |-- MalformedFrame          a frame that does not decode
@@ -110,6 +112,18 @@ class TokenOutOfRange(InvalidRequest):
     """A token id outside the model's vocabulary."""
 
     code = "token-out-of-range"
+
+
+class PartialPage(InvalidRequest):
+    """Native KV whose last page is not full: store whole pages, or canonical KV."""
+
+    code = "partial-page"
+
+
+class UnknownPageFormat(InvalidRequest):
+    """Native KV in pages that this installation cannot read: only engines that make such pages can use it."""
+
+    code = "unknown-page-format"
 
 
 class LayoutError(InvalidRequest):

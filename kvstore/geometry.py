@@ -5,6 +5,9 @@ re-sharding is arithmetic between two geometries. Bytes only; it knows nothing o
 
 Canonical order: for each layer the K plane, then the V plane; in a plane for each kv head; for each row; the dim.
 A layer is contiguous (streaming), a head range in a plane is contiguous (TP), a token run is one run per head (CP).
+
+A native extent keeps an engine's pages instead: one plane a layer, whose rows are pages. What lies in a page is not
+known here.
 """
 
 from __future__ import annotations
@@ -87,8 +90,20 @@ class Geometry:
 
 
 def extent_geometry(spec: KVSpec, group: int = 0) -> Geometry:
-    """Geometry of a canonical extent of one layer group: full-capacity strides, so appending moves nothing."""
+    """Geometry of an extent of one layer group: full-capacity strides, so appending moves nothing.
+
+    That of a native extent has one head, and a page in each row.
+    """
     shape = spec.groups[group]
+    if spec.page_format:
+        return Geometry(
+            layers=len(shape.layers),
+            heads=1,
+            rows=spec.extent_blocks,
+            key_bytes=spec.page_bytes(group),
+            value_bytes=0,
+            align=PLANE_ALIGN_BYTES,
+        )
     return Geometry(
         layers=len(shape.layers),
         heads=shape.kv_heads,

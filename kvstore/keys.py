@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from .errors import EmptyDocument, TokenOutOfRange
+from .errors import EmptyDocument, PartialPage, TokenOutOfRange
 from .spec import KVSpec
 
 KEY_BYTES: Final = 16
@@ -42,6 +42,17 @@ def as_tokens(ids: Sequence[int] | npt.NDArray[np.integer], spec: KVSpec) -> Tok
         bad = lowest if lowest < 0 else highest
         raise TokenOutOfRange(f"token id {bad} is outside the vocabulary of {spec.vocabulary_size} tokens")
     return array.astype(np.uint32, copy=False)
+
+
+def document_tokens(ids: Sequence[int] | npt.NDArray[np.integer], spec: KVSpec) -> Tokens:
+    """The tokens of a document: as `as_tokens`; native KV in whole pages. Raises PartialPage as well."""
+    tokens = as_tokens(ids, spec)
+    rest = len(tokens) % spec.block_tokens
+    if spec.page_format and rest:
+        raise PartialPage(
+            f"{len(tokens)} tokens end within a page of {spec.block_tokens}; store the first {len(tokens) - rest}"
+        )
+    return tokens
 
 
 def token_list(data: bytes) -> list[int]:

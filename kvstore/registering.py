@@ -36,6 +36,8 @@ def seat_rank(
     """
     if cp < 1 or tp < 1 or not 0 <= rank < cp * tp or rows < 1:
         raise InvalidRequest(f"rank {rank} of cp={cp} tp={tp} with {rows} rows is no seat")
+    if spec.page_format:
+        raise InvalidRequest("the ranks of a group keep canonical rows; register it with the spec's `canonical()`")
     if len(spec.groups) != 1:
         raise InvalidRequest("managed HBM holds models with one layer group; this one has several")
     checked_name(name, "group")

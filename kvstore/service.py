@@ -37,7 +37,7 @@ from .growth import close_retired, continues
 from .ingest import Ingests
 from .ingesting import Ingest
 from .keeping import Keeping
-from .keys import KEY_BYTES, NO_EXTRAS, Extras, Tokens, as_tokens, block_keys
+from .keys import KEY_BYTES, NO_EXTRAS, Extras, Tokens, block_keys, document_tokens
 from .layout import Layout, chunked, zigzag
 from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
@@ -248,7 +248,7 @@ class Service:
         """
         checked_name(document.name)
         spec = self._spec(fingerprint)
-        tokens = as_tokens(tokens, spec)
+        tokens = document_tokens(tokens, spec)
         if len(self.state.documents) >= self.config.limits.documents and document not in self.state.documents:
             raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
         secret = self._secret(document.tenant)

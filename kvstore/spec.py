@@ -16,6 +16,7 @@ from .errors import InvalidSpec
 
 BLOCK_TOKENS: Final = 64  # the unit of hashing and prefix matching
 EXTENT_TARGET_BYTES: Final = 8 << 20  # large enough for raw disk speed, small enough to evict finely
+PAGE_FORMAT_LIMIT: Final = 128  # characters
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float64": 8}
 
 
@@ -48,10 +49,13 @@ class LayerGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVSpec:
-    """Shape and identity of a model's KV.
+    """Shape and identity of a model's KV, and the form in which it is kept.
 
     `model` names weights and revision (or a digest of them); `rope` the rotary parameters; `adapter` a LoRA;
     `quantisation` how KV values were scaled. `extent_blocks` is how many blocks one extent holds at most.
+
+    `page_format` is "" for canonical planes. A native spec keeps an engine's pages as they are: it names their format
+    (engine_adapter.pages knows it), one page is one block, and only whole pages are stored.
     """
 
     groups: tuple[LayerGroup, ...]
@@ -61,6 +65,7 @@ class KVSpec:
     rope: str = ""
     adapter: str = ""
     quantisation: str = ""
+    page_format: str = ""
     block_tokens: int = BLOCK_TOKENS
     extent_blocks: int
 
@@ -71,6 +76,8 @@ class KVSpec:
             raise InvalidSpec("a spec needs at least one layer group")
         if not self.model:
             raise InvalidSpec("a spec needs `model`: a revision or digest of the weights")
+        if len(self.page_format) > PAGE_FORMAT_LIMIT or not (self.page_format or "-").isprintable():
+            raise InvalidSpec(f"a page format is named in at most {PAGE_FORMAT_LIMIT} printable characters")
         numbers = [self.vocabulary_size, self.block_tokens, self.extent_blocks]
         for group in self.groups:
             numbers += [group.kv_heads, group.key_dim, len(group.layers)]
@@ -102,8 +109,17 @@ class KVSpec:
         """KV bytes of one token over all groups, padding not counted (MODEL.md section 4, formula 1)."""
         return sum(group.elements_per_token() for group in self.groups) * self.element_bytes
 
+    def canonical(self) -> KVSpec:
+        """The spec of the same model's KV in canonical form, as the sizing function makes it."""
+        return sized(replace(self, page_format="", block_tokens=BLOCK_TOKENS))
+
+    def page_bytes(self, group: int = 0) -> int:
+        """Bytes of one layer's page of a layer group: keys and values of `block_tokens` tokens."""
+        shape = self.groups[group]
+        return self.block_tokens * shape.kv_heads * (shape.key_dim + shape.value_dim) * self.element_bytes
+
     def fingerprint(self) -> bytes:
-        """16 bytes that change with anything that changes the KV's meaning or its canonical bytes."""
+        """16 bytes that change with anything that changes the KV's meaning or its stored bytes."""
         text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"holdfast-spec").digest()
 

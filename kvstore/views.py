@@ -54,6 +54,7 @@ class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
     use_count: int
     restore_seconds: float
     expires_wall_ns: int | None = None
+    page_format: str = ""  # "": canonical
 
 
 class StandingView(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,6 +204,7 @@ def document_view(state: State, planner: Planner, record: DocumentRecord) -> Doc
         use_count=record.use_count,
         restore_seconds=sum(_restore_ns(planner, r) for r in records) / 1e9,
         expires_wall_ns=document.expires_wall_ns,
+        page_format=state.specs[document.fingerprint].page_format,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .extent import Extent
-from .geometry import extent_geometry
 from .orders import Urgency
 from .state import State
 
@@ -11,8 +10,8 @@ from .state import State
 def count_wear(state: State, extent: Extent, urgency: Urgency) -> None:
     """An extent was written: count its bytes, and how much of it is KV that the device never had before."""
     record = state.extents.get(extent.id)
-    geometry = extent_geometry(state.specs[extent.fingerprint], extent.group)
-    token_bytes = geometry.layers * geometry.heads * (geometry.key_bytes + geometry.value_bytes)
+    spec = state.specs[extent.fingerprint]
+    token_bytes = spec.groups[extent.group].elements_per_token() * spec.element_bytes
     is_new = record is None or not record.stored
     is_demotion = urgency in (Urgency.DEMOTE, Urgency.RELIEF)
     wear = state.ledger.wear

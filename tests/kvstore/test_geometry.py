@@ -1,5 +1,7 @@
 """Where rows lie in a buffer."""
 
+from dataclasses import replace
+
 import pytest
 from holdfast.kvstore.geometry import PLANE_ALIGN_BYTES, Geometry, arena_geometry, extent_geometry
 from holdfast.kvstore.spec import GroupKind, KVSpec, LayerGroup
@@ -57,3 +59,14 @@ def test_outside_is_our_bug(where):
     """An index outside the buffer is caught, never wrapped."""
     with pytest.raises(AssertionError):
         extent_geometry(spec()).offset(*where)
+
+
+def test_a_native_extent_has_one_plane_of_pages_per_layer():
+    """A page is as large as the keys and values of its tokens; the plane is padded, not the page."""
+    pages = replace(spec(), page_format="pages/1", block_tokens=48, extent_blocks=4)
+    geometry = extent_geometry(pages)
+    assert (geometry.layers, geometry.parts, geometry.heads, geometry.rows) == (2, 1, 1, 4)
+    assert geometry.row_bytes(0) == pages.page_bytes() == 48 * 4 * (12 + 8) * 2
+    assert geometry.plane_bytes(0) % PLANE_ALIGN_BYTES == 0
+    assert geometry.size_bytes == 2 * geometry.plane_bytes(0)
+    assert geometry.offset(1, 0, 0, 2) == geometry.plane_bytes(0) + 2 * pages.page_bytes()

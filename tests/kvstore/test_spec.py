@@ -16,6 +16,7 @@ OTHER = {
     "rope": "theta=1e6",
     "adapter": "lora",
     "quantisation": "k8",
+    "page_format": "pages/1:tokens=64",
     "block_tokens": 16,
     "extent_blocks": 8,
 }
@@ -50,6 +51,8 @@ BAD = [
     {"groups": ()},
     {"model": ""},
     {"vocabulary_size": 0},
+    {"page_format": "a" * 129},
+    {"page_format": "a\n"},
     {"block_tokens": 0},
     {"extent_blocks": 0},
     {"extent_blocks": 3},
@@ -86,3 +89,13 @@ def test_bytes_per_token_sums_the_groups():
     """Layers x heads x (key + value) x element size, over all groups."""
     latent = LayerGroup(kind=GroupKind.MLA, layers=(2,), kv_heads=1, key_dim=576, value_dim=0)
     assert replace(SPEC, groups=(GROUP, latent)).bytes_per_token == (2 * 2 * 16 + 576) * 4
+
+
+@pytest.mark.parametrize(("page_tokens", "target_bytes"), [(16, 1), (48, 1 << 20), (96, 8 << 20)])
+def test_native_and_canonical_specs_of_one_model_have_one_canonical_form(page_tokens, target_bytes):
+    """Whatever the pages' and the extents' sizes, and only for the same model."""
+    native = sized(replace(SPEC, page_format="pages/1", block_tokens=page_tokens), target_bytes)
+    assert native.canonical() == SPEC.canonical() == sized(SPEC)
+    assert native.fingerprint() != native.canonical().fingerprint()
+    assert replace(native, model="m@2").canonical() != SPEC.canonical()
+    assert native.bytes_per_token == SPEC.bytes_per_token
