@@ -19,7 +19,16 @@ from typing import Any, Final, get_type_hints
 from .allowed import AUTO, PathOrAuto, PathText, Rule, Text
 from .document import checked_name
 from .errors import ConfigError, InvalidName
-from .sections import OTHERS, DaemonConfig, DdrConfig, EvictionConfig, LimitsConfig, NvmeConfig, TenantConfig
+from .sections import (
+    OTHERS,
+    DaemonConfig,
+    DdrConfig,
+    EventsConfig,
+    EvictionConfig,
+    LimitsConfig,
+    NvmeConfig,
+    TenantConfig,
+)
 from .sizes import GIB, MIB, about_size, format_size
 
 SOCKET_PATH_BYTES: Final = 107  # sun_path of Linux, less its final zero
@@ -36,6 +45,7 @@ class Config:
     nvme: NvmeConfig
     eviction: EvictionConfig
     limits: LimitsConfig
+    events: EventsConfig
     tenants: Mapping[str, TenantConfig] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
@@ -50,6 +60,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "nvme": NvmeConfig,
     "eviction": EvictionConfig,
     "limits": LimitsConfig,
+    "events": EventsConfig,
 }
 
 

@@ -31,6 +31,7 @@ from .clock import Clock, SystemClock
 from .config import Config
 from .document import Document, WritePolicy
 from .errors import ConfigError, DataDirectoryBusy, HoldfastError, StorageFailed
+from .event_publisher import EventPublisher
 from .inheritance import Inheritance, inherit
 from .machine import Machine
 from .measurements import Measured
@@ -42,6 +43,7 @@ from .prefault import Prefault
 from .ranks import Ranks
 from .reports import Reports
 from .rest import Rest
+from .sections import OFF
 from .segments import Segments
 from .server import Server
 from .service import NS, Service, policy_maker
@@ -189,6 +191,7 @@ class Daemon:
         app = make_app(self.service, self.readiness, self.backing.description)
         app.add_routes(self.checks.routes())
         self.rest = Rest(app)
+        self.events: EventPublisher | None = None
         self.log.info(
             "opened",
             version=number,
@@ -246,6 +249,8 @@ class Daemon:
         config = self.config.daemon
         ticks = self._loop.create_task(self._tick())
         try:
+            if self.config.events.endpoint != OFF:
+                self.events = EventPublisher(self.config.events, self.service.state, self.clock)
             port = await self.rest.start(config.rest_host, config.rest_port)
             host = f"[{config.rest_host}]" if ":" in config.rest_host else config.rest_host
             url = f"http://{host}:{port}"
@@ -285,6 +290,8 @@ class Daemon:
             await asyncio.sleep(TICK_SECONDS)
             self.service.tick()
             self._tell_losses()
+            if self.events is not None:
+                self.events.tick()
 
     def _tell_losses(self) -> None:
         """Log what was lost or could not be kept since the last time."""
@@ -321,6 +328,8 @@ class Daemon:
         await self.checks.close()
         await self.rest.close()
         await self.server.close()
+        if self.events is not None:
+            self.events.close()
         stuck = self.mover.close(self.clock.monotonic_ns() + int(self.config.daemon.drain_seconds * NS))
         if stuck:
             # They may still use their descriptors, whose numbers must not come to mean other files.

@@ -111,6 +111,7 @@ class Enrolments:
         for item in claimed:
             item.copy.checksums = b""  # the row has them
             item.copy.apply(Event.COMPLETE)
+            self.store.records.changes.note(item.record.extent.id)
             item.copy.holds -= 1
             item.record.cataloged = item.record.stored = True
 

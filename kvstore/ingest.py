@@ -354,6 +354,8 @@ class Ingests:
         elif published.document.expires_wall_ns != document.expires_wall_ns:
             published.document = replace(published.document, expires_wall_ns=document.expires_wall_ns)
             published.durable = False  # its row has to be written again
+        if ingest.tokens is not None:
+            records.changes.published(ingest.extents, ingest.tokens)
         published.volatile = {e.id for e in ingest.extents if not records.extents[e.id].cataloged}
         published.durable = published.durable and not published.volatile
         self.store.notes.add(PutSpec(records.specs[document.fingerprint]))
@@ -443,4 +445,5 @@ class Ingests:
             for copy in ingest.shard.copies.values():
                 if copy.state is State.FILLING:
                     copy.apply(Event.COMPLETE)
+                    self.store.records.changes.note(copy.extent)
         self.loader.release(ingest.loading)

@@ -9,6 +9,7 @@ from enum import StrEnum
 from .document import Document
 from .errors import HoldfastError
 from .extent import Extent
+from .keys import Tokens
 from .layout import Layout
 from .loading import Loading
 from .passage import Passage
@@ -58,6 +59,7 @@ class Ingest:
     deadline_ns: int | None = None  # of its commit
     ttl_ns: int | None = None  # of the document, from its publication
     turn: Turn | None = None
+    tokens: Tokens | None = None  # where somebody follows what comes and goes
     error: HoldfastError | None = None
     granted: Done | None = None
     committed: Done | None = None

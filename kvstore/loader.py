@@ -362,6 +362,7 @@ class Loader:
             loading.arrivals.reach(extent, stop)
             if stop == self.reads.depth(record):
                 loading.shard.copies[extent].apply(Event.COMPLETE)
+                self.store.records.changes.note(extent)
                 self.store.unhold(loading.sources.pop(extent))
                 self._pass(loading, record)
         self._advance(loading)

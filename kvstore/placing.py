@@ -19,6 +19,7 @@ def place(state: State, record: ExtentRecord, tier: Tier, copy: Placement | None
     elif before is not None and copy is None:
         ranking.left(before.extent)
     state.forests.follow(record.extent, record.ddr, record.nvme)
+    state.changes.note(record.extent.id)
 
 
 def drain(state: State, record: ExtentRecord) -> None:

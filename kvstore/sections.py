@@ -13,6 +13,7 @@ from .allowed import AUTO, Fraction, PathOrAuto, PathText, Seconds, Size, Text, 
 from .sizes import GIB, KIB, MIB, TIB
 
 OTHERS: Final = "*"  # the table of tenants that have none of their own
+OFF: Final = "off"
 PAGE_BYTES: Final = 4096  # slots are read and written directly, in whole pages
 
 
@@ -69,6 +70,19 @@ class EvictionConfig:
 
     policy: Annotated[str, Text()] = "popularity"
     ghost_entries: Annotated[int, Whole(1, 100_000_000)] = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventsConfig:
+    """KV events over ZeroMQ, for routers (see kv_events): where they are published and replayed, and how many are kept.
+
+    The topic "off" is the empty one.
+    """
+
+    endpoint: Annotated[str, Text()] = OFF
+    replay_endpoint: Annotated[str, Text()] = OFF
+    topic: Annotated[str, Text()] = OFF
+    buffer_batches: Annotated[int, Whole(1, 1_000_000)] = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -283,6 +283,7 @@ class Service:
             layout=placed,
             grows=grows,
             ttl_ns=ttl_ns_of(ttl_seconds),
+            tokens=tokens if self.state.changes.are_followed else None,
         )
         self.ingests.begin(ingest, deadline_ns, lambda error: granted(error if error is not None else ingest))
         self._pump()

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from ..eviction.policy import Ranking
+from .changes import Changes
 from .claims import Lease, Pins
 from .departures import Departures
 from .document import Document, DocumentId, WritePolicy
@@ -215,6 +216,7 @@ class State:
         self.forests = Forests()
         self.rankings: dict[str, Ranking] = {}  # by device
         self.fronts = Fronts()  # of these extents
+        self.changes = Changes()
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}
         self.pids: dict[int, int] = {}  # of clients whose process is known

@@ -145,6 +145,7 @@ class Store:
         """The record's DDR copy is complete, with that seal."""
         placement.checksums = seal
         placement.apply(Event.COMPLETE)
+        self.records.changes.note(placement.extent)
         self.notes.add_ddr(record)
 
     def hold(self, placement: Placement) -> Placement:
@@ -403,6 +404,7 @@ class Store:
 
     def _left_shard(self, shard: Shard, placement: Placement) -> None:
         assert placement.holds == 0, f"shard {shard.id} is in use"
+        self.records.changes.note(placement.extent)
         if placement.state is State.RESIDENT:
             placement.apply(Event.DRAIN)
         elif placement.state is State.FILLING:
@@ -424,6 +426,7 @@ class Store:
                 if placement.state is not State.LOST:
                     placement.apply(Event.FAIL)
                 self._released(placement)
+                self.records.changes.note(placement.extent)
                 self.records.rankings[placement.device].left(placement.extent)  # one memory serves all rankings
             shard.copies.clear()
         group.shards.clear()

@@ -392,6 +392,7 @@ class Writes:
             return
         record.cataloged = True
         target.apply(Event.COMPLETE)
+        self.state.changes.note(record.extent.id)
         for owner in self.store.document_of(record):
             owner.volatile.discard(record.extent.id)
             self.make_durable(owner.document.id)

@@ -50,6 +50,10 @@ GOLDEN_KEYS = [
     "limits.pending_reservations",
     "limits.swap_records",
     "limits.documents",
+    "events.endpoint",
+    "events.replay_endpoint",
+    "events.topic",
+    "events.buffer_batches",
 ]
 
 
