@@ -198,6 +198,11 @@ class Store:
     ) -> None:
         self.close()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the daemon is still there, as far as we know. A store that has lost its daemon stays so."""
+        return self._client.is_open
+
     def close(self) -> None:
         """Let go of every claim and disconnect."""
         self._client.close()

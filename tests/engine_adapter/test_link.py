@@ -1,0 +1,75 @@
+"""A link to a daemon that goes away, comes back, and is too slow."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+
+import pytest
+from holdfast.engine_adapter.api import connect
+from holdfast.engine_adapter.link import Link
+from holdfast.kvstore.errors import DaemonUnavailable, DeadlineExceeded
+
+from daemon_process import DaemonProcess, until
+
+
+def link_to(daemon: DaemonProcess, news: list) -> Link:
+    return Link(lambda: connect(daemon.socket), on_change=news.append, retry_seconds=0.02, rest_seconds=60.0)
+
+
+def used(link: Link) -> bool:
+    with suppress(DaemonUnavailable), link.use() as store:
+        return store.tiers() != []
+    return False
+
+
+def test_it_comes_back_with_its_daemon_and_says_each_change_once():
+    news: list = []
+    with DaemonProcess() as daemon:
+        link = link_to(daemon, news)
+        try:
+            until(lambda: news, "it says that nobody is there")
+            with pytest.raises(DaemonUnavailable, match="go on without the cache"), link.use():
+                pass
+            daemon.start()
+            assert link.wait(20.0)
+            assert used(link)
+            daemon.kill()
+            until(lambda: len(news) == 3, "it notices")
+            assert not used(link)
+            daemon.start()
+            until(lambda: used(link), "it is back")
+            assert [reason is None for reason in news] == [False, True, False, True]
+        finally:
+            link.close()
+        assert not link.is_up
+
+
+def test_a_connection_is_closed_when_its_last_user_leaves():
+    news: list = []
+    with DaemonProcess() as daemon:
+        daemon.start()
+        link = link_to(daemon, news)
+        assert link.wait(20.0)
+        with link.use() as first, link.use() as same:
+            assert first is same
+            closer = threading.Thread(target=link.close)
+            closer.start()
+            until(lambda: not link.is_up, "it is closed for others")
+            closer.join()
+            assert first.tiers()  # still ours
+        assert not first.is_open
+
+
+def test_a_deadline_costs_one_wait_and_not_one_a_request():
+    news: list = []
+    with DaemonProcess() as daemon:
+        daemon.start()
+        link = link_to(daemon, news)
+        assert link.wait(20.0)
+        with pytest.raises(DeadlineExceeded), link.use():
+            raise DeadlineExceeded("slow")
+        assert not link.is_up
+        with pytest.raises(DaemonUnavailable, match="too slow"), link.use():
+            pass
+        link.close()
