@@ -237,7 +237,7 @@ class Bench:
         moves = list(copies(held, [shard_holding(layout, 0, heads)]))
 
         def load() -> None:
-            self.arena.load(moves, views, 0, self.geometry.layers)
+            self.arena.load(moves, views, self.geometry, 0, self.geometry.layers)
 
         def memcpy() -> None:
             for index, start in enumerate(range(0, size, self.slot)):

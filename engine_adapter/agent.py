@@ -9,47 +9,24 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from ..kvstore.client import Client
 from ..kvstore.clock import Clock
 from ..kvstore.commands import Command, LoadCommand, SaveCommand, ShardClosed, ShardOpened
 from ..kvstore.errors import DaemonUnavailable, DeadlineExceeded, GroupFailed, HoldfastError
+from ..kvstore.geometry import extent_geometry
 from ..kvstore.layout import Copy, Layout, clipped, copies, extent_holding, shard_holding
 from ..kvstore.runs import PartMessage
 from ..kvstore.spec import KVSpec
 from ..kvstore.wire import MoveDone
+from .paging import Arena, Paging
 
 RETRY_SECONDS: Final = 0.2
 CLOSED_KEPT: Final = 64  # failed shards remembered for whoever still waits for them
-
-
-class Arena(Protocol):
-    """The rank's memory: see ring_attention.arena.HBMArena."""
-
-    @property
-    def rows(self) -> int:
-        """Token rows."""
-        ...
-
-    def load(
-        self, copies: Sequence[Copy], buffers: Mapping[int, memoryview], layer_start: int, layer_stop: int
-    ) -> None:
-        """Fill rows from extents."""
-        ...
-
-    def save(
-        self, copies: Sequence[Copy], buffers: Mapping[int, memoryview], layer_start: int, layer_stop: int
-    ) -> None:
-        """Fill extents from rows."""
-        ...
-
-    def forget(self, slab: memoryview) -> None:
-        """The slab is about to be unmapped: let go of what was made of it."""
-        ...
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +35,7 @@ class _Shard:
     layout: Layout
     row: int
     tokens: list[int]  # present, by layer
+    native: KVSpec | None = None  # where its extents keep an engine's pages
     error: str = ""
 
 
@@ -86,6 +64,7 @@ class Agent:
         self._arena = arena
         self._clock = clock
         self._layers = len(spec.groups[0].layers)
+        self._extent = extent_geometry(spec)
         self._changed = threading.Condition()
         self._shards: dict[int, _Shard] = {}
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
@@ -186,7 +165,8 @@ class Agent:
                 with self._changed:
                     present = [command.resident_tokens] * self._layers
                     layout = command.layout.layout()
-                    self._shards[command.shard] = _Shard(command.generation, layout, command.row, present)
+                    opened = _Shard(command.generation, layout, command.row, present, command.native)
+                    self._shards[command.shard] = opened
                     self._changed.notify_all()
             case ShardClosed(shard, reason):
                 self._close_shard(shard, reason)
@@ -225,8 +205,12 @@ class Agent:
     def _load(self, command: LoadCommand) -> int:
         state = self._state(command.shard)
         moves, views = self._moves(state, command.parts)
+        paging = Paging(state.native) if state.native is not None else None
         for layer in range(command.layer_start, command.layer_stop):
-            self._arena.load(moves, views, layer, layer + 1)
+            if paging is not None:
+                paging.load(self._arena, moves, views, layer)
+            else:
+                self._arena.load(moves, views, self._extent, layer, layer + 1)
             with self._changed:
                 state.tokens[layer] += sum(part.valid_tokens for part in command.parts)
                 self._changed.notify_all()
@@ -235,7 +219,13 @@ class Agent:
     def _save(self, command: SaveCommand) -> int:
         state = self._state(command.shard)
         moves, views = self._moves(state, command.parts)
-        self._arena.save([move.reversed() for move in moves], views, 0, self._layers)
+        saves = [move.reversed() for move in moves]
+        if state.native is not None:
+            paging = Paging(state.native)
+            for layer in range(self._layers):
+                paging.save(self._arena, saves, views, layer)
+        else:
+            self._arena.save(saves, views, self._extent, 0, self._layers)
         return self._bytes(moves, self._layers)
 
     def _state(self, shard: int) -> _Shard:

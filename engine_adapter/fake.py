@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ..kvstore.clock import Clock, SystemClock
 from ..kvstore.errors import ClaimNotFound, HoldfastError, InvalidRequest
-from ..kvstore.geometry import arena_geometry, extent_geometry
+from ..kvstore.geometry import Geometry, arena_geometry, extent_geometry
 from ..kvstore.keys import as_tokens
 from ..kvstore.layout import Copy, Holding, shard_holding, striped
 from ..kvstore.layouts import LayoutMessage, ShardMessage
@@ -38,19 +38,23 @@ class FakeArena:
 
     def __init__(self, spec: KVSpec, rows: int, tp: int = 1) -> None:
         self.rows = rows
-        self._extent = extent_geometry(spec)
-        heads = arena_geometry(spec, rows, tp).heads
+        arena = arena_geometry(spec, rows, tp)
         self.planes: dict[tuple[int, int], Bytes] = {
-            (layer, part): np.zeros((heads, rows, self._extent.row_bytes(part)), np.uint8)
-            for layer, part in product(range(self._extent.layers), range(PARTS))
+            (layer, part): np.zeros((arena.heads, rows, arena.row_bytes(part)), np.uint8)
+            for layer, part in product(range(arena.layers), range(PARTS))
         }
 
     def load(
-        self, copies: Sequence[Copy], buffers: Mapping[int, memoryview], layer_start: int, layer_stop: int
+        self,
+        copies: Sequence[Copy],
+        buffers: Mapping[int, memoryview],
+        geometry: Geometry,
+        layer_start: int,
+        layer_stop: int,
     ) -> None:
         """Fill rows (the copies' target) from extents (their source)."""
         for layer, part, copy in product(range(layer_start, layer_stop), range(PARTS), copies):
-            extent = self._plane(buffers[copy.source], layer, part)
+            extent = _plane(buffers[copy.source], geometry, layer, part)
             heads = slice(copy.target_head, copy.target_head + copy.head_count)
             rows = slice(copy.target_row, copy.target_row + copy.row_count)
             self.planes[layer, part][heads, rows] = extent[
@@ -59,11 +63,16 @@ class FakeArena:
             ]
 
     def save(
-        self, copies: Sequence[Copy], buffers: Mapping[int, memoryview], layer_start: int, layer_stop: int
+        self,
+        copies: Sequence[Copy],
+        buffers: Mapping[int, memoryview],
+        geometry: Geometry,
+        layer_start: int,
+        layer_stop: int,
     ) -> None:
         """Fill extents (the copies' target) from rows (their source)."""
         for layer, part, copy in product(range(layer_start, layer_stop), range(PARTS), copies):
-            extent = self._plane(buffers[copy.target], layer, part)
+            extent = _plane(buffers[copy.target], geometry, layer, part)
             heads = slice(copy.source_head, copy.source_head + copy.head_count)
             rows = slice(copy.source_row, copy.source_row + copy.row_count)
             extent[
@@ -74,10 +83,12 @@ class FakeArena:
     def forget(self, slab: memoryview) -> None:
         """Nothing is made of slabs here."""
 
-    def _plane(self, buffer: memoryview, layer: int, part: int) -> Bytes:
-        shape = (self._extent.heads, self._extent.rows, self._extent.row_bytes(part))
-        offset = self._extent.plane_offset(layer, part)
-        return np.frombuffer(buffer, np.uint8, count=shape[0] * shape[1] * shape[2], offset=offset).reshape(shape)
+
+def _plane(buffer: memoryview, geometry: Geometry, layer: int, part: int) -> Bytes:
+    """One plane of an extent: [kv heads, rows, row bytes]."""
+    shape = (geometry.heads, geometry.rows, geometry.row_bytes(part))
+    offset = geometry.plane_offset(layer, part)
+    return np.frombuffer(buffer, np.uint8, count=shape[0] * shape[1] * shape[2], offset=offset).reshape(shape)
 
 
 class FakeEngine:

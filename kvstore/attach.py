@@ -20,6 +20,7 @@ from .loading import Loading, Phase
 from .orders import Urgency
 from .residency import Placement, Tier
 from .residency import State as Residency
+from .spec import KVSpec
 from .state import ShardKey, State
 from .uses import Attached
 
@@ -41,10 +42,20 @@ class Attach:
     used: Attached | None = None
 
 
+def prefill_layout(state: State, name: str, spec: KVSpec, token_count: int, layout: Layout) -> Layout:
+    """The layout for tokens that the group prefills. Raises SpecMismatch or LayoutError."""
+    if spec.page_format:
+        raise SpecMismatch(f"group {name!r} prefills canonical KV, not pages; ingest with the spec's `canonical()`")
+    return checked_layout(state, name, spec.fingerprint(), token_count, layout)
+
+
 def checked_layout(state: State, name: str, fingerprint: bytes, token_count: int, layout: Layout | None) -> Layout:
-    """The layout for these tokens in that group, contiguous by default. Raises SpecMismatch or LayoutError."""
+    """The layout for these tokens in that group, contiguous by default. Raises SpecMismatch or LayoutError.
+
+    Native KV of the group's model will do: its ranks decode it.
+    """
     group = state.group(name)
-    if group.fingerprint != fingerprint:
+    if not state.can_read(group.fingerprint, fingerprint):
         raise SpecMismatch(f"group {name!r} runs another model than the one that made this document")
     made = layout if layout is not None else scheme("contiguous", token_count, group.cp, group.tp)
     if len(made.runs) > RUNS_LIMIT:
@@ -89,10 +100,10 @@ class Attaches:
         Without a group it may be a range of its tokens [start, stop): the extents that hold any of them. `granted`
         hears, once, when moves begin or why they cannot. Raises DocumentNotFound, DocumentIncomplete, GroupNotFound,
         SpecMismatch, LayoutError, InvalidRequest, DocumentTooLarge, LeasesOvercommitted or NoCapacity at once, leaving
-        nothing behind.
+        nothing behind. Who names a canonical spec gets the same model's pages too, and decodes them.
         """
         owner = self.state.document(document).document
-        if fingerprint is not None and owner.fingerprint != fingerprint:
+        if fingerprint is not None and not self.state.can_read(fingerprint, owner.fingerprint):
             raise SpecMismatch(f"{document} holds KV of another model, or of another revision of it")
         start, stop = tokens if tokens is not None else (0, owner.token_count)
         if not 0 <= start < stop <= owner.token_count or (group is not None and tokens is not None):

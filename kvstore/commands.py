@@ -5,16 +5,21 @@ from __future__ import annotations
 from .layouts import LayoutMessage
 from .message import Message
 from .runs import PartMessage
+from .spec import KVSpec
 
 
 class ShardOpened(Message, frozen=True):
-    """The shard's rows begin at `row` on this rank; its first tokens are there already."""
+    """The shard's rows begin at `row` on this rank; its first tokens are there already.
+
+    `native` is the spec of its extents where they keep an engine's pages: they are decoded into the rows.
+    """
 
     shard: int
     generation: int
     layout: LayoutMessage
     row: int
     resident_tokens: int
+    native: KVSpec | None = None
 
 
 class LoadCommand(Message, frozen=True):

@@ -28,7 +28,8 @@ def _round_up(value: int, align: int) -> int:
 class Geometry:
     """A buffer of `layers` x (key, value) planes of `heads` x `rows` x row bytes, each padded to `align`.
 
-    A part with row size 0 (the value part of MLA) has no plane.
+    A part with row size 0 (the value part of MLA) has no plane. `first_layer` is the buffer's first, where it holds
+    some layers of an extent only.
     """
 
     layers: int
@@ -37,6 +38,7 @@ class Geometry:
     key_bytes: int
     value_bytes: int
     align: int = 1
+    first_layer: int = 0
 
     @property
     def parts(self) -> int:
@@ -69,9 +71,9 @@ class Geometry:
 
     def plane_offset(self, layer: int, part: int) -> int:
         """Where a plane begins."""
-        assert 0 <= layer < self.layers, layer
+        assert self.first_layer <= layer < self.first_layer + self.layers, layer
         assert 0 <= part < self.parts, part
-        return layer * self.layer_bytes + (self.plane_bytes(0) if part else 0)
+        return (layer - self.first_layer) * self.layer_bytes + (self.plane_bytes(0) if part else 0)
 
     def offset(self, layer: int, part: int, head: int, row: int) -> int:
         """Where a row begins."""
@@ -81,9 +83,9 @@ class Geometry:
 
     def planes(self, layer_start: int, layer_stop: int) -> list[tuple[int, int, int]]:
         """(plane index, offset, size) of the planes of layers [layer_start, layer_stop)."""
-        assert 0 <= layer_start <= layer_stop <= self.layers
+        assert self.first_layer <= layer_start <= layer_stop <= self.first_layer + self.layers
         return [
-            (layer * self.parts + part, self.plane_offset(layer, part), self.plane_bytes(part))
+            ((layer - self.first_layer) * self.parts + part, self.plane_offset(layer, part), self.plane_bytes(part))
             for layer in range(layer_start, layer_stop)
             for part in range(self.parts)
         ]

@@ -125,7 +125,7 @@ class Ingests:
         document = ingest.document
         known = records.documents.get(document.id)
         if known is not None and known.document.extents != document.extents and not ingest.grows:
-            raise DocumentExists(f"{document.id} exists with other tokens or another model; delete it or rename")
+            raise DocumentExists(f"{document.id} exists with other tokens, model or page format; delete it or rename")
         check_growth(records, document, ingest.extents, self.store.clock.wall_ns())
         if any(other.document.id == document.id for other in self.open.values()):
             raise InUse(f"{document.id} is being ingested already")

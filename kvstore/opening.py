@@ -35,6 +35,7 @@ def open_shard(store: Store, loading: Loading, demand: Demand) -> None:
         return
     loading.generation = shard.generation = store.new_id()
     resident = [shard.spans[extent][1] for extent, copy in shard.copies.items() if copy.readable]
+    spec = store.records.specs[loading.records[0].extent.fingerprint] if loading.records else None
     order = OpenShard(
         group=shard.group,
         shard=shard.id,
@@ -42,6 +43,7 @@ def open_shard(store: Store, loading: Loading, demand: Demand) -> None:
         layout=shard.layout,
         rows=tuple(start for start, _ in shard.rows),
         resident_tokens=max(resident, default=0),
+        native=spec if spec is not None and spec.page_format else None,
     )
     store.submit(order)
 

@@ -112,8 +112,8 @@ class Part(NamedTuple):
 class OpenShard:
     """Tell the ranks of a group which rows a shard takes: `rows[rank]` is its first row there.
 
-    The first `resident_tokens` tokens are there already. `generation` is new with each opening, so that a rank does not
-    take an earlier opening for this one.
+    The first `resident_tokens` tokens are there already. `native` is the spec of its extents if they keep an engine's
+    pages. `generation` is new with each opening, so that a rank does not take an earlier opening for this one.
     """
 
     group: str
@@ -122,6 +122,7 @@ class OpenShard:
     layout: Layout
     rows: tuple[int, ...]
     resident_tokens: int
+    native: KVSpec | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

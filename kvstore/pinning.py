@@ -62,10 +62,11 @@ def _check_ddr(state: State, pin: Pin, extents: Sequence[Extent], others: Sequen
 
 def _check_hbm(state: State, pin: Pin, document: Document, others: Sequence[Pin], wall_ns: int) -> None:
     """Judged by the groups that run its model; where there is none yet, one may come that has room."""
-    groups = [g for g in state.groups.values() if g.complete and g.fingerprint == document.fingerprint]
+    groups = [g for g in state.groups.values() if g.complete and state.can_read(g.fingerprint, document.fingerprint)]
     if not groups:
         return
-    rivals = [p for p in others if state.documents[p.document].document.fingerprint == document.fingerprint]
+    model = groups[0].fingerprint
+    rivals = [p for p in others if state.can_read(model, state.documents[p.document].document.fingerprint)]
 
     def fits(beside: Sequence[Pin]) -> bool:
         counts = [document.token_count, *(state.documents[p.document].document.token_count for p in beside)]

@@ -49,7 +49,8 @@ class Ranks:
                 layout = LayoutMessage.of(order.layout)
                 for rank, send in seats.values():
                     row = order.rows[rank]
-                    send(ShardOpened(order.shard, order.generation, layout, row, order.resident_tokens))
+                    present = order.resident_tokens
+                    send(ShardOpened(order.shard, order.generation, layout, row, present, order.native))
             case CloseShard():
                 for _, send in seats.values():
                     send(ShardClosed(order.shard, order.reason))

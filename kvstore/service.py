@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..eviction.policy import POLICIES, Policy
 from .adoption import Adoption
-from .attach import Attach, Attaches, checked_layout
+from .attach import Attach, Attaches, prefill_layout
 from .awaiting import Awaiting, Waiter
 from .claimed import Claimed
 from .claims import Pin, PinKind, Pins, PinSelection, Refresh
@@ -260,7 +260,7 @@ class Service:
         if group is not None:
             seats = self.state.group(group)
             made = layout or chunked(zigzag(cached, seats.cp, seats.tp), len(tokens), chunk_tokens)
-            placed = checked_layout(self.state, group, fingerprint, len(tokens), made)
+            placed = prefill_layout(self.state, group, spec, len(tokens), made)
         known = self.state.documents.get(document)
         grows = known is not None and continues(known.document, tokens, keys, spec, secret, extras)
         if known is not None and write_policy is WritePolicy.AUTO:

@@ -168,7 +168,7 @@ class Group:
     """Ranks that decode together. `seats[rank]` is the client at that rank; it works when all are taken."""
 
     name: str
-    fingerprint: bytes
+    fingerprint: bytes  # of its model in canonical form
     cp: int
     tp: int
     row_bytes: int  # bytes of one row on one rank
@@ -232,6 +232,13 @@ class State:
         if record is None:
             raise DocumentNotFound(f"no document {document.name!r} in tenant {document.tenant!r}")
         return record
+
+    def can_read(self, reader: bytes, stored: bytes) -> bool:
+        """Whether KV of the one spec can be used as that of the other: pages decode to their model's canonical KV."""
+        ours, theirs = self.specs.get(reader), self.specs[stored]
+        if ours is None or ours == theirs:
+            return reader == stored
+        return bool(theirs.page_format and not ours.page_format) and ours.canonical() == theirs.canonical()
 
     def group(self, name: str) -> Group:
         """A group with all ranks registered. Raises GroupNotFound."""

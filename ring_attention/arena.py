@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kvstore.errors import InvalidRequest, InvalidSpec
-from ..kvstore.geometry import Geometry, arena_geometry, extent_geometry
+from ..kvstore.geometry import Geometry, arena_geometry
 from ..kvstore.layout import Copy, Span, heads_of
 from ..kvstore.spec import GroupKind, KVSpec
 from .moves import Buffers, Bytes, Ends, Move, moves_of
@@ -59,7 +59,6 @@ class HBMArena:
         self.device = torch.device(device)
         # How extents come and go where the CPU cannot address the rows.
         self.staging = Staging(self.device) if self.device.type != "cpu" else None
-        self._extent: Geometry = extent_geometry(spec)
         shape = arena_geometry(spec, rows, tp)
         plane = (shape.layers, shape.heads, rows)
         dtype: torch.dtype = getattr(torch, spec.dtype)
@@ -84,28 +83,32 @@ class HBMArena:
         if not self._latent:
             self.value[layer, :, row_start:stop] = value
 
-    def load(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
-        """Fill arena rows (the copies' target) from extents (their source), for layers [start, stop)."""
+    def load(
+        self, copies: Sequence[Copy], buffers: Buffers, geometry: Geometry, layer_start: int, layer_stop: int
+    ) -> None:
+        """Fill arena rows (the copies' target) from extents of this geometry, for layers [start, stop)."""
         moves = moves_of([Ends.loading(copy) for copy in copies])
         if self.staging is not None:
-            self.staging.load(self._parts, moves, buffers, self._extent, (layer_start, layer_stop))
+            self.staging.load(self._parts, moves, buffers, geometry, (layer_start, layer_stop))
             return
         for layer in range(layer_start, layer_stop):
-            for part in range(self._extent.parts):
+            for part in range(geometry.parts):
                 arena = self._parts[part][layer].numpy()
-                for move, extent in zip(moves, self._planes(moves, buffers, layer, part), strict=True):
+                for move, extent in zip(moves, _planes(moves, buffers, geometry, layer, part), strict=True):
                     arena[move.arena] = extent[move.extent]
 
-    def save(self, copies: Sequence[Copy], buffers: Buffers, layer_start: int, layer_stop: int) -> None:
-        """Fill extents (the copies' target, writable) from arena rows (their source), for layers [start, stop)."""
+    def save(
+        self, copies: Sequence[Copy], buffers: Buffers, geometry: Geometry, layer_start: int, layer_stop: int
+    ) -> None:
+        """Fill extents of this geometry (the copies' target, writable) from arena rows, for layers [start, stop)."""
         moves = moves_of([Ends.saving(copy) for copy in copies])
         if self.staging is not None:
-            self.staging.save(self._parts, moves, buffers, self._extent, (layer_start, layer_stop))
+            self.staging.save(self._parts, moves, buffers, geometry, (layer_start, layer_stop))
             return
         for layer in range(layer_start, layer_stop):
-            for part in range(self._extent.parts):
+            for part in range(geometry.parts):
                 arena = self._parts[part][layer].numpy()
-                for move, extent in zip(moves, self._planes(moves, buffers, layer, part), strict=True):
+                for move, extent in zip(moves, _planes(moves, buffers, geometry, layer, part), strict=True):
                     extent[move.extent] = arena[move.arena]
 
     def forget(self, slab: memoryview) -> None:
@@ -113,14 +116,12 @@ class HBMArena:
         if self.staging is not None:
             self.staging.unpin(slab)
 
-    def _planes(self, moves: Sequence[Move], buffers: Buffers, layer: int, part: int) -> list[Bytes]:
-        """Byte view [heads, rows, row bytes] of the extent's plane of each move."""
-        extent = self._extent
-        shape = (extent.heads, extent.rows, extent.row_bytes(part))
-        offset, count = extent.plane_offset(layer, part), prod(shape)
-        return [
-            np.frombuffer(buffers[move.buffer], np.uint8, count=count, offset=offset).reshape(shape) for move in moves
-        ]
+
+def _planes(moves: Sequence[Move], buffers: Buffers, geometry: Geometry, layer: int, part: int) -> list[Bytes]:
+    """Byte view [heads, rows, row bytes] of the extent's plane of each move."""
+    shape = (geometry.heads, geometry.rows, geometry.row_bytes(part))
+    offset, count = geometry.plane_offset(layer, part), prod(shape)
+    return [np.frombuffer(buffers[move.buffer], np.uint8, count=count, offset=offset).reshape(shape) for move in moves]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..kvstore.clock import Clock
+from ..kvstore.geometry import extent_geometry
 from ..kvstore.layout import Span, contiguous, copies, extent_holding, shard_holding
 from ..kvstore.spec import KVSpec
 from .arena import HBMArena
@@ -27,6 +28,7 @@ class HbmMeasurement:
         heads, tokens = spec.groups[0].kv_heads, spec.extent_tokens
         self._buffers = dict(enumerate(buffers))
         self._layers = len(spec.groups[0].layers)
+        self._extent = extent_geometry(spec)
         self._device = device
         self._clock = clock
         self._arena = HBMArena(spec, tokens * len(buffers), device=device)
@@ -40,19 +42,19 @@ class HbmMeasurement:
     def load(self) -> int:
         """Nanoseconds of bringing every extent into the arena."""
         started_ns = self._clock.monotonic_ns()
-        self._arena.load(self._loads, self._buffers, 0, self._layers)
+        self._arena.load(self._loads, self._buffers, self._extent, 0, self._layers)
         return self._ended(started_ns)
 
     def save(self) -> int:
         """Nanoseconds of saving every extent out of it."""
         started_ns = self._clock.monotonic_ns()
-        self._arena.save(self._saves, self._buffers, 0, self._layers)
+        self._arena.save(self._saves, self._buffers, self._extent, 0, self._layers)
         return self._ended(started_ns)
 
     def load_few(self) -> int:
         """Nanoseconds of one move so small that only its latency counts."""
         started_ns = self._clock.monotonic_ns()
-        self._arena.load(self._small, self._buffers, 0, 1)
+        self._arena.load(self._small, self._buffers, self._extent, 0, 1)
         return self._ended(started_ns)
 
     def _ended(self, started_ns: int) -> int:

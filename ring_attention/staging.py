@@ -45,7 +45,8 @@ class Staging:
         with self._on_stream():
             self._follow()
             for buffer, own in _by_buffer(moves):
-                staged = self._brought(buffers[buffer], start * geometry.layer_bytes, stop * geometry.layer_bytes)
+                first = geometry.plane_offset(start, 0)
+                staged = self._brought(buffers[buffer], first, first + (stop - start) * geometry.layer_bytes)
                 indices = [(_on(move.arena, self._device), _on(move.extent, self._device)) for move in own]
                 for layer, part, plane in _planes(staged, geometry, start, stop):
                     for arena, extent in indices:
@@ -128,7 +129,7 @@ def _by_buffer(moves: Sequence[Move]) -> Iterator[tuple[int, list[Move]]]:
 
 def _planes(staged: Tensor, geometry: Geometry, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
     """(layer, part, [heads, rows, row bytes]) of the staged layers."""
-    first = start * geometry.layer_bytes
+    first = geometry.plane_offset(start, 0)
     for layer in range(start, stop):
         for part in range(geometry.parts):
             shape = (geometry.heads, geometry.rows, geometry.row_bytes(part))

@@ -117,10 +117,10 @@ def test_a_reading_rank_has_the_first_layer_before_the_last_has_come(monkeypatch
         for arena in reader._arenas:
             load = arena.load
 
-            def loads(copies, buffers, start, stop, load=load):
+            def loads(copies, buffers, geometry, start, stop, load=load):
                 if start == 1:
                     assert read_first.wait(20), "the last layer is held back until the first was read"
-                load(copies, buffers, start, stop)
+                load(copies, buffers, geometry, start, stop)
 
             monkeypatch.setattr(arena, "load", loads)
         waiting = stack.enter_context(ThreadPoolExecutor(1)).submit(

@@ -103,7 +103,7 @@ def saved(model, arenas, layout):
     for rank, arena in enumerate(arenas):
         mine = [copy for copy in moves if copy.source == rank]
         for layer in range(len(spec.groups[0].layers)):
-            arena.save(mine, {i: memoryview(b) for i, b in buffers.items()}, layer, layer + 1)
+            arena.save(mine, {i: memoryview(b) for i, b in buffers.items()}, extent_geometry(spec), layer, layer + 1)
     return buffers, holdings
 
 
@@ -124,6 +124,6 @@ def loaded(model, buffers, holdings, layout):
         arena = empty_arena(spec, layout, rank)
         mine = [copy for copy in moves if copy.target == rank]
         views = {i: memoryview(b).toreadonly() for i, b in buffers.items()}
-        arena.load(mine, views, 0, len(spec.groups[0].layers))
+        arena.load(mine, views, extent_geometry(spec), 0, len(spec.groups[0].layers))
         arenas.append(arena)
     return arenas

@@ -120,7 +120,7 @@ def test_only_the_named_layers_are_loaded():
     layout = scheme("contiguous", 20, 1)
     buffers, holdings = saved(MODEL, filled(layout), layout)
     arena = HBMArena(MODEL.spec, 20)
-    arena.load(list(copies(holdings, [shard_holding(layout, 0, 2)])), buffers, 1, 2)
+    arena.load(list(copies(holdings, [shard_holding(layout, 0, 2)])), buffers, extent_geometry(MODEL.spec), 1, 2)
     assert not arena.key[0].any()
     assert torch.equal(arena.key[1], filled(layout)[0].key[1])
 
