@@ -144,7 +144,7 @@ def test_any_layout_is_filled_from_pages_of_any_format(stage, name, layout):
 
 def test_a_leave_and_a_return_through_nvme(stage):
     tokens = document_of(4, 9)
-    pages = stage.put("report", tokens)
+    pages = stage.put("report", tokens, write_policy=WritePolicy.THROUGH)
     until(lambda: durable(stage.client, "report"), "it is durable")
     for _ in range(2):
         stage.client.free("report")

@@ -8,6 +8,7 @@ import pytest
 from holdfast.engine_adapter.api import Store
 from holdfast.engine_adapter.pages import FORMATS, PageFormat, Strides, key_value, native, page_format
 from holdfast.kvstore.client import Client
+from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import InvalidRequest, InvalidSpec, PartialPage, UnknownPageFormat
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.seal import seal_planes
@@ -165,7 +166,8 @@ def filling(pages):
 
 def ingest(store, name, spec, pages, pieces, seed=0):
     """Write every layer's pages in these pieces, in their order."""
-    with store.ingest(name, spec, tokens(len(pages[0]) * spec.block_tokens, seed)) as writer:
+    count = len(pages[0]) * spec.block_tokens
+    with store.ingest(name, spec, tokens(count, seed), write_policy=WritePolicy.THROUGH) as writer:
         for layer, own in pages.items():
             for first, stop in pieces:
                 writer.write_pages(layer, first, stop - first, filling(own))
