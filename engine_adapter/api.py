@@ -27,6 +27,7 @@ from ..kvstore.keys import Extras
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PrefixView, TierView, VictimView
 from ..kvstore.wire import Attached
+from .objects import Objects
 from .pages import Array
 from .planes import Planes
 from .writer import IngestWriter
@@ -329,6 +330,10 @@ class Store:
     ) -> PrefixView:
         """How many leading tokens are in the cache, and in which tiers. Nothing is leased, and nothing learnt."""
         return self._client.lookup_tokens(self._client.register_spec(spec), tokens, extras)
+
+    def objects(self, namespace: str) -> Objects:
+        """Opaque bytes under keys of an engine's own. Raises InvalidName."""
+        return Objects(self._client.objects, namespace)
 
     def documents(self) -> list[DocumentView]:
         """The tenant's documents, by name."""

@@ -249,7 +249,7 @@ class Admin:
     def _matching(self, wanted: DocumentsQuery, after: DocumentId | None) -> Iterator[DocumentId]:
         """Documents behind the cursor that pass the filters which cost nothing to check."""
         pins = self.service.state.pins
-        for document in self.service.state.documents:
+        for document in self.service.state.documents.named:
             if after is not None and document <= after:
                 continue
             if wanted.tenant is not None and document.tenant != wanted.tenant:

@@ -51,13 +51,13 @@ class Admission:
         step = len(document.extents) // len(self._state.specs[document.fingerprint].groups)
         fronts = (self._state.extents[extent].extent for extent in document.extents[::step])
         size_bytes = step * sum(front.slot_bytes for front in fronts)
-        recompute_ns = self._prices.prefills.curve(document.fingerprint).marginal_prefill_ns(0, document.token_count)
+        recompute_ns = self._prices.prefill_ns(document.fingerprint, 0, document.token_count)
         stake = Stake(
             known=False,
             saved_ns=recompute_ns - links[Hop(Tier.NVME, Tier.DDR)].move_ns(size_bytes),
             price_ns=write_price_ns(size_bytes, links[Hop(Tier.DDR, Tier.NVME)]),
         )
-        return decide([stake], self._comebacks.rate(document.id.tenant, self._clock.monotonic_ns()))
+        return decide([stake], self._comebacks.rate(document.id.family, self._clock.monotonic_ns()))
 
 
 def _is_open(owner: DocumentRecord) -> bool:

@@ -21,7 +21,7 @@ from .orders import Urgency
 from .residency import Placement, Tier
 from .residency import State as Residency
 from .spec import KVSpec
-from .state import ShardKey, State
+from .state import DocumentRecord, ShardKey, State
 from .uses import Attached
 
 Waiting = Callable[[int | HoldfastError], None]
@@ -143,6 +143,39 @@ class Attaches:
         self.state.ledger.swaps.append(attach.loading.swap)
         return attach
 
+    def attach_object(
+        self, client: int, record: DocumentRecord, deadline_ns: int, granted: Callable[[Attach | HoldfastError], None]
+    ) -> Attach:
+        """Lease an opaque object and bring it to DDR; it is one of many, so its use is told by who asks for them.
+
+        Raises as `attach` does.
+        """
+        owner, now_ns = record.document, self.store.clock.monotonic_ns()
+        lease = Lease(
+            id=self.store.new_id(),
+            owner=client,
+            document=owner.id,
+            granted_ns=now_ns,
+            deadline_ns=now_ns + self.lease_ns,
+            size_bytes=self.state.extents[owner.extents[0]].extent.slot_bytes,
+        )
+        self._refuse_overleased(lease)
+        attach = self._attach(lease, owner, None, None, granted, (0, owner.token_count))
+        self.open[lease.id] = attach
+        self.state.leases[lease.id] = lease
+        try:
+            if not self._is_here(attach.loading):
+                self.loader.start(attach.loading, deadline_ns)
+        except HoldfastError:
+            self._forget(attach)
+            raise
+        return attach
+
+    def wait(self, attach: Attach, layers: int, done: Waiting) -> None:
+        """See `wait_layers`."""
+        attach.waiting.append((layers, done))
+        self._wake(attach)
+
     def _attach(
         self,
         lease: Lease,
@@ -201,7 +234,7 @@ class Attaches:
     def _recompute_ns(self, owner: Document, group: str | None, start: int, stop: int) -> int:
         """By the group itself, where there is one."""
         ranks = self.state.groups[group].ranks if group is not None else None
-        return self.store.planner.prefills.curve(owner.fingerprint, ranks).marginal_prefill_ns(start, stop)
+        return self.store.planner.prefill_ns(owner.fingerprint, start, stop, ranks)
 
     def _is_here(self, loading: Loading) -> bool:
         """Whether all of it can be read in DDR: then it is held, and ready, and waits for nobody.
@@ -253,9 +286,7 @@ class Attaches:
 
     def wait_layers(self, client: int, lease_id: int, layers: int, done: Waiting) -> None:
         """`done` hears the count of ready leading layers as soon as it reaches `layers`, or why it never will."""
-        attach = self.claim(client, lease_id)
-        attach.waiting.append((layers, done))
-        self._wake(attach)
+        self.wait(self.claim(client, lease_id), layers, done)
 
     def _wake(self, attach: Attach) -> None:
         waiting, attach.waiting = attach.waiting, []

@@ -26,6 +26,7 @@ from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .keys import Extras
 from .layout import Layout
 from .layouts import LayoutMessage
+from .object_client import ObjectClient
 from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens, extra_parts
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec
@@ -96,6 +97,7 @@ class Client:
         self._ready: dict[int, int] = {}  # by lease: leading layers known to be readable
         self._mapping = threading.Lock()
         self.tenant = tenant
+        self.objects = ObjectClient(self._ask, self.views)
 
     @property
     def number(self) -> int:

@@ -10,6 +10,7 @@ from .errors import InvalidName, InvalidRequest
 from .extent import ExtentId
 
 NAME_LIMIT: Final = 255
+PROMPT: Final = "prompt"  # the namespace of prefixes that nobody has named
 TTL_SECONDS_MAX: Final = 1e9  # thirty years
 
 
@@ -18,6 +19,18 @@ class DocumentId(NamedTuple):
 
     tenant: str
     name: str
+
+    @property
+    def namespace(self) -> str | None:
+        """Of an unnamed document, which is one that no user can name so. None of one that has a user's name."""
+        namespace, slash, _ = self.name.rpartition("/")
+        return namespace if slash else None
+
+    @property
+    def family(self) -> str:
+        """Those whose documents come back, or do not, alike: a tenant's, and those of each of its namespaces."""
+        namespace = self.namespace
+        return self.tenant if namespace is None else f"{self.tenant}/{namespace}"
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}"

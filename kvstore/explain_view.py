@@ -141,7 +141,7 @@ def _ended(planner: Planner, document: DocumentId, past: Past) -> ExplainView:
             nvme_bytes=0,
             reload_seconds=0.0,
             missing_tokens=[(0, known.token_count)],
-            recompute_seconds=planner.prefills.curve(known.fingerprint).marginal_prefill_ns(0, known.token_count) / NS,
+            recompute_seconds=planner.prefill_ns(known.fingerprint, 0, known.token_count) / NS,
             bound=planner.tenancy.bound(Tier.NVME, document.tenant),
         ),
         departures=[_departure(one, is_back=False) for one in reversed(past.departures)],
@@ -152,12 +152,12 @@ def _restore(state: State, planner: Planner, owner: DocumentRecord) -> RestoreVi
     records = [state.extents[extent] for extent in owner.document.extents]
     missing = joined((r.extent.start, r.extent.stop) for r in records if r.source() is None)
     below = [r for r in records if (source := r.source()) is not None and source.tier is Tier.NVME]
-    curve = planner.prefills.curve(owner.document.fingerprint)
+    fingerprint = owner.document.fingerprint
     return RestoreView(
         nvme_bytes=sum(r.extent.slot_bytes for r in below),
         reload_seconds=sum(planner.reload_ns(r, Tier.NVME, Tier.DDR) for r in below) / NS,
         missing_tokens=missing,
-        recompute_seconds=sum(curve.marginal_prefill_ns(*tokens) for tokens in missing) / NS,
+        recompute_seconds=sum(planner.prefill_ns(fingerprint, *tokens) for tokens in missing) / NS,
         bound=planner.tenancy.bound(Tier.NVME, owner.document.id.tenant),
     )
 

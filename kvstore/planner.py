@@ -64,7 +64,7 @@ class Planner(Prices):
     """Reads state; knows the policy, and the prices."""
 
     def __init__(self, state: Store, policy: Policy, clock: Clock) -> None:
-        super().__init__()
+        super().__init__(state.specs)
         self.state = state
         self.policy = policy
         self.clock = clock

@@ -8,8 +8,10 @@ from typing import Final
 from .calibration import Calibration
 from .costs import DEFAULT_LINKS, PrefillCurve
 from .ledger import Hop
+from .opaque import TOKEN_BYTES, prefilled
 from .prefills import Prefills
 from .residency import Tier
+from .spec import KVSpec
 from .state import ExtentRecord
 
 HOPS: Final = (
@@ -18,13 +20,13 @@ HOPS: Final = (
     Hop(Tier.DDR, Tier.HBM),
     Hop(Tier.HBM, Tier.DDR),
 )
-TOKEN_BYTES: Final = 131_072  # of the model that the prior prefill curve is of
 
 
 class Prices:
     """Speeds of the hops, and the models' prefill curves."""
 
-    def __init__(self) -> None:
+    def __init__(self, specs: Mapping[bytes, KVSpec]) -> None:
+        self._specs = specs
         self.prefills = Prefills()
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
         self.calibration: Calibration | None = None
@@ -33,7 +35,13 @@ class Prices:
     def recompute_ns(self, record: ExtentRecord) -> int:
         """Marginal prefill time of the extent's tokens behind what precedes them."""
         extent = record.extent
-        return self.prefills.curve(extent.fingerprint).marginal_prefill_ns(extent.start, extent.stop)
+        return self.prefill_ns(extent.fingerprint, extent.start, extent.stop)
+
+    def prefill_ns(self, fingerprint: bytes, start: int, stop: int, ranks: int | None = None) -> int:
+        """Time to compute positions [start, stop) of a document behind those in front of them."""
+        spec = self._specs.get(fingerprint)
+        tokens = (start, stop) if spec is None else prefilled(spec, start, stop)
+        return self.prefills.curve(fingerprint, ranks).marginal_prefill_ns(*tokens)
 
     def reload_ns(self, record: ExtentRecord, source: Tier, target: Tier) -> int:
         """Predicted time to bring one extent from a tier to a nearer one, hop after hop."""

@@ -8,9 +8,11 @@ from .document import checked_name
 from .errors import DocumentTooLarge, InUse, InvalidRequest, NoCapacity, SpecMismatch
 from .geometry import arena_geometry, extent_geometry
 from .layout import heads_of
+from .orders import PutSpec, Write
 from .slots import RowPool, SlotClass
 from .spec import KVSpec
 from .state import Backend, Group, State
+from .store import Store
 
 MODELS_LIMIT: Final = 4096  # of any tenant and adapter; far more than a machine serves
 
@@ -25,6 +27,16 @@ def check_spec(state: State, spec: KVSpec) -> None:
                 raise DocumentTooLarge(
                     f"an extent of {spec.model} takes {extent_bytes} B, more than {what} = {pool.slab_bytes} B"
                 )
+
+
+def register(store: Store, spec: KVSpec) -> bytes:
+    """Make a model known; returns its fingerprint. Raises as `check_spec`."""
+    fingerprint = spec.fingerprint()
+    if fingerprint not in store.records.specs:
+        check_spec(store.records, spec)
+        store.records.specs[fingerprint] = spec
+        store.submit(Write(id=store.new_id(), records=(PutSpec(spec),)))
+    return fingerprint
 
 
 def seat_rank(

@@ -30,6 +30,8 @@ from .keys import ROOT, Extras, Tokens, as_tokens, block_keys
 from .layouts import LayoutMessage, ShardMessage
 from .ledger import Seen
 from .loading import Loading
+from .object_messages import ObjectRequest
+from .object_requests import NEW_OBJECTS, ObjectRequests
 from .planner import Victim
 from .prefills import Prefill
 from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens
@@ -78,7 +80,7 @@ ALL_LAYERS = 1 << 31
 KEYS_AT_ONCE = 512  # half a millisecond of work
 LATELY_MAX = 256  # documents whose runs are remembered
 LONGEST_SECONDS = 3600.0  # no wait is without end
-NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, FreeDocument)
+NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, FreeDocument, *NEW_OBJECTS)
 
 
 class Requests:
@@ -88,6 +90,7 @@ class Requests:
         """`serial(slab)` names the slab's present memory, so that a client knows when to map it anew."""
         self._service = service
         self._serial = serial
+        self._objects = ObjectRequests(service, serial, self._call, self._deadline_ns)
         self._lately: dict[DocumentId, tuple[list[Placement | None], list[RunMessage]]] = {}  # oldest attach first
 
     def is_new_work(self, body: Request) -> bool:
@@ -96,6 +99,11 @@ class Requests:
 
     async def handle(self, client: int, tenant: str, body: Request) -> Reply:
         """The reply. Raises HoldfastError."""
+        if isinstance(body, ObjectRequest):
+            return await self._objects.handle(client, tenant, body)
+        return await self._handle(client, tenant, body)
+
+    async def _handle(self, client: int, tenant: str, body: Request) -> Reply:
         match body:
             case BeginIngest():
                 return await self._begin(client, tenant, body)
@@ -169,7 +177,7 @@ class Requests:
         service = self._service
         match body:
             case ListDocuments():
-                records = [r for d, r in sorted(service.state.documents.items()) if d.tenant == tenant]
+                records = [r for d, r in sorted(service.state.documents.named.items()) if d.tenant == tenant]
                 return Documents([document_view(service.state, service.planner, record) for record in records])
             case ShowDocument(name=name):
                 return Documents([self._view(service.state.document(DocumentId(tenant, name)).document)])

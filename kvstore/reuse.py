@@ -102,7 +102,7 @@ class _Tenant:
 
 
 class Comebacks:
-    """The share of a tenant's recent documents that was attached, pinned or ingested again.
+    """The share of a tenant's recent documents that was attached, pinned or ingested again; of a namespace's apart.
 
     A document settles as "back" at its first return, as "gone" when `patience_ns` have passed without one or when
     newer ones push it out of memory. The rate is (back + prior) / (settled + prior), both fading.
@@ -114,8 +114,8 @@ class Comebacks:
 
     def committed(self, document: DocumentId, now_ns: int) -> None:
         """A document is complete; of one that was awaited this is the return."""
-        tenant = self._tenants.setdefault(document.tenant, _Tenant())
-        self._tenants.move_to_end(document.tenant)
+        tenant = self._tenants.setdefault(document.family, _Tenant())
+        self._tenants.move_to_end(document.family)
         if len(self._tenants) > TENANTS_KEPT:
             self._tenants.popitem(last=False)
         self.returned(document, now_ns)
@@ -126,13 +126,13 @@ class Comebacks:
 
     def returned(self, document: DocumentId, now_ns: int) -> None:
         """It is used again; only the first time counts."""
-        tenant = self._aged(document.tenant, now_ns)
+        tenant = self._aged(document.family, now_ns)
         if tenant is not None and tenant.awaited.pop(document, None) is not None:
             tenant.settle(1.0)
 
-    def rate(self, tenant: str, now_ns: int) -> float:
-        """From 0 to 1: the share of the tenant's documents to expect back."""
-        known = self._aged(tenant, now_ns) or _Tenant()
+    def rate(self, family: str, now_ns: int) -> float:
+        """From 0 to 1: the share of such documents to expect back."""
+        known = self._aged(family, now_ns) or _Tenant()
         return (known.back + PRIOR_DOCUMENTS) / (known.settled + PRIOR_DOCUMENTS)
 
     def _aged(self, name: str, now_ns: int) -> _Tenant | None:

@@ -98,6 +98,7 @@ class LimitsConfig:
     pending_reservations: Annotated[int, Whole(1, 1_000_000)] = 256
     swap_records: Annotated[int, Whole(1, 10_000_000)] = 1000
     documents: Annotated[int, Whole(1, 100_000_000)] = 100_000
+    unnamed: Annotated[int, Whole(1, 100_000_000)] = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

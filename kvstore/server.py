@@ -23,6 +23,7 @@ from .document import checked_name
 from .errors import ConfigError, Draining, HoldfastError, InUse, ProtocolError, Unavailable, VersionMismatch
 from .frames import Answer, Envelope, FrameBuffer, decode_request, encode
 from .handout import Handout, Receiver, close_all
+from .object_requests import SETTLED_OBJECTS
 from .processes import started
 from .ranks import Ranks
 from .requests import Requests
@@ -52,6 +53,7 @@ OUTBOX_FRAMES: Final = 4096  # a peer that reads this little is taken for dead
 HELLO_SECONDS: Final = 10.0
 FAREWELL_SECONDS: Final = 1.0  # for a peer to take what it was sent last
 ACCEPT_RETRY_SECONDS: Final = 0.1
+SETTLED: Final = (BeginIngest, NextSlots, DeleteDocument, *SETTLED_OBJECTS)  # answered when the index has heard of it
 PEER: Final = struct.Struct("3i")  # pid, uid, gid of SO_PEERCRED
 
 
@@ -351,7 +353,7 @@ class Server:
                 reply = self._register(connection, body)
             else:
                 reply = await self._requests.handle(connection.client, connection.tenant, body)
-                if isinstance(body, BeginIngest | NextSlots | DeleteDocument):
+                if isinstance(body, SETTLED):
                     await self._handout.settled()
         except HoldfastError as error:
             reply = Refused(error.code, error.message, list(error.holders))

@@ -23,14 +23,7 @@ from .claims import Pin, PinKind, Pins, PinSelection, Refresh
 from .clock import Clock
 from .config import Config
 from .document import Document, DocumentId, WritePolicy, checked_name, ttl_ns_of
-from .errors import (
-    ConfigError,
-    GroupFailed,
-    HoldfastError,
-    InvalidRequest,
-    NoCapacity,
-    SpecMismatch,
-)
+from .errors import ConfigError, GroupFailed, HoldfastError, InvalidRequest, InvalidSpec, NoCapacity, SpecMismatch
 from .expiry import Expiry
 from .extent import Extent, cut
 from .growth import close_retired, continues
@@ -42,12 +35,14 @@ from .layout import Layout, chunked, zigzag
 from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
 from .measurements import NOTHING, Measured, Measurements
-from .orders import Effects, Outcome, PutSpec, Write
+from .objects import Objects
+from .opaque import is_opaque
+from .orders import Effects, Outcome
 from .planner import Planner, Victim
 from .prefetching import Prefetching
 from .prefix import Prefix, longest
 from .quotas import Quotas
-from .registering import check_spec, seat_rank
+from .registering import register, seat_rank
 from .residency import Tier
 from .reuse import Ghosts
 from .room import Room
@@ -100,6 +95,7 @@ class Service:
         self.adoption = Adoption(self.upkeep)
         self.expiry = Expiry(self.upkeep)
         self.watermarks = Watermarks(self.loader, config.ddr, config.nvme)
+        self.objects = Objects(self.attaches, self.keeping, self.expiry, secret, config.limits.unnamed, self._pump)
 
     # Reports and time --------------------------------------------------------------------------
 
@@ -132,6 +128,7 @@ class Service:
         self.upkeep.settle()
         self.ingests.spill.pump()
         self.room.pump()
+        self.objects.pump()
         self.prefetching.pump()
         self.upkeep.settle()
         self.store.notes.flush()
@@ -163,13 +160,9 @@ class Service:
 
     def register_spec(self, spec: KVSpec) -> bytes:
         """Make a model known; returns its fingerprint. Raises DocumentTooLarge if an extent fits no slab."""
-        fingerprint = spec.fingerprint()
-        if fingerprint in self.state.specs:
-            return fingerprint
-        check_spec(self.state, spec)
-        self.state.specs[fingerprint] = spec
-        self.store.submit(Write(id=self.store.new_id(), records=(PutSpec(spec),)))
-        return fingerprint
+        if is_opaque(spec):
+            raise InvalidSpec("opaque objects are stored by their keys; their specs are the daemon's own")
+        return register(self.store, spec)
 
     def register_rank(
         self,
@@ -189,7 +182,7 @@ class Service:
 
     def _spec(self, fingerprint: bytes) -> KVSpec:
         spec = self.state.specs.get(fingerprint)
-        if spec is None:
+        if spec is None or is_opaque(spec):
             raise SpecMismatch("this model is not registered; send its KVSpec first")
         return spec
 
@@ -217,6 +210,7 @@ class Service:
             self.ingests.abort(ingest)
         for attach in [a for a in self.attaches.open.values() if a.lease.owner == client]:
             self.attaches.end(attach)
+        self.objects.forget(client)
         self.awaiting.forget(client)
         self.prefetching.forget(client)
         self.state.pids.pop(client, None)
@@ -249,7 +243,7 @@ class Service:
         checked_name(document.name)
         spec = self._spec(fingerprint)
         tokens = document_tokens(tokens, spec)
-        if len(self.state.documents) >= self.config.limits.documents and document not in self.state.documents:
+        if len(self.state.documents.named) >= self.config.limits.documents and document not in self.state.documents:
             raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
         secret = self._secret(document.tenant)
         keys = keys or block_keys(tokens, spec, secret, extras=extras)

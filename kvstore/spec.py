@@ -26,6 +26,7 @@ class GroupKind(StrEnum):
     GQA = "gqa"  # covers MHA (kv_heads = heads) and MQA (kv_heads = 1)
     MLA = "mla"  # one latent plane, no value plane
     SLIDING = "sliding"
+    OPAQUE = "opaque"  # no KV that anybody could look into: bytes (see opaque)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,13 +83,15 @@ class KVSpec:
         for group in self.groups:
             numbers += [group.kv_heads, group.key_dim, len(group.layers)]
             numbers += [group.window] if group.window is not None else []
-            if group.value_dim < (0 if group.kind is GroupKind.MLA else 1):
+            if group.value_dim < (0 if group.kind in (GroupKind.MLA, GroupKind.OPAQUE) else 1):
                 raise InvalidSpec(f"value_dim {group.value_dim} is too small for a {group.kind} group")
             if (group.window is None) == (group.kind is GroupKind.SLIDING):
                 raise InvalidSpec("exactly the sliding-window groups have a window")
         if min(numbers) < 1:
             raise InvalidSpec("layers, heads, dims, windows, block and vocabulary sizes must be positive")
         layers = [layer for group in self.groups for layer in group.layers]
+        if len(self.groups) > 1 and any(group.kind is GroupKind.OPAQUE for group in self.groups):
+            raise InvalidSpec("opaque bytes have no other layer group beside them")
         if len(set(layers)) != len(layers):
             raise InvalidSpec("a layer belongs to exactly one group")
         if self.extent_blocks & (self.extent_blocks - 1):

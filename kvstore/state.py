@@ -16,6 +16,7 @@ from .changes import Changes
 from .claims import Lease, Pins
 from .departures import Departures
 from .document import Document, DocumentId, WritePolicy
+from .documents import Documents
 from .errors import DocumentNotFound, GroupNotFound
 from .extent import Extent, ExtentId
 from .forests import Forests
@@ -208,7 +209,7 @@ class State:
         self.awaited: Counter[DocumentId] = Counter()  # documents of loads that wait for room
         self.quotas = quotas
         self.specs: dict[bytes, KVSpec] = {}
-        self.documents: dict[DocumentId, DocumentRecord] = {}
+        self.documents: Documents[DocumentRecord] = Documents()
         self.extents: dict[ExtentId, ExtentRecord] = {}
         self.ghosts = ghosts
         self.departures = Departures()

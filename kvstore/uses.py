@@ -11,6 +11,7 @@ from .clock import Clock
 from .document import Document
 from .extent import ExtentId
 from .ledger import Seen
+from .opaque import is_opaque, worth_tokens
 from .recent import RecentUse, RecentUses
 from .state import DocumentRecord, ExtentRecord, State
 
@@ -38,6 +39,8 @@ class Uses:
 
     def published(self, document: Document) -> None:
         """Publishing is a use of the whole document. Told before its copies are there for others."""
+        if is_opaque(self._state.specs[document.fingerprint]):
+            return  # objects are told together
         chains = _split(document.extents, self._groups(document))
         self._used(document, chains, document.token_count)
         self._remember(document, chains[0], len(chains[0]), document.token_count)
@@ -60,6 +63,19 @@ class Uses:
         recent = self._remember(owner.document, whole[0], count, last.stop)
         recent.is_open = True
         return Attached(chains, recent)
+
+    def objects(self, run: Sequence[Document]) -> Attached:
+        """A use of objects that follow each other: one chain, as if they were one document's; see `released`."""
+        first = run[0]
+        chain = tuple(document.extents[0] for document in run)
+        unit_tokens = worth_tokens(self._state.specs[first.fingerprint], first.token_count)
+        now_ns, token_count = self._clock.monotonic_ns(), len(chain) * unit_tokens
+        self._state.quality.used(chain, self._state.extents, (), now_ns)
+        session = str(first.id)
+        use = Use(chain=chain, token_count=token_count, unit_tokens=unit_tokens, now_ns=now_ns, session=session)
+        self._policy.used(use)
+        recent = self.recent.add(now_ns, run[-1].id, chain, len(chain), unit_tokens, token_count)
+        return Attached((chain,), recent)
 
     def count(self, owner: DocumentRecord) -> None:
         """For people: one more use of a document."""

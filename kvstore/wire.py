@@ -18,6 +18,7 @@ from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
 from .message import Count, Line, Message, Nanoseconds, Seconds, Size
+from .object_messages import ObjectReply, ObjectRequest
 from .prefix_wire import ExtraParts, Found, Keys, KeysOf, Lookup, LookupTokens
 from .runs import Parts, RunMessage
 from .spec import KVSpec
@@ -253,6 +254,7 @@ Request = (
     | FreeDocument
     | ListTiers
     | MoveDone
+    | ObjectRequest
 )
 
 # Replies -------------------------------------------------------------------------------------------
@@ -396,4 +398,5 @@ Reply = (
     | Pins
     | FreedPlan
     | Tiers
+    | ObjectReply
 )

@@ -33,7 +33,6 @@ from .writing import Item, Life, Turn
 QUEUED: Final = (Urgency.DEMOTE, Urgency.WRITE_THROUGH, Urgency.RELIEF)
 IN_FLIGHT_BYTES: Final = 512 << 20  # several syncs deep, so that none holds up the next; demotions go first
 RETRY_NS: Final = 60 * NS_PER_SECOND  # how long a device that is full or broken is left alone
-NAMED: Final = "named by its owner"
 
 
 class Writes:
@@ -66,8 +65,8 @@ class Writes:
     def decide(self, document: Document, extents: Iterable[Extent]) -> Decision:
         """The policy that its owner named; for AUTO what pays, by what the daemon has learned."""
         if document.write_policy is not WritePolicy.AUTO:
-            return Decision(document.write_policy, NAMED)
-        rate = self.comebacks.rate(document.id.tenant, self.store.clock.monotonic_ns())
+            return Decision(document.write_policy, "named by its owner")
+        rate = self.comebacks.rate(document.id.family, self.store.clock.monotonic_ns())
         return decide([self._stake(extent) for extent in extents if not self._stored(extent)], rate)
 
     def _stored(self, extent: Extent) -> bool:
@@ -86,7 +85,8 @@ class Writes:
     def committed(self, owner: DocumentRecord, decision: Decision) -> None:
         """A document is visible: write it through if that was decided, now or when the disk has caught up."""
         owner.decision = decision
-        self.comebacks.committed(owner.document.id, self.store.clock.monotonic_ns())
+        if self.state.extents[owner.document.extents[0]].extent.previous is None:  # else it is a part of another
+            self.comebacks.committed(owner.document.id, self.store.clock.monotonic_ns())
         if decision.policy is WritePolicy.THROUGH:
             self._through(owner)
         self.make_durable(owner.document.id)

@@ -50,6 +50,7 @@ GOLDEN_KEYS = [
     "limits.pending_reservations",
     "limits.swap_records",
     "limits.documents",
+    "limits.unnamed",
     "events.endpoint",
     "events.replay_endpoint",
     "events.topic",

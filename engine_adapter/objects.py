@@ -1,0 +1,222 @@
+"""Objects: opaque bytes under keys of an engine's own, in a namespace: `store.objects(namespace)`.
+
+Payload goes straight between the caller's buffers and shared memory, one copy each way, which numpy makes without the
+interpreter's lock. Whatever is wrong with one object, or with the daemon while it gets or stores one, is that object's
+miss or refusal; only what the caller got wrong is raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from ..kvstore.document import WritePolicy
+from ..kvstore.errors import DaemonUnavailable, HoldfastError, InvalidRequest, Unavailable, from_code
+from ..kvstore.object_client import ObjectClient
+from ..kvstore.object_messages import PutBegun
+from ..kvstore.opaque import OBJECTS_AT_ONCE, checked_namespace
+from ..kvstore.runs import PartMessage
+from ..kvstore.seal import checksum
+
+Bytes = npt.NDArray[np.uint8]
+Buffer = bytes | bytearray | memoryview | npt.NDArray[np.generic]
+BATCH_BYTES: Final = 256 << 20  # of one message: what has to be in DDR at once
+
+
+class PutStatus(StrEnum):
+    """What became of an object that was put."""
+
+    STORED = "stored"
+    PRESENT = "present"  # it was there already, and is not written again
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """`error` says why an object was refused."""
+
+    status: PutStatus
+    error: HoldfastError | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the store has it now."""
+        return self.status is not PutStatus.REFUSED
+
+
+STORED: Final = PutResult(PutStatus.STORED)
+PRESENT: Final = PutResult(PutStatus.PRESENT)
+
+
+class Objects:
+    """A namespace of a tenant's objects. Methods may be called from any thread; a batch of objects is one message."""
+
+    def __init__(self, client: ObjectClient, namespace: str) -> None:
+        self._client = client
+        self.namespace = checked_namespace(namespace)
+
+    # In ----------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        items: Sequence[tuple[bytes, Buffer]],
+        *,
+        write_policy: WritePolicy = WritePolicy.AUTO,
+        deadline_seconds: float = 10.0,
+        tokens_each: int = 0,
+        ttl_seconds: float | None = None,
+    ) -> list[PutResult]:
+        """Store objects, each (key of 1 to 128 bytes, payload); what became of each, in order.
+
+        Object i + 1 is one that is of use only behind object i, so that eviction takes the last first. `tokens_each`:
+        how many tokens have to be computed again where one of them is lost. Whatever else is wrong is a result. Raises
+        InvalidRequest for what is no buffer, and DaemonUnavailable.
+        """
+        payloads = [(key, _flat(buffer)) for key, buffer in items]
+        results: list[PutResult] = []
+        for batch in _batches(payloads):
+            try:
+                begun = self._client.begin_put(
+                    self.namespace,
+                    [(key, payload.nbytes) for key, payload in batch],
+                    write_policy=write_policy,
+                    deadline_seconds=deadline_seconds,
+                    tokens_each=tokens_each,
+                    ttl_seconds=ttl_seconds,
+                )
+                results += self._finish(begun, [payload for _, payload in batch])
+            except (InvalidRequest, DaemonUnavailable):
+                raise
+            except HoldfastError as error:
+                results += [PutResult(PutStatus.REFUSED, error)] * len(batch)
+        return results
+
+    def _finish(self, begun: PutBegun, payloads: Sequence[Bytes]) -> list[PutResult]:
+        """Fill what was given a slot, and have it published."""
+        given = [(slot, payload) for slot, payload in zip(begun.slots, payloads, strict=True) if slot is not None]
+        seals: list[bytes] | None = None
+        try:
+            seals = self._fill(given)
+        finally:
+            if seals is None:
+                with suppress(HoldfastError):
+                    self._client.abort_put(begun.put)
+        refused = begun.refused | self._client.commit_put(begun.put, seals).refused
+        return [_result(slot, refused.get(number)) for number, slot in enumerate(begun.slots)]
+
+    def _fill(self, given: Sequence[tuple[PartMessage, Bytes]]) -> list[bytes]:
+        """Copy payloads into their slots; returns their seals."""
+        seals = []
+        views = self._client.views([slot for slot, _ in given])
+        for view, (_, payload) in zip(views, given, strict=True):
+            slot = np.frombuffer(view, np.uint8)
+            np.copyto(slot[: payload.nbytes], payload)
+            slot[payload.nbytes :] = 0
+            seals.append(checksum(view))
+        return seals
+
+    # Out ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def get(self, keys: Sequence[bytes], *, deadline_seconds: float = 30.0) -> Iterator[list[memoryview | None]]:
+        """Lease objects: read-only views of shared memory, in order, good until the block ends; None is a miss.
+
+        What is on NVMe only is brought up, and verified. Raises Unavailable when there is no daemon.
+        """
+        leases: list[int] = []
+        found: list[memoryview | None] = []
+        try:
+            for first in range(0, len(keys), OBJECTS_AT_ONCE):
+                leased = self._client.get(self.namespace, keys[first : first + OBJECTS_AT_ONCE], deadline_seconds)
+                leases.append(leased.lease)
+                found += self._views(leased.slots)
+            yield found
+        finally:
+            for lease in leases:
+                with suppress(Unavailable):  # a daemon that is gone holds no lease
+                    self._client.release(lease)
+
+    def _views(self, slots: Sequence[PartMessage | None]) -> list[memoryview | None]:
+        here = [slot for slot in slots if slot is not None]
+        views = iter(self._client.views(here))
+        return [None if slot is None else next(views)[: slot.valid_tokens].toreadonly() for slot in slots]
+
+    def load_into(
+        self, keys: Sequence[bytes], buffers: Sequence[Buffer], *, deadline_seconds: float = 30.0
+    ) -> list[bool]:
+        """Copy objects into the caller's buffers; which were there, and as long as their buffer.
+
+        Raises InvalidRequest for what is no writable buffer, and Unavailable when there is no daemon.
+        """
+        if len(keys) != len(buffers):
+            raise InvalidRequest(f"{len(buffers)} buffers for {len(keys)} keys")
+        targets = [_flat(buffer) for buffer in buffers]
+        if not all(target.flags.writeable for target in targets):
+            raise InvalidRequest("objects are loaded into writable buffers")
+        loaded: list[bool] = []
+        for batch in _batches(list(zip(keys, targets, strict=True))):
+            with self.get([key for key, _ in batch], deadline_seconds=deadline_seconds) as views:
+                for view, (_, target) in zip(views, batch, strict=True):
+                    is_it = view is not None and view.nbytes == target.nbytes
+                    if view is not None and is_it:
+                        np.copyto(target, np.frombuffer(view, np.uint8))
+                    loaded.append(is_it)
+        return loaded
+
+    # By key ------------------------------------------------------------------------------------
+
+    def find(self, keys: Sequence[bytes]) -> list[str | None]:
+        """The nearest tier of each ("ddr", "nvme"); None: it is not there. Nothing is leased, and nothing learnt."""
+        return [tier for some in _some(keys) for tier in self._client.find(self.namespace, some)]
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Say that these are used, without reading them."""
+        for some in _some(keys):
+            self._client.touch(self.namespace, some)
+
+    def delete(self, keys: Sequence[bytes]) -> list[bool]:
+        """Forget these; which were there, and are gone. What is leased, pinned or being stored stays."""
+        return [gone for some in _some(keys) for gone in self._client.delete(self.namespace, some)]
+
+
+def _some(keys: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    return (keys[first : first + OBJECTS_AT_ONCE] for first in range(0, len(keys), OBJECTS_AT_ONCE))
+
+
+def _result(slot: PartMessage | None, refusal: tuple[str, str] | None) -> PutResult:
+    if refusal is not None:
+        return PutResult(PutStatus.REFUSED, from_code(*refusal))
+    return STORED if slot is not None else PRESENT
+
+
+def _batches(items: Sequence[tuple[bytes, Bytes]]) -> Iterator[Sequence[tuple[bytes, Bytes]]]:
+    """As many at once as one message may have, and DDR may have to take."""
+    first, size_bytes = 0, 0
+    for number, (_, payload) in enumerate(items):
+        size_bytes += payload.nbytes
+        if number > first and (size_bytes > BATCH_BYTES or number - first == OBJECTS_AT_ONCE):
+            yield items[first:number]
+            first, size_bytes = number, payload.nbytes
+    if first < len(items):
+        yield items[first:]
+
+
+def _flat(buffer: Buffer) -> Bytes:
+    """A buffer's bytes as one row, without a copy. Raises InvalidRequest."""
+    if isinstance(buffer, np.ndarray):
+        if not buffer.flags.c_contiguous:
+            raise InvalidRequest("an object's array has its bytes one after another (C order)")
+        return buffer.reshape(-1).view(np.uint8)
+    try:
+        view = memoryview(buffer)
+        return np.frombuffer(view.cast("B") if view.nbytes else b"", np.uint8)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(
+            f"an object's bytes come in a contiguous buffer, not {type(buffer).__qualname__}"
+        ) from error

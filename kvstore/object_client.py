@@ -1,0 +1,87 @@
+"""Object client: a client's commands on opaque objects as methods, many objects with one message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeVar
+
+from .connection import REPLY_SECONDS
+from .document import WritePolicy
+from .object_messages import (
+    AbortPut,
+    BeginPut,
+    CommitPut,
+    DeleteObjects,
+    FindObjects,
+    GetObjects,
+    ObjectsDeleted,
+    ObjectsFound,
+    ObjectsLeased,
+    PutBegun,
+    PutEnded,
+    ReleaseObjects,
+    TouchObjects,
+)
+from .runs import PartMessage
+from .wire import Done, Request
+
+R = TypeVar("R")
+MARGIN_SECONDS: Final = 5.0  # the daemon answers at its deadline; give the answer time to arrive
+
+
+class Ask(Protocol):
+    """Sends a request and returns its reply; raises what the daemon refuses with, or Unavailable."""
+
+    def __call__(self, kind: type[R], body: Request, deadline_seconds: float = REPLY_SECONDS) -> R: ...
+
+
+class ObjectClient:
+    """At most OBJECTS_AT_ONCE objects a call. `views` gives slots as writable buffers."""
+
+    def __init__(self, ask: Ask, views: Callable[[Sequence[PartMessage]], list[memoryview]]) -> None:
+        self._ask = ask
+        self.views = views
+
+    def begin_put(
+        self,
+        namespace: str,
+        objects: Sequence[tuple[bytes, int]],
+        *,
+        write_policy: WritePolicy = WritePolicy.AUTO,
+        deadline_seconds: float = 10.0,
+        tokens_each: int = 0,
+        ttl_seconds: float | None = None,
+    ) -> PutBegun:
+        """Take slots for objects, each (key, bytes), to be filled and sealed."""
+        keys, sizes = [key for key, _ in objects], [size_bytes for _, size_bytes in objects]
+        body = BeginPut(namespace, keys, sizes, write_policy, deadline_seconds, tokens_each, ttl_seconds)
+        return self._ask(PutBegun, body, deadline_seconds + MARGIN_SECONDS)
+
+    def commit_put(self, put: int, seals: Sequence[bytes], deadline_seconds: float = 60.0) -> PutEnded:
+        """Publish what was filled: a seal for each slot that was given, in order, or b"" to give it up."""
+        return self._ask(PutEnded, CommitPut(put, list(seals), deadline_seconds), deadline_seconds + MARGIN_SECONDS)
+
+    def abort_put(self, put: int) -> None:
+        """Drop it without a trace."""
+        self._ask(Done, AbortPut(put))
+
+    def get(self, namespace: str, keys: Sequence[bytes], deadline_seconds: float = 30.0) -> ObjectsLeased:
+        """Lease what is there, brought to DDR and verified."""
+        body = GetObjects(namespace, list(keys), deadline_seconds)
+        return self._ask(ObjectsLeased, body, deadline_seconds + MARGIN_SECONDS)
+
+    def release(self, lease: int) -> None:
+        """End the leases of a get. Its views must not be used any more."""
+        self._ask(Done, ReleaseObjects(lease))
+
+    def find(self, namespace: str, keys: Sequence[bytes]) -> list[str | None]:
+        """The nearest tier of each; None: it is not there. Nothing is leased, and nothing learnt."""
+        return self._ask(ObjectsFound, FindObjects(namespace, list(keys))).tiers
+
+    def touch(self, namespace: str, keys: Sequence[bytes]) -> None:
+        """Say that these are used, without reading them."""
+        self._ask(Done, TouchObjects(namespace, list(keys)))
+
+    def delete(self, namespace: str, keys: Sequence[bytes]) -> list[bool]:
+        """Forget these; which were there, and are gone. What is leased, pinned or being stored stays."""
+        return self._ask(ObjectsDeleted, DeleteObjects(namespace, list(keys))).gone
