@@ -171,9 +171,18 @@ class Objects:
 
     # By key ------------------------------------------------------------------------------------
 
-    def find(self, keys: Sequence[bytes]) -> list[str | None]:
+    def find(self, keys: Sequence[bytes], *, deadline_seconds: float = 30.0) -> list[str | None]:
         """The nearest tier of each ("ddr", "nvme"); None: it is not there. Nothing is leased, and nothing learnt."""
-        return [tier for some in _some(keys) for tier in self._client.find(self.namespace, some)]
+        return [tier for some in _some(keys) for tier in self._client.find(self.namespace, some, deadline_seconds)]
+
+    def keys(self, skip: int = 0) -> Iterator[tuple[bytes, int]]:
+        """Keys and sizes in bytes, in the order in which they came, but for the first `skip`.
+
+        While objects leave, some may be passed over.
+        """
+        while some := self._client.listed(self.namespace, skip):
+            yield from some
+            skip += len(some)
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Say that these are used, without reading them."""

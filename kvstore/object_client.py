@@ -14,14 +14,17 @@ from .object_messages import (
     DeleteObjects,
     FindObjects,
     GetObjects,
+    ListObjects,
     ObjectsDeleted,
     ObjectsFound,
     ObjectsLeased,
+    ObjectsListed,
     PutBegun,
     PutEnded,
     ReleaseObjects,
     TouchObjects,
 )
+from .opaque import LISTED_AT_ONCE
 from .runs import PartMessage
 from .wire import Done, Request
 
@@ -74,9 +77,14 @@ class ObjectClient:
         """End the leases of a get. Its views must not be used any more."""
         self._ask(Done, ReleaseObjects(lease))
 
-    def find(self, namespace: str, keys: Sequence[bytes]) -> list[str | None]:
+    def find(self, namespace: str, keys: Sequence[bytes], deadline_seconds: float = REPLY_SECONDS) -> list[str | None]:
         """The nearest tier of each; None: it is not there. Nothing is leased, and nothing learnt."""
-        return self._ask(ObjectsFound, FindObjects(namespace, list(keys))).tiers
+        return self._ask(ObjectsFound, FindObjects(namespace, list(keys)), deadline_seconds).tiers
+
+    def listed(self, namespace: str, skip: int, limit: int = LISTED_AT_ONCE) -> list[tuple[bytes, int]]:
+        """Keys and sizes, in the order in which they came, but for the first `skip`."""
+        found = self._ask(ObjectsListed, ListObjects(namespace, skip, limit))
+        return list(zip(found.keys, found.sizes, strict=True))
 
     def touch(self, namespace: str, keys: Sequence[bytes]) -> None:
         """Say that these are used, without reading them."""

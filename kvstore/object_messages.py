@@ -11,7 +11,7 @@ import msgspec
 
 from .document import WritePolicy
 from .message import Count, Line, Message, Size
-from .opaque import OBJECT_KEY_MAX, OBJECTS_AT_ONCE
+from .opaque import LISTED_AT_ONCE, OBJECT_KEY_MAX, OBJECTS_AT_ONCE
 from .runs import PartMessage
 
 Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=OBJECT_KEY_MAX)]
@@ -83,8 +83,24 @@ class DeleteObjects(Message, frozen=True):
     keys: Keys
 
 
+class ListObjects(Message, frozen=True):
+    """Some objects of a namespace, in the order in which they came, but for the first `skip`."""
+
+    namespace: str
+    skip: Count
+    limit: Annotated[int, msgspec.Meta(ge=1, le=LISTED_AT_ONCE)]
+
+
 ObjectRequest = (
-    BeginPut | CommitPut | AbortPut | GetObjects | ReleaseObjects | FindObjects | TouchObjects | DeleteObjects
+    BeginPut
+    | CommitPut
+    | AbortPut
+    | GetObjects
+    | ReleaseObjects
+    | FindObjects
+    | TouchObjects
+    | DeleteObjects
+    | ListObjects
 )
 
 
@@ -122,4 +138,11 @@ class ObjectsDeleted(Message, frozen=True):
     gone: list[bool]
 
 
-ObjectReply = PutBegun | PutEnded | ObjectsLeased | ObjectsFound | ObjectsDeleted
+class ObjectsListed(Message, frozen=True):
+    """Keys, and how many bytes each has."""
+
+    keys: list[bytes]
+    sizes: list[Size]
+
+
+ObjectReply = PutBegun | PutEnded | ObjectsLeased | ObjectsFound | ObjectsDeleted | ObjectsListed

@@ -16,11 +16,13 @@ from .object_messages import (
     DeleteObjects,
     FindObjects,
     GetObjects,
+    ListObjects,
     ObjectReply,
     ObjectRequest,
     ObjectsDeleted,
     ObjectsFound,
     ObjectsLeased,
+    ObjectsListed,
     PutBegun,
     PutEnded,
     Refusals,
@@ -77,6 +79,9 @@ class ObjectRequests:
             case FindObjects(namespace, keys):
                 tiers = objects.find(tenant, namespace, keys)
                 return ObjectsFound([None if tier is None else tier.label for tier in tiers])
+            case ListObjects(namespace, skip, limit):
+                listed = objects.listed(tenant, namespace, skip, limit)
+                return ObjectsListed([key for key, _ in listed], [size_bytes for _, size_bytes in listed])
             case AbortPut(put=put):
                 objects.abort_put(client, put)
             case ReleaseObjects(lease=lease):

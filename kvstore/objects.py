@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Final
 
 from .attach import Attaches
@@ -15,7 +16,7 @@ from .errors import DocumentNotFound, HoldfastError, InUse, InvalidRequest
 from .expiry import Expiry
 from .getting import Get, Gets
 from .keeping import Keeping
-from .opaque import OBJECTS_AT_ONCE, checked_namespace, object_id
+from .opaque import OBJECTS_AT_ONCE, checked_namespace, object_id, object_key
 from .putting import Answered, Incoming, Puts
 from .residency import Tier
 from .state import DocumentRecord
@@ -123,6 +124,12 @@ class Objects:
         for use in used:
             self.gets.uses.released(use)
         self._pump()
+
+    def listed(self, tenant: str, namespace: str, skip: int, limit: int) -> list[tuple[bytes, int]]:
+        """At most `limit` keys and sizes, in the order in which they came, but for the first `skip`."""
+        documents = self.state.documents
+        some = islice(documents.of(tenant, checked_namespace(namespace)), skip, skip + limit)
+        return [(object_key(one), documents[one].document.token_count) for one in some]
 
     def _known(self, tenant: str, namespace: str, keys: Sequence[bytes]) -> list[DocumentRecord | None]:
         documents = self.state.documents

@@ -20,6 +20,7 @@ from .spec import GroupKind, KVSpec, LayerGroup
 OBJECT_KEY_MAX: Final = 128  # bytes
 OBJECT_BYTES_MAX: Final = 1 << 30
 OBJECTS_AT_ONCE: Final = 256  # of one message: some milliseconds of the daemon's time
+LISTED_AT_ONCE: Final = 4096
 CLASSES_PER_OCTAVE: Final = 4  # so at most a fifth of a slot is padding
 TOKEN_BYTES: Final = 131_072  # of a model that nothing is known of: that of the prior prefill curve
 

@@ -7,6 +7,7 @@ import pytest
 from holdfast.engine_adapter.api import Store
 from holdfast.engine_adapter.objects import PutStatus
 from holdfast.kvstore.errors import DocumentExists, DocumentTooLarge, InvalidName, InvalidRequest
+from holdfast.kvstore.object_client import ObjectClient
 
 from daemon_process import DaemonProcess
 
@@ -49,6 +50,20 @@ def test_what_is_put_is_got_found_and_deleted():
         assert objects.delete([keys[0], b"other"]) == [True, False]
         assert objects.find(keys[:2]) == [None, "ddr"]
         assert store.documents() == []
+
+
+def test_keys_are_listed_in_the_order_in_which_they_came(monkeypatch):
+    monkeypatch.setattr(ObjectClient.listed, "__defaults__", (8,))  # so that many are asked for several times
+    made = some(20)
+    with stores("t", "u") as (_, store, other):
+        store.objects("ns").put(list(made.items()))
+        listed = [(key, len(payload)) for key, payload in made.items()]
+        assert list(store.objects("ns").keys()) == listed
+        assert list(store.objects("ns").keys(13)) == listed[13:]
+        assert list(store.objects("ns").keys(20)) == []
+        store.objects("ns").delete([listed[3][0]])
+        assert list(store.objects("ns").keys()) == listed[:3] + listed[4:]
+        assert list(store.objects("empty").keys()) == list(other.objects("ns").keys()) == []
 
 
 def test_loading_into_buffers():
