@@ -398,6 +398,13 @@ class Store:
         """Forget a document. Raises InUse while it is leased or pinned."""
         self._client.delete(name)
 
+    def clear(self, spec: KVSpec, scope: str = "all") -> int:
+        """Forget what was stored of a model: "all", or what has no name ("unnamed"); how many documents went.
+
+        What is leased, pinned or being written stays.
+        """
+        return self._client.clear_model([spec.fingerprint()], scope)
+
     def tiers(self) -> list[TierView]:
         """Capacity and use of every device."""
         return self._client.tiers()

@@ -11,11 +11,13 @@ import typer
 
 from . import __version__
 from .cli_ask import ask, ingest
+from .cli_bypass import bypass_app
 from .cli_calibrate import calibrate
 from .cli_claims import leases, pin, pins, unpin
 from .cli_explain import explain, tiers
 from .cli_free import free
 from .cli_hints import hints, prefetch
+from .cli_models import model_app
 from .cli_policy import policy_app
 from .cli_runner import demo_model, runner
 from .cli_session import (
@@ -54,6 +56,8 @@ config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="The 
 doc_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Documents.")
 app.add_typer(config_app, name="config")
 app.add_typer(doc_app, name="doc")
+app.add_typer(model_app, name="model")
+app.add_typer(bypass_app, name="bypass")
 app.add_typer(policy_app, name="policy")
 app.add_typer(trace_app, name="trace")
 app.command()(calibrate)

@@ -281,6 +281,7 @@ def status(s: Json) -> Table:
         (
             ("daemon", f"{s['version']} at {s['url']}"),
             ("ready", "yes" if s["not_ready"] is None else f"no: {s['not_ready']}"),
+            *((("bypassed", "yes: engines go on without the cache; see `holdfast bypass`"),) if s["bypassed"] else ()),
             ("documents", s["documents"]),
             ("leases", f"{s['leases']}{overdue}"),
             ("pins", f"{s['pins']}, {size(s['pinned_bytes'])} of {size(s['pin_budget_bytes'])}"),

@@ -61,9 +61,15 @@ class Rest:
         """What something is after a change. Raises DaemonUnavailable, or the daemon's error."""
         return self._ask("PATCH", path, body=body)
 
-    def delete(self, path: str) -> Json:
+    def put(self, path: str, body: Json) -> Json:
+        """What something is after it was set. Raises DaemonUnavailable, or the daemon's error."""
+        return self._ask("PUT", path, body=body)
+
+    def delete(
+        self, path: str, query: Mapping[str, str] | None = None, timeout_seconds: float = TIMEOUT_SECONDS
+    ) -> Json:
         """The answer to a deletion, empty where there is nothing to say."""
-        return self._ask("DELETE", path)
+        return self._ask("DELETE", path, query=query, timeout_seconds=timeout_seconds)
 
     def _ask(
         self,

@@ -16,6 +16,7 @@ import msgspec
 from aiohttp import web
 
 from . import views
+from .bypass_admin import BypassRoutes
 from .calibrations import Calibrations
 from .claim_routes import ClaimRoutes, Near
 from .document import DocumentId
@@ -24,10 +25,12 @@ from .explain_admin import ExplainRoutes
 from .free_admin import FreeRoutes, Limit, LogQuery
 from .hint_admin import HintRoutes
 from .metrics import Metrics
+from .model_admin import ModelRoutes
 from .problems import body, problems, query, reply, told
 from .quality_view import QualityView, quality_views
 from .recent_admin import RecentRoutes
 from .residency import Tier
+from .router_admin import RouterRoutes
 from .service import Service
 from .state import Backend, Group, hbm_device
 from .tenant_admin import TenantRoutes
@@ -96,13 +99,14 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """The daemon at a glance. `not_ready` says why it cannot serve; null when it can.
 
-    `ddr_backing` says what the arena's pages are, and where. `amortisation` is how many queries were answered for each
-    time that KV had to be brought near (`reattaches`); null before the first. `relieving`: tiers above their
-    watermarks, which copies leave in the background.
+    `bypassed`: no engine is served (see `holdfast bypass`). `ddr_backing` says what the arena's pages are, and where.
+    `amortisation` is how many queries were answered for each time that KV had to be brought near (`reattaches`); null
+    before the first. `relieving`: tiers above their watermarks, which copies leave in the background.
     """
 
     version: str
     not_ready: str | None
+    bypassed: bool
     documents: int
     leases: int
     leases_overdue: int
@@ -208,6 +212,7 @@ class Admin:
         view = StatusView(
             version=installed_version(),
             not_ready=self.ready(),
+            bypassed=state.bypass is not None,
             documents=len(state.documents),
             leases=len(state.leases),
             leases_overdue=sum(lease.overdue(now_ns) for lease in state.leases.values()),
@@ -314,9 +319,9 @@ def make_app(service: Service, ready: Callable[[], str | None], backing: str) ->
     """The admin API over a service. `ready` returns why it cannot serve, or None; `backing` is shown as it is."""
     app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
     admin = Admin(service, ready, backing)
-    for part in (ClaimRoutes, HintRoutes, FreeRoutes):
+    for part in (ClaimRoutes, HintRoutes, FreeRoutes, BypassRoutes, ModelRoutes):
         app.add_routes(part(service, admin.must_be_ready).routes())
-    for looking in (Calibrations, ExplainRoutes, RecentRoutes, TenantRoutes):
+    for looking in (Calibrations, ExplainRoutes, RecentRoutes, RouterRoutes, TenantRoutes):
         app.add_routes(looking(service).routes())
     app.add_routes(admin.routes())
     return app

@@ -20,6 +20,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from .audit import StoredExtent, Unreadable
+from .bypass import Bypass
 from .calibration import Calibration, RingRate
 from .catalog_rows import (
     EXTENT_COLUMNS,
@@ -45,6 +46,7 @@ from .orders import (
     DropExtent,
     DropFence,
     DropPin,
+    PutBypass,
     PutCalibration,
     PutDocument,
     PutExtent,
@@ -64,8 +66,9 @@ SCHEMA_VERSION: Final = 4
 CALIBRATION: Final = "calibration"  # names in meta
 RINGS: Final = "rings"
 WEAR: Final = "wear"
+BYPASS: Final = "bypass"
 IDENTITY: Final = "identity"
-META: Final = {PutCalibration: CALIBRATION, PutRings: RINGS, PutWear: WEAR}
+META: Final = {PutBypass: BYPASS, PutCalibration: CALIBRATION, PutRings: RINGS, PutWear: WEAR}
 SCHEMA: Final = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE specs (fingerprint BLOB PRIMARY KEY, spec BLOB NOT NULL) WITHOUT ROWID;
@@ -146,6 +149,7 @@ class Contents:
     rings: tuple[RingRate, ...]
     orphans: tuple[ExtentId, ...]
     wear: Wear
+    bypass: Bypass | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -323,12 +327,13 @@ class Catalog:
             calibration=self._meta(CALIBRATION, Calibration),
             rings=self._rings(),
             wear=self._meta(WEAR, Wear) or Wear(),
+            bypass=self._meta(BYPASS, Bypass),
             orphans=(),
         )
 
     def _meta(self, name: str, kind: type[T]) -> T | None:
         found = self._database.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
-        return msgspec.json.decode(found[0], type=kind) if found is not None else None
+        return msgspec.json.decode(found[0], type=kind | None) if found is not None else None
 
     def measured(self) -> tuple[Calibration | None, tuple[RingRate, ...]]:
         """The newest calibration, and what groups were measured to do. Raises StorageFailed."""
@@ -410,7 +415,7 @@ def _statement(record: Record) -> Statement:
             return _replace("documents", *document_row(document))
         case PutPrefills(fingerprint=fingerprint, points=points):
             return _replace("prefills", fingerprint, msgspec.msgpack.encode(points))
-        case PutCalibration() | PutRings() | PutWear():
+        case PutBypass() | PutCalibration() | PutRings() | PutWear():
             name, value = META[type(record)], record[0]
             return _replace("meta", name, msgspec.json.encode(value).decode())
         case PutPin(pin=pin):

@@ -27,6 +27,7 @@ from .keys import Extras
 from .layout import Layout
 from .layouts import LayoutMessage
 from .object_client import ObjectClient
+from .model_messages import Cleared, ClearModel
 from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens, extra_parts
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec
@@ -223,6 +224,13 @@ class Client:
     def plan_free(self, name: str, to: str = "nvme") -> list[VictimView]:
         """What `free` would do; nothing changes."""
         return self._ask(FreedPlan, FreeDocument(name, to, 1.0, dry_run=True)).victims
+
+    def clear_model(self, fingerprints: Sequence[bytes], scope: str = "all", deadline_seconds: float = 60.0) -> int:
+        """Forget what this tenant stored under these specs: "all", or what has no name ("unnamed"); how many went.
+
+        What is leased, pinned or being written stays.
+        """
+        return self._ask(Cleared, ClearModel(list(fingerprints), scope), deadline_seconds).deleted
 
     def tiers(self) -> list[TierView]:
         """Capacity and use of every device."""

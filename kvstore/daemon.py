@@ -171,6 +171,7 @@ class Daemon:
         )
         self.service = reports.service = Service(config, self.clock, effects, self.catalog.tenant_secret)
         self.service.state.ledger.wear = contents.wear
+        self.service.state.bypass = contents.bypass
         self.service.restore(
             contents.specs,
             contents.extents,

@@ -32,6 +32,7 @@ HoldfastError
 |   |-- DaemonUnavailable       the daemon does not answer, or went away
 |   |-- DeadlineExceeded        it took longer than the caller allowed
 |   |-- Draining                the daemon is shutting down
+|   |-- Bypassed                an operator has taken the cache out of everybody's way
 |   |-- GroupFailed             a rank of the group died or raised
 |   |-- RunnerUnavailable       no runner answers, or it went away
 |   `-- RunnerBusy              too many requests wait for the runner already
@@ -256,6 +257,12 @@ class DeadlineExceeded(Unavailable):
     """It took longer than the caller allowed."""
 
     code = "deadline-exceeded"
+
+
+class Bypassed(Unavailable):
+    """An operator has switched the cache off for all; go on without it."""
+
+    code = "bypassed"
 
 
 class Draining(Unavailable):

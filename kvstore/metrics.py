@@ -46,6 +46,7 @@ COUNTS: Final = {  # the ledger's name of a count -> the metric, and what it say
     "hints_cancelled": ("holdfast_hints_cancelled", "Hints that were taken back, or whose client went."),
     "prefetched_bytes": ("holdfast_prefetched_bytes", "Bytes moved for hints."),
     "prefetched_unused": ("holdfast_prefetched_unused", "Documents that were brought near for nothing."),
+    "bypassed": ("holdfast_bypassed", "Requests refused as the cache is bypassed."),
     "adopted": ("holdfast_adopted", "Extents that an earlier daemon left in DDR, and that were found there."),
     "adopted_verified": ("holdfast_adopted_verified", "Those of them that were as they had been sealed."),
     "watermark_ddr": ("holdfast_watermark_ddr", "Copies that left DDR in the background, for nobody's demand."),

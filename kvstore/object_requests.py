@@ -39,6 +39,7 @@ from .wire import Done
 T = TypeVar("T")
 Answered = Callable[[T | HoldfastError], None]
 NEW_OBJECTS: Final = (BeginPut, GetObjects)
+CACHE_OBJECTS: Final = (BeginPut, GetObjects, FindObjects)  # what a bypass refuses
 SETTLED_OBJECTS: Final = (BeginPut, DeleteObjects)  # answered when the warm index has heard of it
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple, Protocol
 
+from .bypass import Bypass
 from .calibration import Calibration, RingRate
 from .claims import Pin
 from .document import Document
@@ -238,6 +239,13 @@ class PutRings(NamedTuple):
     kind: Literal["put-rings"] = "put-rings"
 
 
+class PutBypass(NamedTuple):
+    """Catalog: whether, and why, the cache is bypassed."""
+
+    bypass: Bypass | None
+    kind: Literal["put-bypass"] = "put-bypass"
+
+
 class PutWear(NamedTuple):
     """Catalog: what NVMe had to take so far."""
 
@@ -264,6 +272,7 @@ class DropFence(NamedTuple):
 
 Record = (
     PutWear
+    | PutBypass
     | PutCalibration
     | PutRings
     | PutPrefills

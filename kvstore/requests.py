@@ -11,12 +11,10 @@ from contextlib import contextmanager, suppress
 from operator import is_
 from typing import TypeVar
 
-import numpy as np
-
 from .attach import Attach
 from .awaiting import Waiter
 from .claim_messages import ListPins, PinDocument, UnpinDocument, UnpinDocuments
-from .claim_requests import handle_claim
+from .claim_requests import handle_claim, word
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .explain_view import explain_view
@@ -26,12 +24,14 @@ from .freeing import emptied
 from .hint_views import hint_view
 from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .ingesting import Ingest
-from .keys import ROOT, Extras, Tokens, as_tokens, block_keys
+from .keying import keys_of, sent_tokens
 from .layouts import LayoutMessage, ShardMessage
 from .ledger import Seen
 from .loading import Loading
 from .object_messages import ObjectRequest
-from .object_requests import NEW_OBJECTS, ObjectRequests
+from .object_requests import CACHE_OBJECTS, NEW_OBJECTS, ObjectRequests
+from .model_clearing import Scope, Selection, cleared
+from .model_messages import Cleared, ClearModel
 from .planner import Victim
 from .prefills import Prefill
 from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens
@@ -77,10 +77,10 @@ from .wire import (
 T = TypeVar("T")
 Answered = Callable[[T | HoldfastError], None]
 ALL_LAYERS = 1 << 31
-KEYS_AT_ONCE = 512  # half a millisecond of work
 LATELY_MAX = 256  # documents whose runs are remembered
 LONGEST_SECONDS = 3600.0  # no wait is without end
 NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, FreeDocument, *NEW_OBJECTS)
+CACHE_WORK = (BeginIngest, AttachDocument, Lookup, LookupTokens, *CACHE_OBJECTS)
 
 
 class Requests:
@@ -97,8 +97,18 @@ class Requests:
         """Whether a draining daemon refuses it."""
         return isinstance(body, NEW_WORK)
 
+    def _refuse_bypassed(self, body: Request) -> None:
+        """A bypass refuses all that finds, reads or stores KV, except what groups do: documents are their work."""
+        bypass = self._service.state.bypass
+        if bypass is None or not isinstance(body, CACHE_WORK):
+            return
+        if not isinstance(body, BeginIngest | AttachDocument) or body.group is None:
+            self._service.state.ledger.counts["bypassed"] += 1
+            raise bypass.refusal()
+
     async def handle(self, client: int, tenant: str, body: Request) -> Reply:
         """The reply. Raises HoldfastError."""
+        self._refuse_bypassed(body)
         if isinstance(body, ObjectRequest):
             return await self._objects.handle(client, tenant, body)
         return await self._handle(client, tenant, body)
@@ -128,12 +138,22 @@ class Requests:
                 return await handle_claim(self._service, tenant, body, self._call)
             case KeepRing(rate=rate):
                 return await self._done(lambda done: self._service.measurements.keep_ring(rate, done))
-            case KeysOf(fingerprint, tokens, extras) | LookupTokens(fingerprint, tokens, extras):
-                keys = b"".join(await self._keys(tenant, fingerprint, tokens, dict(extras)))
-                is_lookup = isinstance(body, LookupTokens)
-                return self._simple(client, tenant, Lookup(fingerprint, keys)) if is_lookup else Keys(keys)
+            case KeysOf() | LookupTokens() | ClearModel():
+                return await self._in_steps(tenant, body)
             case _:
                 return self._simple(client, tenant, body)
+
+    async def _in_steps(self, tenant: str, body: KeysOf | LookupTokens | ClearModel) -> Reply:
+        """What may take long, and lets others in between."""
+        if isinstance(body, ClearModel):
+            scope = word(Scope, body.scope)
+            chosen = Selection(fingerprints=frozenset(body.fingerprints), tenant=tenant, scope=scope)
+            found = await cleared(self._service, chosen)
+            return Cleared(found.deleted, found.kept_count)
+        keys = b"".join(
+            await keys_of(self._service, tenant, body.fingerprint, sent_tokens(body.tokens), dict(body.extras))
+        )
+        return Keys(keys) if isinstance(body, KeysOf) else self._look(tenant, Lookup(body.fingerprint, keys))
 
     def _simple(self, client: int, tenant: str, body: Request) -> Reply:
         service = self._service
@@ -190,21 +210,11 @@ class Requests:
             case _:
                 raise MalformedFrame(f"{type(body).__name__} is not expected here")
 
-    async def _keys(self, tenant: str, fingerprint: bytes, data: bytes, extras: Extras) -> list[bytes]:
-        spec, secret = self._service.keying(tenant, fingerprint)
-        tokens = as_tokens(_tokens(data), spec)
-        keys = [ROOT]
-        step = KEYS_AT_ONCE * spec.block_tokens
-        for start in range(0, len(tokens), step):
-            keys += block_keys(tokens[start : start + step], spec, secret, keys[-1], extras, len(keys) - 1)
-            await asyncio.sleep(0)  # a long document's keys take longer than others should have to wait
-        return keys[1:]
-
     async def _begin(self, client: int, tenant: str, body: BeginIngest) -> Reply:
-        tokens = _tokens(body.tokens)
+        tokens = sent_tokens(body.tokens)
         document = DocumentId(tenant, body.name)
         extras = dict(body.extras)
-        keys = await self._keys(tenant, body.fingerprint, body.tokens, extras)
+        keys = await keys_of(self._service, tenant, body.fingerprint, tokens, extras)
         opened: Ingest = await self._call(
             lambda done: self._service.begin_ingest(
                 client,
@@ -362,12 +372,6 @@ class Requests:
             return await asyncio.wait_for(future, LONGEST_SECONDS)
         except TimeoutError as error:
             raise DeadlineExceeded(f"no answer within {LONGEST_SECONDS:g} s") from error
-
-
-def _tokens(data: bytes) -> Tokens:
-    if len(data) % 4:
-        raise InvalidRequest("tokens are little-endian uint32, four bytes each")
-    return np.frombuffer(data, dtype="<u4")
 
 
 def _shard(loading: Loading | None) -> ShardMessage | None:

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 from ..eviction.policy import Ranking
+from .bypass import Bypass
 from .changes import Changes
 from .claims import Lease, Pins
 from .departures import Departures
@@ -218,6 +219,7 @@ class State:
         self.rankings: dict[str, Ranking] = {}  # by device
         self.fronts = Fronts()  # of these extents
         self.changes = Changes()
+        self.bypass: Bypass | None = None
         self.groups: dict[str, Group] = {}
         self.leases: dict[int, Lease] = {}
         self.pids: dict[int, int] = {}  # of clients whose process is known

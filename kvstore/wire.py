@@ -19,6 +19,7 @@ from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
 from .message import Count, Line, Message, Nanoseconds, Seconds, Size
 from .object_messages import ObjectReply, ObjectRequest
+from .model_messages import Cleared, ClearModel
 from .prefix_wire import ExtraParts, Found, Keys, KeysOf, Lookup, LookupTokens
 from .runs import Parts, RunMessage
 from .spec import KVSpec
@@ -253,6 +254,7 @@ Request = (
     | ListPins
     | FreeDocument
     | ListTiers
+    | ClearModel
     | MoveDone
     | ObjectRequest
 )
@@ -399,4 +401,5 @@ Reply = (
     | FreedPlan
     | Tiers
     | ObjectReply
+    | Cleared
 )

@@ -17,6 +17,7 @@ GOLDEN = {
     "holdfast_adopted_verified_total": set(),
     "holdfast_ddr_fenced_bytes": set(),
     "holdfast_build_info": {"version"},
+    "holdfast_bypassed_total": set(),
     "holdfast_catalog_failures_total": set(),
     "holdfast_ddr_fragmented_bytes": set(),
     "holdfast_documents": {"durable"},
