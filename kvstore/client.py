@@ -26,8 +26,8 @@ from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .keys import Extras
 from .layout import Layout
 from .layouts import LayoutMessage
-from .object_client import ObjectClient
 from .model_messages import Cleared, ClearModel
+from .object_client import ObjectClient
 from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens, extra_parts
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec

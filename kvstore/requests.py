@@ -28,10 +28,10 @@ from .keying import keys_of, sent_tokens
 from .layouts import LayoutMessage, ShardMessage
 from .ledger import Seen
 from .loading import Loading
-from .object_messages import ObjectRequest
-from .object_requests import CACHE_OBJECTS, NEW_OBJECTS, ObjectRequests
 from .model_clearing import Scope, Selection, cleared
 from .model_messages import Cleared, ClearModel
+from .object_messages import ObjectRequest
+from .object_requests import CACHE_OBJECTS, NEW_OBJECTS, ObjectRequests
 from .planner import Victim
 from .prefills import Prefill
 from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens

@@ -18,8 +18,8 @@ from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .holders import Holder
 from .layouts import LayoutMessage, ShardMessage
 from .message import Count, Line, Message, Nanoseconds, Seconds, Size
-from .object_messages import ObjectReply, ObjectRequest
 from .model_messages import Cleared, ClearModel
+from .object_messages import ObjectReply, ObjectRequest
 from .prefix_wire import ExtraParts, Found, Keys, KeysOf, Lookup, LookupTokens
 from .runs import Parts, RunMessage
 from .spec import KVSpec

@@ -29,6 +29,7 @@ def asked(client):
         lambda: client.lookup(FINGERPRINT, b""),
         lambda: client.attach("report"),
         lambda: client.begin_ingest("other", FINGERPRINT, tokens),
+        lambda: client.objects.find("space", [b"key"]),
     )
 
 
@@ -39,9 +40,9 @@ def test_all_are_refused_and_served_again(daemon):
     for ask in asked(client):
         with pytest.raises(Bypassed, match="wrong answers"):
             ask()
-    assert daemon.rest().get("/v1/bypass")["refused"] == 4
+    assert daemon.rest().get("/v1/bypass")["refused"] == 5
     assert daemon.rest().get("/v1/status")["bypassed"]
-    assert daemon.metric("holdfast_bypassed_total") == 4
+    assert daemon.metric("holdfast_bypassed_total") == 5
     assert not daemon.rest().delete("/v1/bypass")["on"]
     assert fetch(client, "report") == content
 
