@@ -369,6 +369,32 @@ def test_doc_rm(live):
     assert "holdfast doc ls" in complaint
 
 
+def test_bypass_on_and_off(live):
+    assert ok("bypass", live=live) == "off: engines are served\n"
+    said = ok("bypass", "on", "--reason", "wrong answers", live=live)
+    assert said.startswith("on since ")
+    assert "because: wrong answers" in said
+    assert "engines go on without the cache" in ok("status", live=live)
+    assert machine("bypass", live=live)["on"]
+    assert ok("bypass", "off", live=live) == "off: engines are served\n"
+    assert "bypassed" not in ok("status", live=live)
+
+
+def test_models_are_listed_and_cleared(live):
+    assert ok("model", "ls", live=live) == "nothing is stored\n"
+    live.ingest("a")
+    live.ingest("b")
+    model = tiny_spec().model
+    assert model in ok("model", "ls", live=live)
+    assert ok("model", "clear", model, "--dry-run", live=live) == "2 documents would go\n"
+    live.attach(DocumentId("default", "a"))
+    result = run("model", "clear", model, live=live)
+    assert result.exit_code == 1
+    assert "1 document gone" in result.stdout
+    assert "kept default/a" in result.stdout
+    assert "model ls" in refused(3, "model", "clear", "nobody", live=live)
+
+
 def test_tenants(live):
     assert ok("tenants", live=live) == "no tenants\n"
     live.ingest("report", tenant="acme", token_count=64)
