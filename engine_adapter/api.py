@@ -211,7 +211,7 @@ class Store:
     @contextmanager
     def ingest(
         self,
-        name: str,
+        name: str | None,
         spec: KVSpec,
         tokens: Sequence[int] | npt.NDArray[np.integer],
         *,
@@ -224,6 +224,8 @@ class Store:
 
         So many seconds later it is deleted; None: never, or when the document of this name would be. `extras`: what
         its KV depends on besides tokens (an adapter, a picture, a salt), by the index of the block where it begins.
+        Without a name it is found by its tokens (`attach_prefix`), takes the place of unnamed ones that it continues,
+        and is forgotten when its last copy has left.
         """
         if getattr(tokens, "ndim", 1) != 1:
             raise InvalidRequest(f"tokens are one row of token ids, not an array of shape {np.shape(tokens)}")
@@ -231,7 +233,7 @@ class Store:
             raise InvalidRequest(f"unknown write policy {write_policy!r}; use one of {', '.join(WritePolicy)}")
         fingerprint = self._client.register_spec(spec)
         opened = self._client.begin_ingest(
-            name,
+            name or "",
             fingerprint,
             tokens,
             write_policy=write_policy,

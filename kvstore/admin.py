@@ -99,15 +99,17 @@ class GroupView(msgspec.Struct, frozen=True, kw_only=True):
 class StatusView(msgspec.Struct, frozen=True, kw_only=True):
     """The daemon at a glance. `not_ready` says why it cannot serve; null when it can.
 
-    `bypassed`: no engine is served (see `holdfast bypass`). `ddr_backing` says what the arena's pages are, and where.
-    `amortisation` is how many queries were answered for each time that KV had to be brought near (`reattaches`); null
-    before the first. `relieving`: tiers above their watermarks, which copies leave in the background.
+    `bypassed`: no engine is served (see `holdfast bypass`). `unnamed` documents are those that engines stored without a
+    name. `ddr_backing` says what the arena's pages are, and where. `amortisation` is how many queries were answered for
+    each time that KV had to be brought near (`reattaches`); null before the first. `relieving`: tiers above their
+    watermarks, which copies leave in the background.
     """
 
     version: str
     not_ready: str | None
     bypassed: bool
     documents: int
+    unnamed: int
     leases: int
     leases_overdue: int
     pins: int
@@ -213,7 +215,8 @@ class Admin:
             version=installed_version(),
             not_ready=self.ready(),
             bypassed=state.bypass is not None,
-            documents=len(state.documents),
+            documents=len(state.documents.named),
+            unnamed=len(state.documents.unnamed),
             leases=len(state.leases),
             leases_overdue=sum(lease.overdue(now_ns) for lease in state.leases.values()),
             pins=len(state.pins.all()),

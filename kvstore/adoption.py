@@ -101,9 +101,9 @@ class Adoption:
 
         Or it was continued: then what the catalog names of it stays until that has heard of the longer one.
         """
-        known = self.state.documents.pop(document.id, None)
-        if known is None:
+        if document.id not in self.state.documents:
             return []
+        known = self.state.forget(document.id)
         if may_continue(known.document, document, self.state.specs[document.fingerprint]):
             self._before[document.id] = superseded(known, document)
             return []
@@ -149,9 +149,8 @@ class Adoption:
             policy = WritePolicy.THROUGH  # what was decided is forgotten; nothing is to be lost
         decision = Decision(policy, "found in memory after a restart")
         before = self._before.pop(document.id, ())
-        self.state.documents[document.id] = DocumentRecord(
-            document=document, volatile=volatile, before=before, decision=decision
-        )
+        record = DocumentRecord(document=document, told=True, volatile=volatile, before=before, decision=decision)
+        self.state.publish(record)
         self.room.writes.make_durable(document.id)
 
     # Verifying ---------------------------------------------------------------------------------

@@ -254,7 +254,8 @@ class Client:
     ) -> IngestOpened:
         """Open an ingest: slots to fill, or a shard to prefill into when a group is named.
 
-        A document of that name may be there if these tokens continue it. `layout` says who is to have which tokens.
+        A document of that name may be there if these tokens continue it; "" makes an unnamed one, which is found by its
+        tokens, and forgotten with its last copy. `layout` says who is to have which tokens.
         So many seconds after it is published the document is deleted; None: never, or when that of this name would be.
         `extras`: what its KV depends on besides tokens, by the index of the block where it begins.
         """

@@ -2,7 +2,7 @@
 
 Verdicts are a log of copies, which one large eviction overruns. This is kept by document: copies that left a tier for
 one reason, one after another, are one departure with a range of tokens. Of each document the last EACH are remembered,
-and of documents the DOCUMENTS that lost something last.
+and of documents the DOCUMENTS that lost something last. Those that nobody has named are not remembered: there are many.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from .document import Document, DocumentId
+from .document import Document, DocumentId, is_named
 from .ledger import Verdict
 
 DOCUMENTS: Final = 1024
@@ -86,13 +86,15 @@ class Departures:
 
     def add(self, verdict: Verdict) -> None:
         """A copy leaves."""
-        for document in verdict.documents:
+        for document in filter(is_named, verdict.documents):
             known = self._known(document).departures
             if not any(known[-back].takes(verdict) for back in range(1, min(NEAR, len(known)) + 1)):
                 known.append(_begun(verdict))
 
     def ended(self, document: Document, reason: str, wall_ns: int) -> None:
         """The document itself is no more."""
+        if document.id.namespace is not None:
+            return
         past = self._known(str(document.id))
         past.document, past.ended, past.ended_wall_ns = document, reason, wall_ns
 

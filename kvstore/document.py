@@ -15,7 +15,7 @@ TTL_SECONDS_MAX: Final = 1e9  # thirty years
 
 
 class DocumentId(NamedTuple):
-    """A document's name within its tenant."""
+    """A document's name within its tenant; `namespace/key` of one that no user has named."""
 
     tenant: str
     name: str
@@ -34,6 +34,16 @@ class DocumentId(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.tenant}/{self.name}"
+
+
+def is_named(document: str) -> bool:
+    """Whether a DocumentId that was written out has a user's name."""
+    return document.count("/") == 1
+
+
+def prompt_id(tenant: str, key: bytes) -> DocumentId:
+    """The unnamed prefix whose last block has this key."""
+    return DocumentId(tenant, f"{PROMPT}/{key.hex()}")
 
 
 class WritePolicy(StrEnum):

@@ -52,7 +52,8 @@ def superseded(known: DocumentRecord, document: Document) -> tuple[ExtentId, ...
 
 def replaced(store: Store, known: DocumentRecord, document: Document) -> DocumentRecord:
     """The record of the next version, which has joined its extents, in the place of the one before."""
-    grown = DocumentRecord(document=document, before=superseded(known, document), use_count=known.use_count)
+    before, count = superseded(known, document), known.use_count
+    grown = DocumentRecord(document=document, told=known.told, before=before, use_count=count)
     store.records.documents[document.id] = grown
     kept = {*document.extents, *grown.before}
     _leave(store, document, [extent for extent in known.document.extents if extent not in kept])

@@ -348,7 +348,7 @@ class Ingests:
                 records.private[ingest.id].remove(placement)  # `_release` gives back what was a duplicate
         self.room.writes.publish_early(ingest.id)
         if published is None:
-            published = records.documents[document.id] = DocumentRecord(document=document)
+            published = records.publish(DocumentRecord(document=document))
         elif ingest.grows:
             published = replaced(self.store, published, document)
         elif published.document.expires_wall_ns != document.expires_wall_ns:

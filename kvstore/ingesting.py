@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from .document import Document
+from .document import Document, DocumentId
 from .errors import HoldfastError
 from .extent import Extent
 from .keys import Tokens
@@ -39,7 +39,8 @@ class Stage(StrEnum):
 class Ingest:
     """An open ingest. `missing` are the extents that its writer fills; `cached_tokens` lead and are there already.
 
-    `grows`: a shorter version of the document, which its tokens begin with, is there.
+    `grows`: a shorter version of the document, which its tokens begin with, is there. `absorbs`: unnamed documents that
+    an unnamed one continues, so that it takes their place.
     """
 
     id: int
@@ -51,6 +52,7 @@ class Ingest:
     group: str | None
     layout: Layout | None
     grows: bool = False
+    absorbs: tuple[DocumentId, ...] = ()
     stage: Stage = Stage.WAITING
     passage: Passage | None = None
     held: list[Placement] = field(default_factory=list)

@@ -117,13 +117,15 @@ class ServiceCollector(Collector):
     def _claims(self) -> Iterator[Metric]:
         state = self.service.state
         now_ns = self.service.clock.monotonic_ns()
-        durable = sum(record.durable for record in state.documents.values())
+        durable = sum(record.durable for record in state.documents.named.values())
         documents = GaugeMetricFamily(
             "holdfast_documents", "Documents, by whether the catalog has them.", labels=["durable"]
         )
         documents.add_metric(["true"], durable)
-        documents.add_metric(["false"], len(state.documents) - durable)
+        documents.add_metric(["false"], len(state.documents.named) - durable)
         yield documents
+        unnamed = len(state.documents.unnamed)
+        yield GaugeMetricFamily("holdfast_unnamed_documents", "Documents that engines stored without a name.", unnamed)
         overdue = sum(lease.overdue(now_ns) for lease in state.leases.values())
         yield gauge("holdfast_leases", "Leases held.", len(state.leases))
         yield gauge("holdfast_leases_overdue", "Leases held past their deadline.", overdue)

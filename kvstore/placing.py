@@ -20,6 +20,10 @@ def place(state: State, record: ExtentRecord, tier: Tier, copy: Placement | None
         ranking.left(before.extent)
     state.forests.follow(record.extent, record.ddr, record.nvme)
     state.changes.note(record.extent.id)
+    if record.ddr is None and record.nvme is None:
+        for document in record.documents:
+            if document.namespace is not None:
+                state.faded.setdefault(document, None)
 
 
 def drain(state: State, record: ExtentRecord) -> None:

@@ -246,10 +246,18 @@ class Requests:
 
     async def _commit(self, client: int, body: CommitIngest) -> Reply:
         deadline_ns = self._deadline_ns(body.deadline_seconds)
-        committed: Document = await self._call(
-            lambda done: self._service.commit_ingest(client, body.ingest, done, body.seals, deadline_ns)
-        )
-        return Documents([self._view(committed)])
+        seen: list[DocumentView] = []
+
+        def start(done: Answered[Document]) -> None:
+            def committed(result: Document | HoldfastError) -> None:
+                if not isinstance(result, HoldfastError):
+                    seen.append(self._view(result))  # at once: an unnamed one may be gone before the answer
+                done(result)
+
+            self._service.commit_ingest(client, body.ingest, committed, body.seals, deadline_ns)
+
+        await self._call(start)
+        return Documents(seen)
 
     async def _next_slots(self, client: int, body: NextSlots) -> Reply:
         given: tuple[Ingest, list[Extent]] = await self._call(

@@ -16,22 +16,23 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..eviction.policy import POLICIES, Policy
 from .adoption import Adoption
-from .attach import Attach, Attaches, prefill_layout
+from .attach import Attach, Attaches
 from .awaiting import Awaiting, Waiter
 from .claimed import Claimed
 from .claims import Pin, PinKind, Pins, PinSelection, Refresh
 from .clock import Clock
 from .config import Config
-from .document import Document, DocumentId, WritePolicy, checked_name, ttl_ns_of
-from .errors import ConfigError, GroupFailed, HoldfastError, InvalidRequest, InvalidSpec, NoCapacity, SpecMismatch
+from .document import Document, DocumentId, WritePolicy
+from .drafting import Drafts
+from .errors import ConfigError, GroupFailed, HoldfastError, InvalidRequest, InvalidSpec, SpecMismatch
 from .expiry import Expiry
-from .extent import Extent, cut
-from .growth import close_retired, continues
+from .extent import Extent
+from .growth import close_retired
 from .ingest import Ingests
 from .ingesting import Ingest
 from .keeping import Keeping
-from .keys import KEY_BYTES, NO_EXTRAS, Extras, Tokens, block_keys, document_tokens
-from .layout import Layout, chunked, zigzag
+from .keys import KEY_BYTES, NO_EXTRAS, Extras, Tokens
+from .layout import Layout
 from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
 from .measurements import NOTHING, Measured, Measurements
@@ -50,6 +51,7 @@ from .slots import SlabPool, Slot
 from .spec import KVSpec
 from .state import UNSAID, Backend, Left, State
 from .store import Store
+from .transients import Transients
 from .upkeep import Upkeep
 from .watermarks import Watermarks
 from .writes import Writes
@@ -83,6 +85,7 @@ class Service:
         self.room = Room(self.store, self.writes, config.limits.pending_reservations)
         self.loader = Loader(self.store, self.room, config.ddr.window_bytes)
         self.ingests = Ingests(self.store, self.room, self.loader)
+        self.drafts = Drafts(self.ingests, config.limits, secret)
         self.awaiting = Awaiting(self.state, self.ingests.open, config.limits.pending_reservations)
         lease_ns = int(config.limits.lease_seconds * NS)
         self.attaches = Attaches(self.loader, lease_ns, lambda name: config.tenant(name).ddr_lease_bytes)
@@ -94,6 +97,7 @@ class Service:
         self.measurements = Measurements(self.store)
         self.adoption = Adoption(self.upkeep)
         self.expiry = Expiry(self.upkeep)
+        self.transients = Transients(self.upkeep)
         self.watermarks = Watermarks(self.loader, config.ddr, config.nvme)
         self.objects = Objects(self.attaches, self.keeping, self.expiry, secret, config.limits.unnamed, self._pump)
 
@@ -116,6 +120,7 @@ class Service:
         self.ingests.spill.expire(self.clock.monotonic_ns())
         self.upkeep.expire()
         self.expiry.tick()
+        self.transients.tick()
         self.keeping.expire()
         self.prefetching.expire()
         self.writes.tick()
@@ -131,6 +136,7 @@ class Service:
         self.objects.pump()
         self.prefetching.pump()
         self.upkeep.settle()
+        self.transients.pump()
         self.store.notes.flush()
 
     def restore(
@@ -148,6 +154,7 @@ class Service:
         if left is not None:
             self.adoption.adopt(left)
         self.keeping.restore(pins)
+        self.transients.restore()
         self.store.notes.flush()
 
     def write_back(self) -> None:
@@ -237,47 +244,22 @@ class Service:
     ) -> Ingest:
         """Open an ingest. A group prefills in zigzag chunks of `chunk_tokens` behind what is cached, or as `layout`.
 
-        It may continue a document of that name. `keys` are the tokens', where the caller has made them (`keying`).
+        It may continue a document of that name; without a name it is an unnamed prefix, which takes the place of those
+        that it continues. `keys` are the tokens', where the caller has made them (`keying`).
         `granted` hears, once, when its room is taken, or why it cannot be. Raises at once for bad input.
         """
-        checked_name(document.name)
-        spec = self._spec(fingerprint)
-        tokens = document_tokens(tokens, spec)
-        if len(self.state.documents.named) >= self.config.limits.documents and document not in self.state.documents:
-            raise NoCapacity(f"limits.documents = {self.config.limits.documents} documents exist; delete some")
-        secret = self._secret(document.tenant)
-        keys = keys or block_keys(tokens, spec, secret, extras=extras)
-        extents = cut(keys, len(tokens), spec, document.tenant)
-        missing = tuple(extent for extent in extents if not self.ingests.present(extent))
-        cached = min((extent.start for extent in missing), default=len(tokens))  # in front of any layer group's first
-        placed = None
-        if group is not None:
-            seats = self.state.group(group)
-            made = layout or chunked(zigzag(cached, seats.cp, seats.tp), len(tokens), chunk_tokens)
-            placed = prefill_layout(self.state, group, spec, len(tokens), made)
-        known = self.state.documents.get(document)
-        grows = known is not None and continues(known.document, tokens, keys, spec, secret, extras)
-        if known is not None and write_policy is WritePolicy.AUTO:
-            write_policy = known.document.write_policy  # its owner named it before
-        ingest = Ingest(
-            id=self.store.new_id(),
-            client=client,
-            document=Document(
-                id=document,
-                fingerprint=fingerprint,
-                token_count=len(tokens),
-                extents=tuple(extent.id for extent in extents),
-                write_policy=write_policy,
-                created_wall_ns=max(self.clock.wall_ns(), known.document.created_wall_ns + 1 if known else 0),
-            ),
-            extents=extents,
-            missing=missing,
-            cached_tokens=cached,
-            group=group,
-            layout=placed,
-            grows=grows,
-            ttl_ns=ttl_ns_of(ttl_seconds),
-            tokens=tokens if self.state.changes.are_followed else None,
+        ingest = self.drafts.draft(
+            client,
+            document,
+            self._spec(fingerprint),
+            tokens,
+            write_policy,
+            group,
+            chunk_tokens,
+            keys,
+            layout,
+            ttl_seconds,
+            extras,
         )
         self.ingests.begin(ingest, deadline_ns, lambda error: granted(error if error is not None else ingest))
         self._pump()
@@ -300,6 +282,7 @@ class Service:
         def committed(error: HoldfastError | None) -> None:
             if error is None:
                 self.planner.uses.count(self.state.documents[ingest.document.id])
+                self.transients.published(ingest)
                 self.keeping.hit(ingest.document.id)
             done(error if error is not None else ingest.document)
 

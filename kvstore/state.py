@@ -25,6 +25,7 @@ from .fronts import Fronts
 from .hints import Hints
 from .layout import Layout
 from .ledger import Ledger
+from .prompts import Prompts
 from .quality import Quality
 from .quotas import Quotas, Usage
 from .residency import Placement, Tier
@@ -92,6 +93,7 @@ class DocumentRecord:
 
     `volatile` are the extents that were not yet in the catalog when the document was committed. `decision` says what
     was decided for it at its commit; None after a restart. `behind`: it should be on NVMe, and the disk cannot follow.
+    `told`: the catalog may have a row of it.
     `before`: extents of a shorter version that the catalog still names. `chains` are made when needed (see uses).
     `admitted`: something of it was written when DDR evicted it, so the rest is too (see admission).
     `use_count` and `last_use_ns` tell of uses since the daemon started.
@@ -99,6 +101,7 @@ class DocumentRecord:
 
     document: Document
     durable: bool = False
+    told: bool = False
     volatile: set[ExtentId] = field(default_factory=set)
     before: tuple[ExtentId, ...] = ()
     decision: Decision | None = None
@@ -211,6 +214,9 @@ class State:
         self.quotas = quotas
         self.specs: dict[bytes, KVSpec] = {}
         self.documents: Documents[DocumentRecord] = Documents()
+        self.prompts = Prompts()  # of these documents
+        self.faded: dict[DocumentId, DocumentId | None] = {}  # unnamed ones that may have to go: see transients
+        self.outlasting: dict[DocumentId, DocumentId | None] = {}  # that had to go when last looked at, and are in use
         self.extents: dict[ExtentId, ExtentRecord] = {}
         self.ghosts = ghosts
         self.departures = Departures()
@@ -242,6 +248,27 @@ class State:
         if ours is None or ours == theirs:
             return reader == stored
         return bool(theirs.page_format and not ours.page_format) and ours.canonical() == theirs.canonical()
+
+    def publish(self, record: DocumentRecord) -> DocumentRecord:
+        """A document is there, and so are the records of its extents."""
+        document = record.document
+        self.documents[document.id] = record
+        self.prompts.add(document, self.extents[document.extents[-1]].extent, self.specs[document.fingerprint])
+        return record
+
+    def forget(self, document: DocumentId) -> DocumentRecord:
+        """A document is no more; the records of its extents are there still."""
+        record = self.documents.pop(document)
+        made = record.document
+        self.prompts.discard(made, self.extents[made.extents[-1]].extent, self.specs[made.fingerprint])
+        self.faded.pop(document, None)
+        self.outlasting.pop(document, None)
+        return record
+
+    def has_copies(self, document: Document) -> bool:
+        """Whether any copy of it is left."""
+        records = (self.extents[extent] for extent in document.extents)
+        return any(record.ddr or record.nvme for record in records) or any(s.copies for s in self.shards_of(document))
 
     def group(self, name: str) -> Group:
         """A group with all ranks registered. Raises GroupNotFound."""
@@ -383,6 +410,9 @@ class State:
             for document in record.documents:
                 owner = self.documents[document]
                 assert record.extent.id in (*owner.document.extents, *owner.before)
+        for document, owner in self.documents.unnamed.items():
+            is_seen = document in self.faded or document in self.outlasting
+            assert is_seen or self.has_copies(owner.document), f"{document} is but a name"
         for shard in self.shards():
             known = self.documents.get(shard.document)
             is_old = known is not None and shard.layout.token_count < known.document.token_count

@@ -405,6 +405,7 @@ class Store:
     def _left_shard(self, shard: Shard, placement: Placement) -> None:
         assert placement.holds == 0, f"shard {shard.id} is in use"
         self.records.changes.note(placement.extent)
+        self._faded(shard)
         if placement.state is State.RESIDENT:
             placement.apply(Event.DRAIN)
         elif placement.state is State.FILLING:
@@ -429,9 +430,14 @@ class Store:
                 self.records.changes.note(placement.extent)
                 self.records.rankings[placement.device].left(placement.extent)  # one memory serves all rankings
             shard.copies.clear()
+            self._faded(shard)
         group.shards.clear()
         del self.records.groups[name]
         self.records.rankings.pop(hbm_device(name), None)
+
+    def _faded(self, shard: Shard) -> None:
+        if shard.document.namespace is not None and shard.document in self.records.documents:
+            self.records.faded.setdefault(shard.document, None)
 
     # Verdicts ----------------------------------------------------------------------------------
 

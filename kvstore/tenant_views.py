@@ -49,7 +49,7 @@ class TenantsView(msgspec.Struct, frozen=True, kw_only=True):
 
 def tenants_view(state: State, tenancy: Tenancy, limit: int) -> TenantsView:
     """Show the tenants that have bytes, documents or a table of their own."""
-    documents = Counter(document.tenant for document in state.documents)
+    documents = Counter(document.tenant for document in state.documents.named)
     known = {*documents, *state.quotas.tables.keys() - {OTHERS}}
     for tier in Tier:
         known |= state.usage.of(tier).keys()

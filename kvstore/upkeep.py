@@ -190,13 +190,17 @@ class Upkeep:
         for shard in self.state.shards():
             if shard.document == document:
                 self.store.close_shard(shard)
-        del self.state.documents[document]
+        self.state.forget(document)
         self.state.departures.ended(owner.document, reason or "deleted", self.store.clock.wall_ns())
-        forget: list[Record] = [DropDocument(*document)]
+        is_told = document.namespace is None or owner.told or document in self._unsaid or document in self._telling
+        forget: list[Record] = [DropDocument(*document)] if is_told else []
         if self.state.pins.get(document) is not None:
             self.state.pins.remove(document)
             forget.append(DropPin(*document))
-        self.tell(document, *forget, done=done)
+        if forget:
+            self.tell(document, *forget, done=done)
+        else:
+            done(None)
         self.store.notes.add(DropDocument(document.tenant, document.name))
         for extent in (*owner.document.extents, *owner.before):
             record = self.state.extents[extent]
@@ -251,8 +255,10 @@ class Upkeep:
             owner = self.state.documents.get(document)
             if owner is None:
                 records.append(DropDocument(*document))
-            elif owner.durable:  # else its row will be written when all of it is on NVMe
+            elif owner.durable:
                 records.append(PutDocument(owner.document))
+            else:  # its row will be written when all of it is on NVMe; that of one before it may be there
+                owner.told = True
             self.tell(document, *records)
 
     def _write(self, *records: Record) -> None:
@@ -282,7 +288,6 @@ class Upkeep:
             self._restore_document(document)
 
     def _restore_document(self, document: Document) -> None:
-        self.state.documents[document.id] = DocumentRecord(document=document, durable=True)
         if not self.state.extents.keys() >= set(document.extents):
             # Extents that were dropped by verdict have no row: the document still names what it lost.
             spec = self.state.specs[document.fingerprint]
@@ -292,3 +297,4 @@ class Upkeep:
         for name in document.extents:
             self.state.extents[name].join(owner)
             self.state.extents[name].stored = True
+        self.state.publish(DocumentRecord(document=document, durable=True, told=True))

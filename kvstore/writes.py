@@ -2,8 +2,7 @@
 
 Demotions go before write-through, and that before early writes. What is in flight is bounded in bytes, and so is the
 backlog of write-through: a document that would exceed it stays in memory for now (`DocumentRecord.behind`), or its
-commit waits (`when_behind`). A device without room for another segment is an eviction: that segment is withdrawn from
-the pool for a while, and the write is tried again in those that exist.
+commit waits (`when_behind`). A segment for which the device has no room is withdrawn for a while: that is an eviction.
 """
 
 from __future__ import annotations
@@ -125,6 +124,7 @@ class Writes:
         owner = self.state.documents.get(document)
         if owner is None or owner.volatile or owner.durable:
             return
+        owner.told = True
         spec = self.state.specs[owner.document.fingerprint]  # with it, lest an earlier commit of it failed
         write = Write(id=self.store.new_id(), records=(PutSpec(spec), PutDocument(owner.document)))
 

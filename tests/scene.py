@@ -107,7 +107,7 @@ class Scene:
         heard = self.commit(ingest)
         self.settle()
         assert heard == [ingest.document]
-        return named(name)
+        return ingest.document.id
 
     def attach(self, document, group=None, client=CLIENT, deadline_ns=FAR_NS, layout=None, tokens=None):
         """Ask for a document; returns what was heard."""

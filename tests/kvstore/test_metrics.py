@@ -22,6 +22,7 @@ GOLDEN = {
     "holdfast_ddr_fragmented_bytes": set(),
     "holdfast_documents": {"durable"},
     "holdfast_documents_expired_total": set(),
+    "holdfast_unnamed_documents": set(),
     "holdfast_watermark_ddr_total": set(),
     "holdfast_watermark_nvme_total": set(),
     "holdfast_drains_cancelled_total": set(),

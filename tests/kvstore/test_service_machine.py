@@ -42,6 +42,9 @@ LAYERS = 2
 WRITERS = (1, 2)
 RANKS = (11, 12)
 NAMES = ("a", "b", "c", "d")
+UNNAMED = ""
+MADE = (*NAMES, UNNAMED, UNNAMED)
+ASKED = (*NAMES, "?0", "?1")  # the last ones are unnamed documents that are there
 LENGTHS = (1, 31, 32, 33, 64, 90, 128, 250)
 OLD = 1000  # added to the number of a client of an earlier daemon
 SELDOM = st.sampled_from([False] * 5 + [True])
@@ -95,7 +98,10 @@ class Machine(RuleBasedStateMachine):
         self.labels = {}  # extent id -> what it holds
         self.expected = {}  # order id -> label that it moves
         self.documents = {}
+        self.absorbed = {}  # unnamed document -> the one that continues it
+        self.were_pinned = set()  # unnamed documents
         self.policies = {}
+        self.fronts = {}  # id of an ingest -> unnamed documents that it continues
         self.ingests = {}  # id -> (ingest, tokens, name, group)
         self.leases = {}  # id -> (attach, name, group, {slot: extent id})
         self.pins = {}
@@ -264,7 +270,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         client=st.sampled_from(WRITERS),
-        name=st.sampled_from(NAMES),
+        name=st.sampled_from(MADE),
         tokens=st.builds(stream, st.integers(1, 3), st.sampled_from(LENGTHS)),
         policy=st.sampled_from(WritePolicy),
         grouped=st.booleans(),
@@ -273,7 +279,7 @@ class Machine(RuleBasedStateMachine):
         self.begin_one(client, name, tokens, policy, grouped)
 
     @rule(
-        name=st.sampled_from(NAMES),
+        name=st.sampled_from(MADE),
         tokens=st.builds(stream, st.integers(1, 3), st.sampled_from(LENGTHS)),
         policy=st.sampled_from(WritePolicy),
         grouped=st.booleans(),
@@ -298,20 +304,24 @@ class Machine(RuleBasedStateMachine):
 
         def granted(result):
             if not isinstance(result, HoldfastError):
-                self.ingests[result.id] = (result, tokens, name, group)
+                self.ingests[result.id] = (result, tokens, result.document.id.name, group)
                 self.was_given = True
 
         cuts = cut(block_keys(array, tiny_spec(), bytes(32)), len(tokens), tiny_spec(), "t")
         for extent, label in zip(cuts, prefixes(tokens).values(), strict=True):
             assert self.labels.setdefault(extent.id, label) == label, "one id for two contents"
         before = self.service.state.used_bytes()
+        unnamed = [document.name for document in self.service.state.documents.unnamed] if name == UNNAMED else []
+        fronts = [other for other in unnamed if 16 <= len(self.documents[other]) < len(tokens)]
+        fronts = [other for other in fronts if tokens[: len(self.documents[other])] == self.documents[other]]
         try:
-            self.service.begin_ingest(
+            ingest = self.service.begin_ingest(
                 client, document, self.fingerprint, array, policy, group, 48, deadline_ns, granted
             )
         except HoldfastError:
             assert self.service.state.used_bytes() == before
             return
+        self.fronts[ingest.id] = fronts
 
     @precondition(lambda self: self.ingests)
     @rule(data=st.data())
@@ -321,10 +331,13 @@ class Machine(RuleBasedStateMachine):
     def commit_one(self, number):
         ingest, tokens, name, _ = self.ingests[number]
         self.fill(ingest, tokens)
+        fronts = self.fronts.get(number, ())
 
         def done(result):
             if not isinstance(result, HoldfastError):
                 self.documents[name] = tokens
+                self.absorbed.pop(name, None)
+                self.absorbed |= {other: name for other in fronts if other in self.documents}
 
         seals = []
         if ingest.group is None and len(tokens) % 2:  # every other one, so that some are left to the daemon
@@ -361,7 +374,7 @@ class Machine(RuleBasedStateMachine):
             self.refused(error, is_expected, "claim-not-found")
 
     @rule(
-        name=st.sampled_from(NAMES),
+        name=st.sampled_from(MADE),
         tokens=st.builds(stream, st.integers(1, 3), st.sampled_from(LENGTHS)),
         count=st.integers(1, 4),
         steps=st.integers(0, 5),
@@ -410,13 +423,31 @@ class Machine(RuleBasedStateMachine):
         except HoldfastError:
             assert ingest.stage == "ended"
 
-    @rule(client=st.sampled_from(WRITERS), name=st.sampled_from(NAMES), grouped=st.booleans())
+    @rule(client=st.sampled_from(WRITERS), name=st.sampled_from(ASKED), grouped=st.booleans())
     def attach(self, client, name, grouped):
-        self.attach_one(client, name, grouped)
+        self.attach_one(client, self.real(name), grouped)
 
-    @rule(name=st.sampled_from(NAMES), grouped=st.booleans())
+    def real(self, name):
+        """Its name, or that of some unnamed document."""
+        there = sorted(self.service.state.documents.unnamed)
+        return there[int(name[1:]) % len(there)].name if name.startswith("?") and there else name
+
+    def forget(self):
+        """Unnamed documents may have gone, those of which something is lost, or which another continues."""
+        state = self.service.state
+        there = {document.name for document in state.documents.unnamed}
+        for name in [name for name in self.documents if "/" in name and name not in there]:
+            tokens, absorber = self.documents.pop(name), self.absorbed.pop(name, None)
+            copied = {self.labels[record.extent.id] for record in state.extents.values() if record.placements()}
+            is_whole = set(prefixes(tokens).values()) <= copied
+            assert not is_whole or absorber in self.documents, f"{name} has gone, and nothing was lost"
+            assert not any(other == name for _, other, *_ in self.leases.values()), f"{name} has gone, and was leased"
+            assert name not in self.pins, f"{name} has gone, and was pinned"
+
+    @rule(name=st.sampled_from(ASKED), grouped=st.booleans())
     def sink_and_ask(self, name, grouped):
         """A document goes down to NVMe, and somebody wants it back."""
+        name = self.real(name)
         self.drain()
         self.evict_one(name, Tier.DDR)
         self.drain()
@@ -436,6 +467,7 @@ class Machine(RuleBasedStateMachine):
             self.service.attach(client, DocumentId("t", name), None, group, None, deadline_ns, granted)
         except HoldfastError as error:
             if error.code == "document-not-found":
+                self.forget()
                 assert name not in self.documents
             elif error.code == "document-incomplete":
                 assert not self.all_there(name, group)
@@ -463,13 +495,14 @@ class Machine(RuleBasedStateMachine):
         self.service.detach(attach.lease.owner, lease)
 
     @rule(
-        name=st.sampled_from(NAMES),
+        name=st.sampled_from(ASKED),
         floor=st.sampled_from(Tier),
         seconds=st.sampled_from([None, 1e-6]),
         kind=st.sampled_from([PinKind.HARD, PinKind.HARD, PinKind.SOFT]),
     )
     def pin(self, name, floor, seconds, kind):
         """A soft pin only says who leaves first, so what is known of sinking is of hard ones."""
+        name = self.real(name)
         try:
             self.service.pin(DocumentId("t", name), floor, seconds, "me", "test", kind)
         except HoldfastError as error:
@@ -478,11 +511,13 @@ class Machine(RuleBasedStateMachine):
             return
         self.floored = {(other, label) for other, label in self.floored if other != name}
         self.pins.pop(name, None)
+        self.were_pinned.add(name)
         if kind is PinKind.HARD:
             self.pins[name] = floor
 
-    @rule(name=st.sampled_from(NAMES))
+    @rule(name=st.sampled_from(ASKED))
     def unpin(self, name):
+        name = self.real(name)
         try:
             self.service.unpin(DocumentId("t", name))
         except HoldfastError:
@@ -492,12 +527,13 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         client=st.sampled_from(WRITERS),
-        name=st.sampled_from(NAMES),
+        name=st.sampled_from(ASKED),
         grouped=st.booleans(),
         seconds=st.sampled_from([None, 1e-6]),
         takes_back=SELDOM,
     )
     def hint(self, client, name, grouped, seconds, takes_back):
+        name = self.real(name)
         document, group = DocumentId("t", name), "g" if grouped else None
         try:
             self.service.prefetching.hint(client, document, group, 1 + client, seconds, "")
@@ -506,9 +542,9 @@ class Machine(RuleBasedStateMachine):
         if takes_back:
             self.service.prefetching.cancel(client, document, group, "")
 
-    @rule(name=st.sampled_from(NAMES), tier=st.sampled_from(Tier))
+    @rule(name=st.sampled_from(ASKED), tier=st.sampled_from(Tier))
     def evict(self, name, tier):
-        self.evict_one(name, tier)
+        self.evict_one(self.real(name), tier)
 
     def evict_one(self, name, tier):
         document = DocumentId("t", name)
@@ -516,6 +552,7 @@ class Machine(RuleBasedStateMachine):
             plan = self.service.upkeep.plan_eviction(document, tier, 0)
             assert self.service.evict(document, tier, 0, self.clock.monotonic_ns() + 50, lambda _: None) == plan
         except HoldfastError:
+            self.forget()
             leased = any(other == name for _, other, *_ in self.leases.values())
             waiting = any(a.lease.document == document for a in self.service.attaches.open.values())
             assert name not in self.documents or leased or waiting or name in self.pins
@@ -528,15 +565,16 @@ class Machine(RuleBasedStateMachine):
         except HoldfastError as error:
             self.refused(error, False, "no-capacity")
 
-    @rule(name=st.sampled_from(NAMES), accident=SELDOM)
+    @rule(name=st.sampled_from(ASKED), accident=SELDOM)
     def delete(self, name, accident):
         if not accident:
             return
+        name = self.real(name)
         try:
             self.service.delete(DocumentId("t", name))
         except HoldfastError:
             return
-        del self.documents[name]
+        self.documents.pop(name)
 
     @rule(nanoseconds=st.sampled_from([1, 60, 2000, RETRY_NS]))
     def tick(self, nanoseconds):
@@ -577,8 +615,10 @@ class Machine(RuleBasedStateMachine):
         if not accident:
             return
         self.scribblers, self.adopted, self.index = {}, set(), {}
+        rows = self.rows["documents"]
         self.start_again(None)
-        assert {document.name for document in self.service.state.documents} == {d.name for d in self.rows["documents"]}
+        has_any = {d for d, row in rows.items() if not self.rows["extents"].keys().isdisjoint(row.extents)}
+        assert set(self.service.state.documents) == {d for d in rows if d.namespace is None} | has_any
 
     def start_again(self, left):
         rows = self.rows
@@ -597,6 +637,7 @@ class Machine(RuleBasedStateMachine):
         found = self.service.state.documents.values()
         self.documents = {r.document.id.name: labels[r.document.extents[-1]] for r in found}
         self.pins = {pin.document.name: pin.floor for pin in self.service.state.pins.all() if pin.kind == "hard"}
+        self.were_pinned = {pin.document.name for pin in self.service.state.pins.all()}
         for extent, slot in rows["extents"].values():
             assert self.nvme[slot] == labels[extent.id], "a cataloged slot holds something else"
 
@@ -625,6 +666,9 @@ class Machine(RuleBasedStateMachine):
         assert not service.state.private
         assert not service.state.hints.live
         assert not service.state.awaited
+        service.tick()
+        self.forget()
+        assert all(service.state.pins.hard(document) for document in service.state.outlasting)
         for copy in service.state.all_placements():
             assert copy.holds == 0, copy
             assert copy.state is State.RESIDENT, copy
@@ -652,7 +696,18 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_model_and_the_service_know_the_same_documents(self):
         if hasattr(self, "service"):
+            self.forget()
             assert {document.name for document in self.service.state.documents} == set(self.documents)
+
+    @invariant()
+    def what_is_continued_goes(self):
+        if not hasattr(self, "service"):
+            return
+        state = self.service.state
+        assert not state.faded
+        for name, absorber in self.absorbed.items():
+            is_in_use = DocumentId("t", name) in state.outlasting or name in self.were_pinned
+            assert is_in_use or absorber not in self.documents, f"{absorber} continues {name}, which is there"
 
     @invariant()
     def leased_bytes_stay(self):
@@ -732,13 +787,18 @@ class WarmMachine(Machine):
             slabs=range(self.service.state.ddr.slab_count),
             fences={client: {slot.slab for slot in slots} for client, slots in self.scribblers.items()},
         )
-        durable = set(self.rows["documents"])
+        known = dict(self.rows["documents"])
+        durable = set(known)
         ddr = self.ddr
         self.start_again(left)
         self.ddr = ddr
         self.adopted = {c.slot for c in self.service.state.all_placements() if c.tier is Tier.DDR}
         found = set(self.service.state.documents)
-        assert durable <= found <= durable | {document.id for document in left.documents}
+        assert found <= durable | {document.id for document in left.documents}
+        there = {*self.rows["extents"], *(extent.id for extent, _ in left.extents)}
+        for document in durable - found:
+            assert document.namespace is not None
+            assert there.isdisjoint(known[document].extents), f"{document} is not there again, and something of it is"
 
     def take_note(self, record):
         match record.kind:
