@@ -20,6 +20,7 @@ from ..kvstore.document import WritePolicy
 from ..kvstore.errors import DaemonUnavailable, HoldfastError, InvalidRequest, Unavailable, from_code
 from ..kvstore.object_client import ObjectClient
 from ..kvstore.object_messages import PutBegun
+from ..kvstore.object_views import NamespaceView
 from ..kvstore.opaque import OBJECTS_AT_ONCE, checked_namespace
 from ..kvstore.runs import PartMessage
 from ..kvstore.seal import checksum
@@ -192,6 +193,59 @@ class Objects:
     def delete(self, keys: Sequence[bytes]) -> list[bool]:
         """Forget these; which were there, and are gone. What is leased, pinned or being stored stays."""
         return [gone for some in _some(keys) for gone in self._client.delete(self.namespace, some)]
+
+    def pin(
+        self,
+        keys: Sequence[bytes] | None = None,
+        *,
+        key_prefix: bytes | None = None,
+        tier: str = "ddr",
+        ttl_seconds: float | None = None,
+        owner: str = "",
+        reason: str = "",
+        kind: str = "hard",
+        refresh: str = "never",
+    ) -> int:
+        """Keep objects at or above a tier: those of these keys that are there, or all whose keys begin so.
+
+        How many. All of them are pinned, or none: raises PinsOvercommitted, with the pins in the way. (Of more than
+        256 keys, those before the message that was refused.) See Store.pin.
+        """
+        return sum(
+            self._client.pin(
+                self.namespace,
+                some,
+                key_prefix,
+                tier,
+                ttl_seconds=ttl_seconds,
+                owner=owner,
+                reason=reason,
+                kind=kind,
+                refresh=refresh,
+            )
+            for some in _chosen(keys, key_prefix)
+        )
+
+    def unpin(self, keys: Sequence[bytes] | None = None, *, key_prefix: bytes | None = None) -> int:
+        """Let them sink again; how many were pinned."""
+        return sum(self._client.unpin(self.namespace, some, key_prefix) for some in _chosen(keys, key_prefix))
+
+    # All of it ---------------------------------------------------------------------------------
+
+    def clear(self) -> int:
+        """Forget all objects of the namespace; how many. What is leased, pinned or being stored stays."""
+        return self._client.clear(self.namespace)
+
+    def stats(self) -> NamespaceView:
+        """What the namespace has, and how often it was asked."""
+        return self._client.namespaces(self.namespace)[0]
+
+
+def _chosen(keys: Sequence[bytes] | None, key_prefix: bytes | None) -> Iterator[Sequence[bytes] | None]:
+    """One message, or as many as the keys take. Raises InvalidRequest unless just one of them is said."""
+    if (keys is None) == (key_prefix is None):
+        raise InvalidRequest("name objects by their keys, or by a prefix of their keys")
+    return iter([None]) if keys is None else _some(keys)
 
 
 def _some(keys: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

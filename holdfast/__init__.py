@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine_adapter.api import Attachment, LayerKV, Store, connect
+    from .engine_adapter.objects import Objects, PutResult
     from .engine_adapter.session import Session
     from .engine_adapter.writer import IngestWriter
     from .kvstore.document import WritePolicy
@@ -33,6 +34,8 @@ _PLACES = {
     "KVSpec": "kvstore.spec",
     "LayerGroup": "kvstore.spec",
     "LayerKV": "engine_adapter.api",
+    "Objects": "engine_adapter.objects",
+    "PutResult": "engine_adapter.objects",
     "Session": "engine_adapter.session",
     "Store": "engine_adapter.api",
     "WritePolicy": "kvstore.document",
@@ -48,6 +51,8 @@ __all__ = [
     "KVSpec",
     "LayerGroup",
     "LayerKV",
+    "Objects",
+    "PutResult",
     "Session",
     "Store",
     "WritePolicy",

@@ -18,6 +18,7 @@ from .cli_explain import explain, tiers
 from .cli_free import free
 from .cli_hints import hints, prefetch
 from .cli_models import model_app
+from .cli_objects import objects_app
 from .cli_policy import policy_app
 from .cli_runner import demo_model, runner
 from .cli_session import (
@@ -58,6 +59,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(doc_app, name="doc")
 app.add_typer(model_app, name="model")
 app.add_typer(bypass_app, name="bypass")
+app.add_typer(objects_app, name="objects")
 app.add_typer(policy_app, name="policy")
 app.add_typer(trace_app, name="trace")
 app.command()(calibrate)

@@ -26,6 +26,7 @@ from .free_admin import FreeRoutes, Limit, LogQuery
 from .hint_admin import HintRoutes
 from .metrics import Metrics
 from .model_admin import ModelRoutes
+from .object_routes import ObjectRoutes
 from .problems import body, problems, query, reply, told
 from .quality_view import QualityView, quality_views
 from .recent_admin import RecentRoutes
@@ -322,7 +323,7 @@ def make_app(service: Service, ready: Callable[[], str | None], backing: str) ->
     """The admin API over a service. `ready` returns why it cannot serve, or None; `backing` is shown as it is."""
     app = web.Application(middlewares=[problems], client_max_size=BODY_BYTES_MAX)
     admin = Admin(service, ready, backing)
-    for part in (ClaimRoutes, HintRoutes, FreeRoutes, BypassRoutes, ModelRoutes):
+    for part in (ClaimRoutes, HintRoutes, FreeRoutes, BypassRoutes, ModelRoutes, ObjectRoutes):
         app.add_routes(part(service, admin.must_be_ready).routes())
     for looking in (Calibrations, ExplainRoutes, RecentRoutes, RouterRoutes, TenantRoutes):
         app.add_routes(looking(service).routes())

@@ -243,9 +243,13 @@ class Pins:
         self._pins[pin.document] = pin
         (self._soft.add if pin.kind is PinKind.SOFT else self._soft.discard)(pin.document)
 
-    def check(self, pin: Pin, wall_ns: int) -> None:
-        """Raises PinsOvercommitted, with the pins that would have to go, if this one is over a budget."""
-        others = [other for other in self._pins.values() if other.document != pin.document]
+    def check(self, pin: Pin, wall_ns: int, replaced: Collection[DocumentId] = ()) -> None:
+        """Raises PinsOvercommitted, with the pins that would have to go, if this one is over a budget.
+
+        It takes the place of its document's, and of those of `replaced`.
+        """
+        gone = {pin.document, *replaced}
+        others = [other for other in self._pins.values() if other.document not in gone]
         for name, tier, limit_bytes, sharing in self._budgets(pin, others):
             taken_bytes = sum(other.size_bytes for other in sharing)
             over_bytes = taken_bytes + pin.size_bytes - limit_bytes

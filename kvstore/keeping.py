@@ -15,7 +15,7 @@ from .claims import NS, TOLD_PART, Pin, PinKind, PinSelection, Refresh
 from .document import NAME_LIMIT, Document, DocumentId, WritePolicy
 from .errors import HoldfastError, InvalidRequest
 from .orders import DropPin, PutPin
-from .pinning import check_pin
+from .pinning import check_pin, check_pins
 from .planner import Victim
 from .prefetching import unasked
 from .residency import State, Tier
@@ -64,6 +64,41 @@ class Keeping:
         Raises PinsOvercommitted with the pins that would have to go, or InvalidRequest, changing nothing.
         """
         record = self.state.document(document)
+        made = self._maker(floor, ttl_seconds, owner, reason, kind, refresh)
+        pin = made(record)
+        self._check(pin, record.document)
+        self._put([pin], done)
+        self._follow([pin])
+        return pin
+
+    def pin_objects(
+        self,
+        documents: Sequence[DocumentId],
+        floor: Tier,
+        ttl_seconds: float | None,
+        owner: str,
+        reason: str,
+        kind: PinKind,
+        refresh: Refresh,
+        done: Told,
+    ) -> list[Pin]:
+        """The same of unnamed documents of one namespace: all of them, or none. Raises as `pin` does."""
+        if floor is Tier.HBM:
+            raise InvalidRequest("objects never come to hbm: pin them at ddr or nvme")
+        made = self._maker(floor, ttl_seconds, owner, reason, kind, refresh)
+        pins = [made(self.state.document(document)) for document in documents]
+        if not pins:
+            done(None)
+            return []
+        check_pins(self.state, pins, self.store.clock.wall_ns())
+        self._put(pins, done)
+        self._follow(pins)
+        return pins
+
+    def _maker(
+        self, floor: Tier, ttl_seconds: float | None, owner: str, reason: str, kind: PinKind, refresh: Refresh
+    ) -> Callable[[DocumentRecord], Pin]:
+        """What makes such pins of documents. It and this raise InvalidRequest."""
         now_ns = self.store.clock.wall_ns()
         if ttl_seconds is not None and not 0 < ttl_seconds < TTL_SECONDS_MAX:
             raise InvalidRequest(f"ttl_seconds must be positive, not {ttl_seconds}")
@@ -72,41 +107,51 @@ class Keeping:
         if max(len(owner), len(reason)) > NAME_LIMIT:
             raise InvalidRequest(f"a pin's owner and reason have at most {NAME_LIMIT} characters")
         ttl_ns = None if ttl_seconds is None else max(1, int(ttl_seconds * NS))
-        pin = Pin(
-            document=document,
-            floor=floor,
-            size_bytes=sum(self.state.extents[e].extent.slot_bytes for e in record.document.extents),
-            owner=owner,
-            reason=reason,
-            created_wall_ns=now_ns,
-            expires_wall_ns=None if ttl_ns is None else now_ns + ttl_ns,
-            kind=kind,
-            ttl_ns=ttl_ns,
-            refresh=refresh,
-        )
-        if kind is PinKind.HARD and floor is Tier.NVME and record.document.write_policy is WritePolicy.MEMORY:
-            raise InvalidRequest(f"{document} is {WritePolicy.MEMORY}, so NVMe never has it: pin it at ddr, or softly")
-        self._check(pin, record.document)
-        self._put(pin, done)
-        if kind is PinKind.HARD:
-            if floor is not Tier.NVME:
-                self._keep(record.document)
-            self._make_durable(record)
-        self._bring(pin)
+
+        def made(record: DocumentRecord) -> Pin:
+            document = record.document
+            if kind is PinKind.HARD and floor is Tier.NVME and document.write_policy is WritePolicy.MEMORY:
+                raise InvalidRequest(
+                    f"{document.id} is {WritePolicy.MEMORY}, so NVMe never has it: pin it at ddr, or softly"
+                )
+            return Pin(
+                document=document.id,
+                floor=floor,
+                size_bytes=sum(self.state.extents[extent].extent.slot_bytes for extent in document.extents),
+                owner=owner,
+                reason=reason,
+                created_wall_ns=now_ns,
+                expires_wall_ns=None if ttl_ns is None else now_ns + ttl_ns,
+                kind=kind,
+                ttl_ns=ttl_ns,
+                refresh=refresh,
+            )
+
+        return made
+
+    def _follow(self, pins: Sequence[Pin]) -> None:
+        """What these begin: what they name stays, is written down, and is brought near."""
+        for pin in pins:
+            record = self.state.documents[pin.document]
+            if pin.kind is PinKind.HARD:
+                if pin.floor is not Tier.NVME:
+                    self._keep(record.document)
+                self._make_durable(record)
+            self._bring(pin)
         self.upkeep.give_up_pinned()
-        return pin
 
     def _check(self, pin: Pin, document: Document) -> None:
         extents = [self.state.extents[extent].extent for extent in document.extents]
         check_pin(self.state, pin, document, extents, self.store.clock.wall_ns())
 
-    def _put(self, pin: Pin, done: Told = lambda _: None) -> None:
-        self.state.pins.put(pin)
-        if pin.refresh is not Refresh.NEVER and pin.expires_wall_ns is not None:
-            self._told_wall_ns[pin.document] = pin.expires_wall_ns
-        else:
-            self._told_wall_ns.pop(pin.document, None)
-        self.upkeep.tell(pin.document, PutPin(pin), done=done)
+    def _put(self, pins: Sequence[Pin], done: Told = lambda _: None) -> None:
+        for pin in pins:
+            self.state.pins.put(pin)
+            if pin.refresh is not Refresh.NEVER and pin.expires_wall_ns is not None:
+                self._told_wall_ns[pin.document] = pin.expires_wall_ns
+            else:
+                self._told_wall_ns.pop(pin.document, None)
+        self.upkeep.tell_all({pin.document: PutPin(pin) for pin in pins}, done=done)
 
     def _make_durable(self, owner: DocumentRecord) -> None:
         """As its hard pin, it is to survive a restart."""
@@ -126,7 +171,7 @@ class Keeping:
         assert pin.ttl_ns is not None
         assert pin.expires_wall_ns is not None
         if pin.expires_wall_ns - self._told_wall_ns[document] >= pin.ttl_ns // TOLD_PART:
-            self._put(pin)
+            self._put([pin])
         else:
             self.state.pins.put(pin)
 
@@ -135,7 +180,7 @@ class Keeping:
         pin = self.state.pins.get(document.id)
         if pin is not None:
             size_bytes = sum(self.state.extents[extent].extent.slot_bytes for extent in document.extents)
-            self._put(replace(pin, size_bytes=size_bytes))
+            self._put([replace(pin, size_bytes=size_bytes)])
             if pin.kind is PinKind.HARD:
                 self._make_durable(self.state.documents[document.id])
 

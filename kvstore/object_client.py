@@ -10,25 +10,34 @@ from .document import WritePolicy
 from .object_messages import (
     AbortPut,
     BeginPut,
+    ClearNamespace,
     CommitPut,
     DeleteObjects,
     FindObjects,
     GetObjects,
+    ListNamespaces,
     ListObjects,
+    Namespaces,
+    ObjectsCounted,
     ObjectsDeleted,
     ObjectsFound,
     ObjectsLeased,
     ObjectsListed,
+    PinObjects,
     PutBegun,
     PutEnded,
     ReleaseObjects,
     TouchObjects,
+    UnpinObjects,
 )
+from .object_views import NamespaceView
 from .opaque import LISTED_AT_ONCE
 from .runs import PartMessage
 from .wire import Done, Request
 
 R = TypeVar("R")
+LOOK_SECONDS: Final = 60.0
+CLEAR_SECONDS: Final = 600.0  # of a million objects
 MARGIN_SECONDS: Final = 5.0  # the daemon answers at its deadline; give the answer time to arrive
 
 
@@ -93,3 +102,37 @@ class ObjectClient:
     def delete(self, namespace: str, keys: Sequence[bytes]) -> list[bool]:
         """Forget these; which were there, and are gone. What is leased, pinned or being stored stays."""
         return self._ask(ObjectsDeleted, DeleteObjects(namespace, list(keys))).gone
+
+    def pin(
+        self,
+        namespace: str,
+        keys: Sequence[bytes] | None,
+        key_prefix: bytes | None,
+        tier: str = "ddr",
+        *,
+        ttl_seconds: float | None = None,
+        owner: str = "",
+        reason: str = "",
+        kind: str = "hard",
+        refresh: str = "never",
+    ) -> int:
+        """Keep those of these keys that are there, or all whose keys begin so, at or above a tier: all or none.
+
+        How many. See Client.pin.
+        """
+        listed = None if keys is None else list(keys)
+        body = PinObjects(namespace, listed, key_prefix, tier, ttl_seconds, owner, reason, kind, refresh)
+        return self._ask(ObjectsCounted, body).count
+
+    def unpin(self, namespace: str, keys: Sequence[bytes] | None, key_prefix: bytes | None) -> int:
+        """Let them sink again; how many were pinned."""
+        listed = None if keys is None else list(keys)
+        return self._ask(ObjectsCounted, UnpinObjects(namespace, listed, key_prefix)).count
+
+    def namespaces(self, namespace: str | None = None) -> list[NamespaceView]:
+        """The tenant's namespaces that have objects; or just one, whether it has any or not."""
+        return self._ask(Namespaces, ListNamespaces(namespace), LOOK_SECONDS).namespaces
+
+    def clear(self, namespace: str) -> int:
+        """Forget all objects of a namespace; how many. What is leased, pinned or being stored stays."""
+        return self._ask(ObjectsCounted, ClearNamespace(namespace), CLEAR_SECONDS).count

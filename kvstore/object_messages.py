@@ -11,10 +11,12 @@ import msgspec
 
 from .document import WritePolicy
 from .message import Count, Line, Message, Size
+from .object_views import NamespaceView
 from .opaque import LISTED_AT_ONCE, OBJECT_KEY_MAX, OBJECTS_AT_ONCE
 from .runs import PartMessage
 
 Key = Annotated[bytes, msgspec.Meta(min_length=1, max_length=OBJECT_KEY_MAX)]
+KeyPrefix = Annotated[bytes, msgspec.Meta(min_length=1, max_length=OBJECT_KEY_MAX)]
 Keys = Annotated[list[Key], msgspec.Meta(min_length=1, max_length=OBJECTS_AT_ONCE)]
 Refusals = dict[int, tuple[str, str]]
 
@@ -91,6 +93,43 @@ class ListObjects(Message, frozen=True):
     limit: Annotated[int, msgspec.Meta(ge=1, le=LISTED_AT_ONCE)]
 
 
+class PinObjects(Message, frozen=True):
+    """Pin those of these keys that are there, or all whose keys begin so; answered when the catalog has the pins.
+
+    All of them, or none. See PinDocument.
+    """
+
+    namespace: str
+    keys: Keys | None
+    key_prefix: KeyPrefix | None
+    tier: str
+    ttl_seconds: float | None
+    owner: str
+    reason: str
+    kind: str = "hard"
+    refresh: str = "never"
+
+
+class UnpinObjects(Message, frozen=True):
+    """End the pins of these keys, or of all whose keys begin so; answered when the catalog has forgotten them."""
+
+    namespace: str
+    keys: Keys | None
+    key_prefix: KeyPrefix | None
+
+
+class ListNamespaces(Message, frozen=True):
+    """The tenant's namespaces; or just one, which may have nothing."""
+
+    namespace: str | None = None
+
+
+class ClearNamespace(Message, frozen=True):
+    """Forget all of its objects; answered when the catalog has. What is leased, pinned or being stored stays."""
+
+    namespace: str
+
+
 ObjectRequest = (
     BeginPut
     | CommitPut
@@ -101,6 +140,10 @@ ObjectRequest = (
     | TouchObjects
     | DeleteObjects
     | ListObjects
+    | PinObjects
+    | UnpinObjects
+    | ListNamespaces
+    | ClearNamespace
 )
 
 
@@ -145,4 +188,18 @@ class ObjectsListed(Message, frozen=True):
     sizes: list[Size]
 
 
-ObjectReply = PutBegun | PutEnded | ObjectsLeased | ObjectsFound | ObjectsDeleted | ObjectsListed
+class ObjectsCounted(Message, frozen=True):
+    """How many were pinned, unpinned or deleted."""
+
+    count: int
+
+
+class Namespaces(Message, frozen=True):
+    """Namespaces."""
+
+    namespaces: list[NamespaceView]
+
+
+ObjectReply = (
+    PutBegun | PutEnded | ObjectsLeased | ObjectsFound | ObjectsDeleted | ObjectsListed | ObjectsCounted | Namespaces
+)

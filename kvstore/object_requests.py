@@ -4,32 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Final, Protocol, TypeVar
 
+from .claim_requests import tier_named, word
+from .claims import Pin, PinKind, Refresh
 from .document import ttl_ns_of
 from .errors import ClaimNotFound, HoldfastError, InvalidRequest
 from .getting import Get
 from .object_messages import (
     AbortPut,
     BeginPut,
+    ClearNamespace,
     CommitPut,
     DeleteObjects,
     FindObjects,
     GetObjects,
+    ListNamespaces,
     ListObjects,
+    Namespaces,
     ObjectReply,
     ObjectRequest,
+    ObjectsCounted,
     ObjectsDeleted,
     ObjectsFound,
     ObjectsLeased,
     ObjectsListed,
+    PinObjects,
     PutBegun,
     PutEnded,
     Refusals,
     ReleaseObjects,
     TouchObjects,
+    UnpinObjects,
 )
+from .object_views import namespace_views
 from .objects import Objects
+from .opaque import OBJECTS_AT_ONCE, checked_namespace
 from .putting import Incoming, Put
 from .runs import PartMessage
 from .service import Service
@@ -38,9 +49,9 @@ from .wire import Done
 
 T = TypeVar("T")
 Answered = Callable[[T | HoldfastError], None]
-NEW_OBJECTS: Final = (BeginPut, GetObjects)
+NEW_OBJECTS: Final = (BeginPut, GetObjects, PinObjects)
 CACHE_OBJECTS: Final = (BeginPut, GetObjects, FindObjects)  # what a bypass refuses
-SETTLED_OBJECTS: Final = (BeginPut, DeleteObjects)  # answered when the warm index has heard of it
+SETTLED_OBJECTS: Final = (BeginPut, DeleteObjects, ClearNamespace)  # answered when the warm index has heard of it
 
 
 class Call(Protocol):
@@ -77,6 +88,18 @@ class ObjectRequests:
             case DeleteObjects(namespace, keys):
                 gone: list[bool] = await self._call(lambda done: objects.delete(tenant, namespace, keys, done))
                 return ObjectsDeleted(gone)
+            case PinObjects() | UnpinObjects():
+                return await self._pin(tenant, body)
+            case ListNamespaces():
+                return Namespaces(await namespace_views(self._service, tenant, body.namespace))
+            case ClearNamespace(namespace):
+                return ObjectsCounted(await cleared(self._call, objects, tenant, namespace))
+            case _:
+                return self._simple(client, tenant, body)
+
+    def _simple(self, client: int, tenant: str, body: ObjectRequest) -> ObjectReply | Done:
+        objects = self._objects
+        match body:
             case FindObjects(namespace, keys):
                 tiers = objects.find(tenant, namespace, keys)
                 return ObjectsFound([None if tier is None else tier.label for tier in tiers])
@@ -138,9 +161,35 @@ class ObjectRequests:
             slots[number] = self._part(copy.slot, attach.owner.token_count)
         return ObjectsLeased(get.id, slots, _refusals(get.refused))
 
+    async def _pin(self, tenant: str, body: PinObjects | UnpinObjects) -> ObjectsCounted:
+        objects = self._objects
+        documents = objects.chosen(tenant, body.namespace, body.keys, body.key_prefix)
+        pins: list[Pin] = []
+
+        def start(done: Answered[None]) -> None:
+            if isinstance(body, UnpinObjects):
+                pins.extend(objects.unpin(documents, done))
+                return
+            floor, kind, refresh = tier_named(body.tier), word(PinKind, body.kind), word(Refresh, body.refresh)
+            pins.extend(objects.pin(documents, floor, body.ttl_seconds, body.owner, body.reason, kind, refresh, done))
+
+        await self._call(start)
+        return ObjectsCounted(len(pins))
+
     def _part(self, slot: Slot | None, size_bytes: int) -> PartMessage:
         assert slot is not None
         return PartMessage(slot.slab, slot.offset, slot.size_bytes, self._serial(slot.slab), 0, size_bytes)
+
+
+async def cleared(call: Call, objects: Objects, tenant: str, namespace: str) -> int:
+    """Forget the objects that a namespace has now, some at a time: others are not to wait long. How many are gone."""
+    count = 0
+    documents = list(objects.state.documents.of(tenant, checked_namespace(namespace)))
+    for first in range(0, len(documents), OBJECTS_AT_ONCE):
+        some = documents[first : first + OBJECTS_AT_ONCE]
+        gone: list[bool] = await call(partial(objects.forget_all, some))
+        count += sum(gone)
+    return count
 
 
 def _refusals(refused: Mapping[int, HoldfastError]) -> Refusals:

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Final
 
 from .attach import Attaches
+from .claims import Pin, PinKind, PinSelection, Refresh
 from .document import DocumentId
 from .errors import DocumentNotFound, HoldfastError, InUse, InvalidRequest
 from .expiry import Expiry
@@ -21,6 +22,7 @@ from .putting import Answered, Incoming, Puts
 from .residency import Tier
 from .state import DocumentRecord
 
+PINNED_AT_ONCE: Final = 16_384
 SPACES_KEPT: Final = 4096  # namespaces whose hits are counted
 
 Told = Callable[[HoldfastError | None], None]
@@ -85,9 +87,7 @@ class Objects:
         _check_count(keys)
 
         def counted(get: Get) -> None:
-            counts = self.counts(tenant, namespace)
-            counts["asked"] += len(keys)
-            counts["hits"] += len(get.found)
+            self._count(tenant, namespace, len(keys), len(get.found))
             answered(get)
 
         self.gets.begin(client, tenant, namespace, keys, deadline_ns, counted)
@@ -100,11 +100,15 @@ class Objects:
 
     def counts(self, tenant: str, namespace: str) -> Counter[str]:
         """How often objects of a namespace were `asked` for since the daemon started, and how many were `hits`."""
+        return self._counts.get((tenant, namespace), Counter())
+
+    def _count(self, tenant: str, namespace: str, asked: int, hits: int) -> None:
         counts = self._counts.setdefault((tenant, namespace), Counter())
         self._counts.move_to_end((tenant, namespace))
+        counts["asked"] += asked
+        counts["hits"] += hits
         if len(self._counts) > SPACES_KEPT:
             self._counts.popitem(last=False)
-        return counts
 
     # By key ------------------------------------------------------------------------------------
 
@@ -145,13 +149,13 @@ class Objects:
         Those that are leased, pinned or being stored stay. Raises InvalidRequest.
         """
         _check_count(keys)
+        self.forget_all([object_id(tenant, namespace, key) for key in keys], done)
+
+    def forget_all(self, documents: Sequence[DocumentId], done: Callable[[list[bool] | HoldfastError], None]) -> None:
+        """See `delete`."""
         gone: list[bool] = []
-
-        def told(error: HoldfastError | None) -> None:
-            done(gone if error is None else error)
-
-        wait = _Together(told)
-        gone += [self._delete(object_id(tenant, namespace, key), wait) for key in keys]
+        wait = _Together(lambda error: done(gone if error is None else error))
+        gone += [self._delete(document, wait) for document in documents]
         wait.begin()
         self._pump()
 
@@ -162,6 +166,51 @@ class Objects:
             wait.none()
             return False
         return True
+
+    # Pins --------------------------------------------------------------------------------------
+
+    def chosen(
+        self, tenant: str, namespace: str, keys: Sequence[bytes] | None, prefix: bytes | None
+    ) -> list[DocumentId]:
+        """The objects that are there of these keys, or whose keys begin so; all of the namespace where both are None.
+
+        Raises InvalidRequest for both, and for more than can be pinned at once.
+        """
+        if keys is not None and prefix is not None:
+            raise InvalidRequest("name objects by their keys or by a prefix of their keys, not both")
+        documents = self.state.documents
+        if keys is not None:
+            named = dict.fromkeys(object_id(tenant, namespace, key) for key in keys)
+            return [document for document in named if document in documents]
+        front = f"{namespace}/{(prefix or b'').hex()}"
+        found = [document for document in documents.of(tenant, namespace) if document.name.startswith(front)]
+        if len(found) > PINNED_AT_ONCE:
+            raise InvalidRequest(f"{len(found)} objects are meant, more than {PINNED_AT_ONCE}: use longer prefixes")
+        return found
+
+    def pin(
+        self,
+        documents: Sequence[DocumentId],
+        floor: Tier,
+        ttl_seconds: float | None,
+        owner: str,
+        reason: str,
+        kind: PinKind,
+        refresh: Refresh,
+        done: Told,
+    ) -> list[Pin]:
+        """See Keeping.pin_objects."""
+        pins = self.keeping.pin_objects(documents, floor, ttl_seconds, owner, reason, kind, refresh, done)
+        for pin in pins:
+            self.upkeep.room.writes.came_back(self.state.documents[pin.document], "pinned")
+        self._pump()
+        return pins
+
+    def unpin(self, documents: Sequence[DocumentId], done: Told) -> list[Pin]:
+        """See Keeping.unpin_all."""
+        pins = self.keeping.unpin_all(PinSelection(documents=set(documents)), done)
+        self._pump()
+        return pins
 
     # Ends --------------------------------------------------------------------------------------
 

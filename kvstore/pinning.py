@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from .claims import Pin, PinKind
-from .document import Document, WritePolicy
+from .document import Document, DocumentId, WritePolicy
 from .errors import InvalidRequest, PinsOvercommitted
 from .extent import Extent
 from .holders import Holder, largest
@@ -28,6 +28,20 @@ def check_pin(state: State, pin: Pin, document: Document, extents: Iterable[Exte
         _check_ddr(state, pin, list(extents), [p for p in others if p.counts_in(Tier.DDR)], wall_ns)
     if pin.counts_in(Tier.HBM):
         _check_hbm(state, pin, document, [p for p in others if p.counts_in(Tier.HBM)], wall_ns)
+
+
+def check_pins(state: State, pins: Sequence[Pin], wall_ns: int) -> None:
+    """The same of many alike, of unnamed documents of one namespace, which are there: all, or none. Quick."""
+    documents = {pin.document for pin in pins}
+    first = pins[0]
+    name = f"{first.document.namespace}/*"
+    size_bytes = sum(pin.size_bytes for pin in pins)
+    all_of_them = replace(first, document=DocumentId(first.document.tenant, name), size_bytes=size_bytes)
+    state.pins.check(all_of_them, wall_ns, documents)
+    if first.kind is PinKind.HARD and first.counts_in(Tier.DDR):
+        extents = [state.extents[e].extent for pin in pins for e in state.documents[pin.document].document.extents]
+        others = [p for p in state.pins.all() if p.kind is PinKind.HARD and p.document not in documents]
+        _check_ddr(state, all_of_them, extents, [p for p in others if p.counts_in(Tier.DDR)], wall_ns)
 
 
 def check_growth(state: State, document: Document, extents: Sequence[Extent], wall_ns: int) -> None:

@@ -8,7 +8,7 @@ effects.fail(service, order, StorageFailed("..."))       # or this one does not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -18,6 +18,7 @@ from holdfast.kvstore.clock import ManualClock
 from holdfast.kvstore.config import Config, load_config
 from holdfast.kvstore.document import DocumentId, WritePolicy
 from holdfast.kvstore.errors import HoldfastError
+from holdfast.kvstore.opaque import object_id
 from holdfast.kvstore.orders import (
     CloseShard,
     Hasten,
@@ -32,6 +33,7 @@ from holdfast.kvstore.orders import (
     Verify,
     WriteOut,
 )
+from holdfast.kvstore.putting import Incoming, Put
 from holdfast.kvstore.service import Service
 from holdfast.kvstore.spec import KVSpec, LayerGroup
 
@@ -186,3 +188,27 @@ def ingest(
     assert not [result for result in results if isinstance(result, HoldfastError)], results
     service.state.check()
     return document
+
+
+def put_objects(
+    service: Service,
+    effects: ManualEffects,
+    namespace: str,
+    keys: Sequence[bytes],
+    *,
+    size_bytes: int = 5000,
+    tenant: str = "default",
+    write_policy: WritePolicy = WritePolicy.THROUGH,
+    tokens_each: int = 0,
+) -> list[DocumentId]:
+    """Store opaque objects with one message, and let all that follows end well."""
+    incoming = Incoming(tenant, namespace, write_policy, tokens_each)
+    puts: list[Put] = []
+    service.objects.begin_put(CLIENT, incoming, [(key, size_bytes) for key in keys], FAR_NS, puts.append)
+    effects.complete_all(service)
+    (put,) = puts
+    service.objects.commit_put(CLIENT, put.id, [bytes(range(8))] * len(put.ingests), FAR_NS, puts.append)
+    effects.complete_all(service)
+    assert not put.refused, put.refused
+    service.state.check()
+    return [object_id(tenant, namespace, key) for key in keys]

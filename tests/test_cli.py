@@ -21,7 +21,7 @@ from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.state import Backend
 from typer.testing import CliRunner
 
-from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, ingest, tiny_config, tiny_service, tiny_spec
+from fakes import CLIENT, EXTENT_BYTES, FAR_NS, ManualEffects, ingest, put_objects, tiny_config, tiny_service, tiny_spec
 from holdfast import cli, cli_tables
 from holdfast.cli_session import exit_code, hoisted
 from holdfast.rest import Rest, document_path
@@ -716,3 +716,31 @@ def test_explain_says_what_keeps_it(live):
 def test_tiers_and_status_say_how_good_evictions_were(live):
     assert "UNFETCHED" in ok("tiers", live=live)
     assert "REGRET" in ok("status", live=live)
+
+
+# Objects ---------------------------------------------------------------------------------------
+
+
+def test_objects_are_listed_shown_pinned_and_cleared(live):
+    for tenant in ("default", "other"):
+        live.call(
+            lambda tenant=tenant: put_objects(live.service, live.effects, "ns", [b"aa", b"ab", b"b"], tenant=tenant)
+        )
+    live.ingest("document")
+    found = machine("objects", "ls", live=live)["namespaces"]
+    assert [(n["tenant"], n["objects"]) for n in found] == [("default", 3), ("other", 3)]
+    assert "default/ns" not in ok("objects", "ls", "--tenant", "other", live=live)
+    assert "14.6 KiB" in ok("objects", "show", "ns", live=live)
+    pinned = ok("objects", "pin", "ns", "--prefix", b"a".hex(), "--reason", "why", live=live)
+    assert "2 objects pinned to ddr" in pinned
+    assert machine("objects", "show", "ns", live=live)["pinned"] == 2
+    assert "2 objects unpinned" in ok("objects", "unpin", "ns", live=live)
+    assert "1 object pinned softly to nvme" in ok(
+        "objects", "pin", "ns", "--key", b"b".hex(), "--soft", "--tier", "nvme", live=live
+    )
+    assert "3 objects deleted" in ok("objects", "clear", "ns", live=live)
+    assert machine("objects", "show", "other/ns", live=live)["objects"] == 3
+    assert machine("doc", "ls", live=live)["documents"][0]["name"] == "document"
+    refused(2, "objects", "pin", "ns", "--prefix", "no hex", live=live)
+    refused(2, "objects", "show", "a/b/c", live=live)
+    assert "no objects" in ok("objects", "ls", "--tenant", "nobody", live=live)

@@ -6,10 +6,23 @@ import numpy as np
 import pytest
 from holdfast.engine_adapter.api import Store
 from holdfast.engine_adapter.objects import PutStatus
-from holdfast.kvstore.errors import DocumentExists, DocumentTooLarge, InvalidName, InvalidRequest
+from holdfast.kvstore.document import WritePolicy
+from holdfast.kvstore.errors import (
+    DaemonUnavailable,
+    DocumentExists,
+    DocumentTooLarge,
+    InvalidName,
+    InvalidRequest,
+    InvalidSpec,
+    NoCapacity,
+    PinsOvercommitted,
+    SpecMismatch,
+)
 from holdfast.kvstore.object_client import ObjectClient
+from holdfast.kvstore.opaque import opaque_spec
 
-from daemon_process import DaemonProcess
+from daemon_process import DaemonProcess, until
+from fakes import tiny_spec
 
 
 @contextmanager
@@ -28,6 +41,11 @@ def some(count, size_bytes=5000, seed=0):
 
 def statuses(results):
     return [result.status for result in results]
+
+
+def written(store, keys):
+    """All of these will survive a power loss."""
+    until(lambda: all(store.document(f"ns/{key.hex()}").durable for key in keys), "all is written")
 
 
 def content(objects, keys):
@@ -152,3 +170,221 @@ def test_more_than_a_message_takes():
         assert content(objects, list(made)) == list(made.values())
         assert objects.find(list(made)) == ["ddr"] * 300
         assert objects.delete(list(made)) == [True] * 300
+
+
+# Pins and namespaces -----------------------------------------------------------------------------
+
+
+def test_pins_by_keys_and_by_prefix_of_keys():
+    made = {bytes([n // 2, n]): bytes([n]) * 5000 for n in range(8)}
+    with stores() as (_, store):
+        objects = store.objects("ns")
+        objects.put(list(made.items()))
+        assert objects.pin([b"\0\0", b"other"], owner="me") == 1
+        assert objects.pin(key_prefix=b"\1") == 2
+        assert objects.stats().pinned == 3
+        assert {pin.document for pin in store.pins()} == {"ns/0000", "ns/0102", "ns/0103"}
+        assert objects.delete(list(made)) == [False, True, False, False, True, True, True, True]
+        assert objects.unpin(key_prefix=b"\1") == 2
+        assert objects.unpin([b"\0\0", b"other"]) == 1
+        assert objects.clear() == 3
+        for wrong in ({}, {"keys": [b"a"], "key_prefix": b"a"}):
+            with pytest.raises(InvalidRequest):
+                objects.pin(**wrong)
+        with pytest.raises(InvalidRequest):
+            objects.pin([b"a"], tier="hbm")
+
+
+def test_pins_that_do_not_fit_pin_nothing():
+    made = some(20)
+    settings = {"limits.ddr_pin_bytes": "64 KiB"}
+    with stores(**settings) as (_, store):
+        objects = store.objects("ns")
+        objects.put(list(made.items()))
+        with pytest.raises(PinsOvercommitted):
+            objects.pin(list(made))
+        assert store.pins() == []
+        assert objects.pin(list(made)[:4]) == 4
+        with pytest.raises(PinsOvercommitted) as refused:
+            objects.pin(list(made)[4:9])
+        assert {holder.document.partition("/")[0] for holder in refused.value.holders} == {"ns"}
+        assert objects.pin(list(made)[:4], kind="soft") == 4
+
+
+def test_a_namespace_is_counted_and_cleared():
+    made = some(10)
+    with stores("a", "b") as (daemon, first, second):
+        objects = first.objects("ns")
+        objects.put(list(made.items()), write_policy=WritePolicy.THROUGH)
+        first.objects("other").put([(b"key", b"kept")])
+        second.objects("ns").put([(b"key", b"kept")])
+        content(objects, [*made, b"other"])
+        written(first, made)
+        stats = objects.stats()
+        assert (stats.tenant, stats.namespace, stats.objects, stats.asked, stats.hits) == ("a", "ns", 10, 11, 10)
+        assert stats.size_bytes == sum(map(len, made.values()))
+        assert stats.resident_bytes["ddr"] >= stats.size_bytes
+        rest = daemon.rest()
+        shown = rest.get("/v1/objects")["namespaces"]
+        assert [(n["tenant"], n["namespace"], n["objects"]) for n in shown] == [
+            ("a", "ns", 10),
+            ("a", "other", 1),
+            ("b", "ns", 1),
+        ]
+        assert len(rest.get("/v1/objects", {"tenant": "b"})["namespaces"]) == 1
+        assert rest.post("/v1/objects/a/ns/pin", {"keys": [b"key-0-0".hex()]})["objects"] == 1
+        assert rest.delete("/v1/objects/a/ns") == {"objects": 9, "size_bytes": None}
+        assert rest.post("/v1/objects/a/ns/unpin", {})["objects"] == 1
+        assert objects.clear() == 1
+        assert objects.stats().objects == 0
+        assert rest.get("/v1/objects/a/ns")["objects"] == 0
+        assert second.objects("ns").find([b"key"]) == first.objects("other").find([b"key"]) == ["ddr"]
+
+
+def test_objects_appear_where_documents_are_looked_at_by_name_only():
+    with stores() as (daemon, store):
+        objects = store.objects("ns")
+        objects.put([(b"key", b"payload")])
+        assert store.documents() == []
+        assert daemon.rest().get("/v1/documents")["documents"] == []
+        assert store.document("ns/6b6579").token_count == 7
+        for name in ("ns/6b6579", "ns/00"):
+            with pytest.raises(InvalidName), store.ingest(name, tiny_spec(), [1, 2, 3]):
+                pass
+
+
+def test_the_specs_of_objects_are_no_models():
+    with stores() as (_, store):
+        store.objects("ns").put([(b"key", b"payload")])
+        spec = opaque_spec("ns", 7, 0)
+        with pytest.raises(InvalidSpec):
+            store.lookup(spec, [0])
+        client = store._client
+        for call in (
+            lambda: client.begin_ingest("doc", spec.fingerprint(), [0]),
+            lambda: client.lookup_tokens(spec.fingerprint(), [0]),
+            lambda: client.register_rank("g", 0, 1, 1, spec.fingerprint(), 64),
+        ):
+            with pytest.raises(SpecMismatch):
+                call()
+
+
+# Restarts and damage -----------------------------------------------------------------------------
+
+
+def test_objects_survive_a_kill_in_memory_and_on_disk():
+    through, memory = some(6, seed=1), some(6, seed=2)
+    with stores() as (daemon, store):
+        objects = store.objects("ns")
+        objects.put(list(through.items()), write_policy=WritePolicy.THROUGH, tokens_each=7)
+        objects.put(list(memory.items()), write_policy=WritePolicy.MEMORY)
+        objects.pin(list(through)[:2])
+        written(store, through)
+        objects = Store(daemon.restart().client("t")).objects("ns")
+        assert content(objects, [*through, *memory]) == [*through.values(), *memory.values()]
+        assert objects.stats().pinned == 2
+        objects = Store(daemon.restart_cold().client("t")).objects("ns")
+        assert content(objects, [*through, *memory]) == [*through.values(), *[None] * 6]
+        assert objects.stats().pinned == 2
+        assert statuses(objects.put(list(memory.items()))) == [PutStatus.STORED] * 6
+        assert content(objects, list(memory)) == list(memory.values())
+
+
+def test_what_is_deleted_stays_deleted_and_its_key_can_be_used_anew():
+    with stores() as (daemon, store):
+        objects = store.objects("ns")
+        objects.put([(b"key", b"one" * 100)], write_policy=WritePolicy.THROUGH)
+        for number, restart in enumerate((daemon.restart, daemon.restart_cold)):
+            assert objects.delete([b"key"]) == [True]
+            objects = Store(restart().client("t")).objects("ns")
+            assert objects.find([b"key"]) == [None]
+            new = bytes([number]) * 300
+            assert statuses(objects.put([(b"key", new)], write_policy=WritePolicy.THROUGH)) == [PutStatus.STORED]
+            assert content(objects, [b"key"]) == [new]
+
+
+def test_a_damaged_object_is_a_miss_and_is_stored_again():
+    made = some(3, size_bytes=50_000)
+    with stores() as (daemon, store):
+        objects = store.objects("ns")
+        objects.put(list(made.items()), write_policy=WritePolicy.THROUGH)
+        written(store, made)
+        daemon.kill()
+        daemon.cool()
+        for segment in (daemon.data_dir / "nvme").rglob("segment-*"):
+            found = segment.read_bytes()
+            at = found.find(made[b"key-0-1"])
+            if at >= 0:
+                with segment.open("r+b") as file:
+                    file.seek(at + 100)
+                    file.write(b"damage")
+        objects = Store(daemon.start().client("t")).objects("ns")
+        assert content(objects, list(made)) == [made[b"key-0-0"], None, made[b"key-0-2"]]
+        assert objects.find(list(made)) == ["ddr", None, "ddr"]
+        assert statuses(objects.put(list(made.items()))) == [PutStatus.PRESENT, PutStatus.STORED, PutStatus.PRESENT]
+        assert content(objects, list(made)) == list(made.values())
+
+
+def test_a_full_store_evicts_objects_and_keeps_pinned_ones():
+    with stores() as (_, store):
+        objects = store.objects("ns")
+        kept = some(8, seed=1)
+        objects.put(list(kept.items()), write_policy=WritePolicy.MEMORY)
+        objects.pin(list(kept))
+        for seed in range(2, 12):
+            more = some(20, size_bytes=10_000, seed=seed)
+            assert statuses(objects.put(list(more.items()), write_policy=WritePolicy.MEMORY)) == [PutStatus.STORED] * 20
+        assert content(objects, list(kept)) == list(kept.values())
+        found = [tier for seed in range(2, 12) for tier in objects.find(list(some(20, seed=seed)))]
+        assert {None, "ddr"} == set(found)
+
+
+def test_what_does_not_fit_beside_leases_is_refused_and_told_by_whom():
+    made = some(16, size_bytes=50_000)
+    with stores() as (_, store):
+        objects = store.objects("ns")
+        with objects.get(list(made)):
+            pass
+        results = objects.put(list(made.items()), write_policy=WritePolicy.MEMORY)
+        assert {result.status for result in results} == {PutStatus.STORED}
+        with objects.get(list(made)) as views:
+            assert None not in views
+            (refused,) = objects.put([(b"more", bytes(50_000))], write_policy=WritePolicy.MEMORY)
+            assert isinstance(refused.error, NoCapacity)
+        (stored,) = objects.put([(b"more", bytes(50_000))], write_policy=WritePolicy.MEMORY)
+        assert stored.is_there
+
+
+def test_a_client_that_dies_gives_back_what_it_leased_and_was_storing():
+    made = some(4)
+    with stores("t", "t") as (daemon, first, second):
+        objects = first.objects("ns")
+        objects.put(list(made.items()))
+        first._client.objects.begin_put("ns", [(b"half", 5000)])
+        first._client.objects.get("ns", list(made))
+        assert second.objects("ns").delete([b"key-0-0"]) == [False]
+        first.close()
+        until(lambda: second.objects("ns").delete([b"key-0-0"]) == [True], "the lease ends")
+        assert statuses(second.objects("ns").put([(b"half", b"whole")])) == [PutStatus.STORED]
+        assert daemon.leases() == []
+
+
+def test_a_daemon_that_is_gone():
+    with stores() as (daemon, store):
+        objects = store.objects("ns")
+        objects.put([(b"key", b"payload")])
+        with objects.get([b"key"]) as (view,):
+            daemon.kill()
+            assert bytes(view) == b"payload"  # what was leased can be read to the end
+        for call in (lambda: objects.put([(b"key", b"payload")]), lambda: content(objects, [b"key"])):
+            with pytest.raises(DaemonUnavailable):
+                call()
+
+
+def test_a_time_to_live():
+    with stores() as (_, store):
+        objects = store.objects("ns")
+        objects.put([(b"short", b"lived")], ttl_seconds=0.01)
+        until(lambda: objects.find([b"short"]) == [None], "it expires")
+        assert statuses(objects.put([(b"short", b"again")])) == [PutStatus.STORED]
+        assert content(objects, [b"short"]) == [b"again"]
