@@ -820,7 +820,7 @@ async def test_looking_never_perturbs(api):
     before = [api.service.planner.explain(record, record.ddr) for record in records]
     uses = owner.use_count, owner.last_use_ns
     for path in sorted(route.removeprefix("GET ") for route in ROUTES if route.startswith("GET ")):
-        async with api.client.get(path.format(tenant="default", name="a")) as response:
+        async with api.client.get(path.format(tenant="default", name="a", namespace="ns")) as response:
             assert response.status == 200, path
     assert [api.service.planner.explain(record, record.ddr) for record in records] == before
     assert (owner.use_count, owner.last_use_ns) == uses
