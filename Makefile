@@ -6,7 +6,7 @@ ROOMS := kvstore eviction engine_adapter ring_attention
 ENGINES := vllm lmcache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-engines engines check format links clean soak bench-reattach bench-store bench-ring bench-hints bench-eviction
+.PHONY: help setup demo test test-engines engines check format links clean soak bench-reattach bench-store bench-ring bench-hints bench-eviction bench-adapters
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench-eviction: $(STAMP) ## Replay traces with every eviction policy (benchmarks
 
 bench-hints: $(STAMP) ## Measure what queries wait for KV, with hints and without (benchmarks/results/hints.json)
 	$(BIN)/python benchmarks/hints.py
+
+bench-adapters: $(STAMP) ## Measure first tokens in vLLM by where KV comes from; wants `make engines` (benchmarks/results/adapters.json)
+	$(BIN)/python benchmarks/adapters.py
 
 engines: $(ENGINES:%=.venv-%/.holdfast) .sglang/.stamp ## Make the environments of real engines (.venv-vllm, .venv-lmcache, .sglang)
 

@@ -8,7 +8,6 @@ LMCache copies whole objects, we take the KV of prefill chunks apart into extent
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -16,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from documents import GIB, LLAMA, Sizes, Source, Stage, Tokens
 from holdfast.engine_adapter.api import LayerKV
 from holdfast.kvstore.document import WritePolicy
+from peer import Peer
 from rows import Row, row
 from samples import Samples
 from store_memory import alternate
@@ -36,27 +36,6 @@ LLAMA_EXTENT_BYTES: Final = LLAMA.extent_tokens * LLAMA.bytes_per_token
 CHUNK_TOKENS: Final = 2048  # of a prefill: an engine does not make KV extent by extent
 
 
-class Peer:
-    """The worker, asked one thing at a time."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def ask(self, do: str, **arguments: object) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"LMCache's worker ended with status {self._process.wait()} when asked to {do}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def seconds(self, do: str, **arguments: object) -> float:
-        return float(self.ask(do, **arguments)["seconds"])
-
-
 @contextmanager
 def peer(directory: Path, sizes: Sizes) -> Iterator[Peer]:
     """A worker with every manager. Its complaints go to a log in `directory`."""
@@ -65,17 +44,15 @@ def peer(directory: Path, sizes: Sizes) -> Iterator[Peer]:
         process = subprocess.Popen(
             [PYTHON, WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, cwd=directory
         )
+        asked = Peer(process, "LMCache's worker")
         try:
-            asked = Peer(process)
             objects = sizes.document_bytes // OBJECT_BYTES
             asked.ask(
                 "start", directory=str(directory), objects=objects, rounds=sizes.peer_rounds, managers=[*RAM, *DISK]
             )
             yield asked
         finally:
-            assert process.stdin is not None
-            process.stdin.close()
-            process.wait(60)
+            asked.close(60)
 
 
 class Versus:
