@@ -65,7 +65,7 @@ def vllm_cpu_vec(tokens: int, heads: int, key_dim: int, value_dim: int) -> PageF
     """Pages of vLLM's CPU backend, ISAs "vec" and "vec16": for each head K as [dim, tokens], then V as [tokens, dim].
 
     [pages, heads, tokens, 2 x dim] is only what the tensor says of itself (vLLM 0.32, cpu_attn.py; packed by its kernel
-    and compared). ISA "amx" packs tiles of 16 x 2: no strides say that, see `opaque`.
+    and compared). ISA "amx" packs tiles of 16 x 2: no strides say that, see `undescribed`.
     """
     head = tokens * (key_dim + value_dim)
     return PageFormat(
@@ -127,14 +127,14 @@ def native(spec: KVSpec, page_format: PageFormat, *, accept: Literal["verified",
         raise UnknownPageFormat(
             f"{page_format.name} follows the engine's source, was never compared with its pages; accept it by name"
         )
-    made = opaque(spec, page_format.name, page_format.tokens)
+    made = undescribed(spec, page_format.name, page_format.tokens)
     if page_format not in [_of_group(made, group, page_format.name) for group in made.groups]:
         shape = (page_format.heads, page_format.key_dim, page_format.value_dim)
         raise InvalidSpec(f"no layer group of {spec.model} has {shape} heads, key and value dims, as these pages have")
     return made
 
 
-def opaque(spec: KVSpec, name: str, tokens: int) -> KVSpec:
+def undescribed(spec: KVSpec, name: str, tokens: int) -> KVSpec:
     """The spec of the same model's KV in pages that only their engine can read: kept, given back, never decoded.
 
     `name` is to be new for each way of packing, such as "vllm-cpu-amx/1".

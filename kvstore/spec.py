@@ -90,8 +90,9 @@ class KVSpec:
         if min(numbers) < 1:
             raise InvalidSpec("layers, heads, dims, windows, block and vocabulary sizes must be positive")
         layers = [layer for group in self.groups for layer in group.layers]
-        if len(self.groups) > 1 and any(group.kind is GroupKind.OPAQUE for group in self.groups):
-            raise InvalidSpec("opaque bytes have no other layer group beside them")
+        is_opaque = any(group.kind is GroupKind.OPAQUE for group in self.groups)
+        if is_opaque and (len(self.groups) > 1 or self.page_format):
+            raise InvalidSpec("opaque bytes have no other layer group beside them, and no pages")
         if len(set(layers)) != len(layers):
             raise InvalidSpec("a layer belongs to exactly one group")
         if self.extent_blocks & (self.extent_blocks - 1):

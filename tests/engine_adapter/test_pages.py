@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from holdfast.engine_adapter.api import Store
-from holdfast.engine_adapter.pages import FORMATS, PageFormat, Strides, key_value, native, opaque, page_format
+from holdfast.engine_adapter.pages import FORMATS, PageFormat, Strides, key_value, native, page_format, undescribed
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import InvalidRequest, InvalidSpec, PartialPage, UnknownPageFormat
@@ -311,7 +311,7 @@ def test_views_tell_the_format_and_native_keys_are_their_own(store):
 
 def test_an_unknown_format_is_stored_and_given_out_raw(store):
     """The daemon knows sizes only: pages of an engine that came later than this release are safe with it."""
-    spec = replace(opaque(CANONICAL, "later/7", PAGE), extent_blocks=4)
+    spec = replace(undescribed(CANONICAL, "later/7", PAGE), extent_blocks=4)
     pages = paged(spec, 5 * PAGE)
     ingest(store, "a", spec, pages, [(0, 5)])
     with store.attach("a") as document:

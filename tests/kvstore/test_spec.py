@@ -53,6 +53,7 @@ BAD = [
     {"vocabulary_size": 0},
     {"page_format": "a" * 129},
     {"page_format": "a\n"},
+    {"page_format": "a", "groups": (replace(GROUP, kind=GroupKind.OPAQUE),)},
     {"block_tokens": 0},
     {"extent_blocks": 0},
     {"extent_blocks": 3},
