@@ -64,7 +64,8 @@ def clear(
 
     def human() -> list[RenderableType]:
         verb = "would go" if found["state"] == "planned" else "gone"
-        lines: list[RenderableType] = [f"{found['deleted']:,} {'document' if found['deleted'] == 1 else 'documents'} {verb}"]
+        noun = "document" if found["deleted"] == 1 else "documents"
+        lines: list[RenderableType] = [f"{found['deleted']:,} {noun} {verb}"]
         lines += [f"kept {name}: {why}" for name, why in found["kept"].items()]
         more = found["kept_count"] - len(found["kept"])
         return [*lines, *([f"and {more:,} more were kept"] if more else [])]
