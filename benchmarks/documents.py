@@ -17,7 +17,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from bare import Bytes, let_go
-from holdfast.engine_adapter.api import Attachment, Store
+from holdfast.engine_adapter.api import Store
+from holdfast.engine_adapter.attachment import Attachment
 from holdfast.engine_adapter.planes import Planes
 from holdfast.engine_adapter.writer import IngestWriter
 from holdfast.kvstore.client import Client

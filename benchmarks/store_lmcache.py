@@ -19,7 +19,7 @@ from typing import Final
 
 import numpy as np
 from documents import GIB, LLAMA, Sizes, Source, Stage, Tokens
-from holdfast.engine_adapter.api import LayerKV
+from holdfast.engine_adapter.attachment import LayerKV
 from holdfast.kvstore.document import WritePolicy
 from peer import Peer
 from rows import Row, row

@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, overload
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,15 +20,13 @@ from ..kvstore.claim_views import PinView
 from ..kvstore.client import Client
 from ..kvstore.config import load_config
 from ..kvstore.document import WritePolicy
-from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, NoCapacity, Unavailable
+from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, NoCapacity
 from ..kvstore.hint_views import HintView
 from ..kvstore.keys import Extras
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PrefixView, TierView, VictimView
-from ..kvstore.wire import Attached
+from .attachment import Attachment
 from .objects import Objects
-from .pages import Array
-from .planes import Planes
 from .writer import IngestWriter
 
 AHEAD_SECONDS: Final = 0.2  # how long the next window may wait for room while the present one could be read
@@ -44,145 +41,6 @@ def connect(socket: str | Path | None = None, *, data_dir: str | Path | None = N
         overrides = {} if data_dir is None else {"daemon.data_dir": str(data_dir)}
         socket = load_config(None, os.environ, overrides).daemon.socket
     return Store(Client(Path(socket), tenant))
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Consecutive tokens [start, start + n) of one layer: `key` and `value` are views of shared memory.
-
-    They may be read until the attachment ends. MLA has no `value` (an empty array). Of native pages they are copies.
-    """
-
-    start: int
-    key: Array
-    value: Array
-
-
-class _Pieces(Sequence[Piece]):
-    """The extents of one layer of some runs, as far as they hold these tokens."""
-
-    def __init__(self, planes: Sequence[Planes], position: int, tokens: tuple[int, int]) -> None:
-        self._planes = planes
-        self._position = position
-        self._tokens = tokens
-
-    def __len__(self) -> int:
-        return sum(planes.run.count for planes in self._planes)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return (self._piece(planes, index) for planes in self._planes for index in range(planes.run.count))
-
-    @overload
-    def __getitem__(self, index: int) -> Piece: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[Piece]: ...
-
-    def __getitem__(self, index: int | slice) -> Piece | list[Piece]:
-        if isinstance(index, slice):
-            return list(self)[index]
-        left = range(len(self))[index]  # raises IndexError
-        for planes in self._planes:
-            if left < planes.run.count:
-                return self._piece(planes, left)
-            left -= planes.run.count
-        raise AssertionError(index)
-
-    def _piece(self, planes: Planes, index: int) -> Piece:
-        cut = planes.clipped(index, *self._tokens)
-        key, value = (planes.of_cut(part, self._position, cut) for part in (0, 1))
-        return Piece(cut.start, key, value)
-
-
-class LayerKV:
-    """One layer of an attached document, in token order. `index` is the model's layer index.
-
-    `tokens` is the range [start, stop) that it holds: the whole document, or what was attached of it.
-    """
-
-    def __init__(self, index: int, planes: Sequence[Planes], position: int, tokens: tuple[int, int]) -> None:
-        self.index = index
-        self.tokens = tokens
-        self._planes = planes
-        self._position = position
-
-    @property
-    def pieces(self) -> Sequence[Piece]:
-        """What it consists of, one piece per extent, made when it is looked at: no copy, but of native pages."""
-        return _Pieces(self._planes, self._position, self.tokens)
-
-    def gathered(self) -> tuple[Array, Array]:
-        """Key and value of all tokens, copied into one array each: [kv heads, tokens, dim]."""
-        start, stop = self.tokens
-        planes = self._planes[0]
-        key, value = (np.empty((heads, stop - start, dim), planes.dtype) for heads, dim in planes.shapes)
-        self.copy_into(key, value)
-        return key, value
-
-    def copy_into(self, key: Array, value: Array) -> None:
-        """Copy key and value of all tokens into the caller's arrays: [kv heads, tokens, dim], of the model's dtype.
-
-        Raises InvalidRequest for arrays of another shape or dtype, and copies nothing.
-        """
-        start, stop = self.tokens
-        dtype = self._planes[0].dtype
-        for array, (heads, dim) in zip((key, value), self._planes[0].shapes, strict=True):
-            if array.shape != (heads, stop - start, dim) or array.dtype != dtype:
-                raise InvalidRequest(f"{array.dtype} {array.shape} is no room for {dtype} {(heads, stop - start, dim)}")
-        for planes in self._planes:
-            for cut in planes.cuts(start, stop):
-                for part, array in enumerate((key, value)):
-                    rows = array[:, cut.start - start : cut.stop - start]
-                    for ours, theirs in planes.beside(part, self._position, cut, rows):
-                        np.copyto(theirs, ours)
-
-    @property
-    def pages(self) -> Sequence[tuple[int, Array]]:
-        """A native document's pages as they were stored: (number of the first, uint8 views [n, page bytes]), no copy.
-
-        In order, one entry per extent: all pages that hold any of `tokens`. Raises InvalidRequest for canonical KV.
-        """
-        return [found for planes in self._planes for found in planes.native_pages(self._position, *self.tokens)]
-
-
-class Attachment:
-    """A leased document. Layers become readable one after the other, while later ones are still on their way.
-
-    `tokens` is what of it is leased, [start, stop): all of it unless a range was asked for.
-    """
-
-    def __init__(self, client: Client, attached: Attached, tokens: tuple[int, int] | None = None) -> None:
-        self._client = client
-        self._attached = attached
-        self.spec = attached.spec
-        self.token_count = attached.token_count
-        self.tokens = tokens if tokens is not None else (0, attached.token_count)
-
-    def detach(self) -> None:
-        """Give it back. Its arrays must not be used any more."""
-        with suppress(Unavailable):  # a daemon that is gone holds no lease
-            self._client.detach(self._attached.lease)
-
-    def layers(self) -> Iterator[LayerKV]:
-        """Every layer, in order, each as soon as it may be read; no copy. Raises CorruptExtent or StorageFailed."""
-        planes = self._planes()
-        # Layer groups of one model are stored side by side; the k-th layers of all of them come together.
-        depth = max(len(group.layers) for group in self.spec.groups)
-        for position in range(depth):
-            self._client.wait_layers(self._attached.lease, position + 1)
-            for number, group in enumerate(self.spec.groups):
-                if position < len(group.layers):
-                    yield LayerKV(group.layers[position], planes[number], position, self.tokens)
-
-    def _planes(self) -> list[list[Planes]]:
-        """The runs of every layer group, in token order, as arrays."""
-        runs = self._attached.runs
-        views = self._client.views(runs)
-        found: list[list[Planes]] = [[] for _ in self.spec.groups]
-        for run, view in zip(runs, views, strict=True):
-            # Sealed: whoever writes here corrupts everybody's copy.
-            found[run.group].append(Planes(run, self.spec, view.toreadonly()))
-        return found
 
 
 class Store:
@@ -272,6 +130,28 @@ class Store:
         hold at once: see `windows`.
         """
         attachment = self._attached(name, spec, tokens, deadline_seconds)
+        try:
+            yield attachment
+        finally:
+            attachment.detach()
+
+    @contextmanager
+    def attach_prefix(
+        self,
+        spec: KVSpec,
+        tokens: Sequence[int] | npt.NDArray[np.integer],
+        *,
+        extras: Extras | None = None,
+        deadline_seconds: float = 60.0,
+    ) -> Iterator[Attachment]:
+        """Lease the longest prefix of these tokens that is in the cache, and read it.
+
+        The attachment's `tokens` are (0, matched), and its `document` is what holds them. `extras`: as when they were
+        ingested. Raises PrefixNotFound for a miss.
+        """
+        fingerprint = self._client.register_spec(spec)
+        attached = self._client.attach_prefix(fingerprint, tokens, extras=extras, deadline_seconds=deadline_seconds)
+        attachment = Attachment(self._client, attached)
         try:
             yield attachment
         finally:

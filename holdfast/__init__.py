@@ -15,7 +15,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .engine_adapter.api import Attachment, LayerKV, Store, connect
+    from .engine_adapter.api import Store, connect
+    from .engine_adapter.attachment import Attachment, LayerKV
     from .engine_adapter.objects import Objects, PutResult
     from .engine_adapter.session import Session
     from .engine_adapter.writer import IngestWriter
@@ -27,13 +28,13 @@ __version__ = "0.1.0"
 
 # Names load on first use, so that `import holdfast` and the command line stay light.
 _PLACES = {
-    "Attachment": "engine_adapter.api",
+    "Attachment": "engine_adapter.attachment",
     "GroupKind": "kvstore.spec",
     "HoldfastError": "kvstore.errors",
     "IngestWriter": "engine_adapter.writer",
     "KVSpec": "kvstore.spec",
     "LayerGroup": "kvstore.spec",
-    "LayerKV": "engine_adapter.api",
+    "LayerKV": "engine_adapter.attachment",
     "Objects": "engine_adapter.objects",
     "PutResult": "engine_adapter.objects",
     "Session": "engine_adapter.session",

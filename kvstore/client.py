@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +15,7 @@ from .claim_views import PinView
 from .commands import Command
 from .connection import REPLY_SECONDS, Connection
 from .document import WritePolicy
-from .errors import ClaimNotFound, TokenOutOfRange
+from .errors import TokenOutOfRange
 from .explain_view import ExplainView
 from .explain_wire import ExplainDocument, Explained
 from .hint_views import HintView
@@ -26,14 +23,14 @@ from .hint_wire import CancelPrefetch, Hinted, PrefetchDocument
 from .keys import Extras
 from .layout import Layout
 from .layouts import LayoutMessage
+from .mappings import Mappings
 from .model_messages import Cleared, ClearModel
 from .object_client import ObjectClient
-from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens, extra_parts
+from .prefix_wire import AttachPrefix, Found, Keys, KeysOf, Lookup, LookupTokens, extra_parts
 from .runs import PartMessage, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, PrefixView, SwapView, TierView, VictimView
 from .wire import (
-    SLABS_AT_ONCE,
     AbortIngest,
     AttachDocument,
     Attached,
@@ -51,7 +48,6 @@ from .wire import (
     LayersReady,
     ListDocuments,
     ListTiers,
-    MapSlabs,
     MoveDone,
     NextSlots,
     ObservePrefill,
@@ -64,7 +60,6 @@ from .wire import (
     Request,
     RingFound,
     ShowDocument,
-    SlabsMapped,
     SlotsGiven,
     SpecRegistered,
     Tiers,
@@ -92,11 +87,9 @@ class Client:
         on_lost: Callable[[], None] | None = None,
         on_unmap: Callable[[memoryview], None] | None = None,
     ) -> None:
-        self._on_unmap = on_unmap  # hears of a whole slab that we are about to let go of
         self._connection = Connection(socket, tenant, resume=resume, on_command=on_command, on_lost=on_lost)
-        self._slabs: dict[int, tuple[int, memoryview]] = {}  # the memory's serial, and the mapping
+        self._mappings = Mappings(self._connection, on_unmap)
         self._ready: dict[int, int] = {}  # by lease: leading layers known to be readable
-        self._mapping = threading.Lock()
         self.tenant = tenant
         self.objects = ObjectClient(self._ask, self.views)
 
@@ -113,9 +106,7 @@ class Client:
     def close(self) -> None:
         """Let go of every claim and disconnect. Views of shared memory must not be used any more."""
         self._connection.close()
-        with self._mapping:
-            for slab in list(self._slabs):
-                self._unmap(slab)
+        self._mappings.close()
 
     def _ask(self, kind: type[R], body: Request, deadline_seconds: float = REPLY_SECONDS) -> R:
         reply, _ = self._connection.call(body, deadline_seconds)
@@ -317,6 +308,24 @@ class Client:
         self._ready[attached.lease] = attached.layers_ready
         return attached
 
+    def attach_prefix(
+        self,
+        fingerprint: bytes,
+        tokens: Sequence[int] | npt.NDArray[np.integer],
+        *,
+        extras: Extras | None = None,
+        deadline_seconds: float = 60.0,
+    ) -> Attached:
+        """Lease the longest prefix of these tokens that is in the cache, and start bringing it to DDR.
+
+        `token_count` of what is returned is how many have matched, and `document` what holds them. Raises
+        PrefixNotFound for a miss.
+        """
+        body = AttachPrefix(fingerprint, token_bytes(tokens), deadline_seconds, extra_parts(extras))
+        attached = self._ask(Attached, body, deadline_seconds + MARGIN_SECONDS)
+        self._ready[attached.lease] = attached.layers_ready
+        return attached
+
     def wait_layers(self, lease: int, layers: int, deadline_seconds: float = 600.0) -> int:
         """Wait until that many leading layers are readable; returns how many are."""
         known = self._ready.get(lease, 0)
@@ -404,39 +413,8 @@ class Client:
         return self.views([part])[0]
 
     def views(self, parts: Sequence[PartMessage | RunMessage]) -> list[memoryview]:
-        """The slots of extents, or all the slots of runs, writable, without a copy.
-
-        Slabs that are not known yet are mapped together. Raises ClaimNotFound when a slab has changed hands.
-        """
-        with self._mapping:
-            wanted = {p.slab for p in parts if self._slabs.get(p.slab, (0,))[0] != p.serial}
-            numbers = sorted(wanted)
-            for first in range(0, len(numbers), SLABS_AT_ONCE):
-                self._map(numbers[first : first + SLABS_AT_ONCE])
-            found = []
-            for part in parts:
-                serial, content = self._slabs[part.slab]
-                if serial != part.serial:
-                    raise ClaimNotFound(f"slab {part.slab} has changed hands: the lease on it has ended")
-                found.append(content[part.offset : part.offset + part.size_bytes])
-            return found
-
-    def _map(self, slabs: list[int]) -> None:
-        reply, descriptors = self._connection.call(MapSlabs(slabs))
-        assert isinstance(reply, SlabsMapped), reply
-        try:
-            for (slab, serial), descriptor in zip(reply.slabs, descriptors, strict=True):
-                self._unmap(slab)
-                self._slabs[slab] = (serial, memoryview(mmap.mmap(descriptor, reply.size_bytes)))
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-
-    def _unmap(self, slab: int) -> None:
-        """Forget a mapping; its memory goes with the last view of it."""
-        known = self._slabs.pop(slab, None)
-        if known is not None and self._on_unmap is not None:
-            self._on_unmap(known[1])
+        """The same of many together, or all the slots of runs: see Mappings."""
+        return self._mappings.views(parts)
 
 
 def token_bytes(tokens: Sequence[int] | npt.NDArray[np.integer]) -> bytes:

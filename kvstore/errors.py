@@ -17,6 +17,7 @@ HoldfastError
 |   `-- DocumentTooLarge        more bytes than all tiers together can hold
 |-- NotFound
 |   |-- DocumentNotFound
+|   |-- PrefixNotFound          nothing in the cache begins as these tokens do: a miss
 |   |-- GroupNotFound
 |   `-- ClaimNotFound           no such lease, pin or ingest
 |-- Conflict                the request is fine, the state forbids it
@@ -173,6 +174,12 @@ class DocumentNotFound(NotFound):
     """No document of that name in that tenant."""
 
     code = "document-not-found"
+
+
+class PrefixNotFound(NotFound):
+    """Nothing in the cache begins as these tokens do."""
+
+    code = "prefix-not-found"
 
 
 class GroupNotFound(NotFound):

@@ -1,14 +1,20 @@
-"""Prefix: how much of a token sequence is in the cache, by the keys of its blocks. Looking changes nothing."""
+"""Prefix: how much of a token sequence is in the cache, by the keys of its blocks, and in which document.
+
+Looking changes nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
 import numpy as np
 
+from .document import DocumentId
+from .errors import InvalidRequest
+from .extent import Extent, ExtentId
 from .keys import KEY_BYTES
 from .residency import State as Residency
 from .residency import Tier
@@ -16,26 +22,32 @@ from .spec import KVSpec
 from .state import ExtentRecord, State
 
 CANDIDATES_MAX: Final = 1024  # extents with one first block that are compared: bounds what a lookup may take
+OWNERS_MAX: Final = 64  # documents that hold one extent, of which the first that will do is taken
 
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
     """The first `token_count` tokens are complete in the cache; `tiers` says how many of them are nearest in which.
 
-    Of several layer groups the farthest counts.
+    Of several layer groups the farthest counts. `document` holds all of them, and can be attached: None where none can.
     """
 
     token_count: int
     tiers: dict[Tier, int]
+    document: DocumentId | None
 
 
 class _Search:
     """One lookup: `keys` are those of consecutive blocks from the first on."""
 
-    def __init__(self, state: State, tenant: str, spec: KVSpec, keys: bytes) -> None:
+    def __init__(self, state: State, tenant: str, spec: KVSpec, keys: bytes, wall_ns: int) -> None:
         self.extents = state.extents
+        self.documents = state.documents
+        self.wall_ns = wall_ns
         self.fronts = state.fronts
         self.tenant = tenant
+        if len(keys) % KEY_BYTES:
+            raise InvalidRequest(f"keys have {KEY_BYTES} bytes each, so {len(keys)} B are no keys")
         self.spec = spec
         self.fingerprint = spec.fingerprint()
         self.keys = keys
@@ -44,17 +56,23 @@ class _Search:
         self.lasts = blocks[step - 1 :: step].tobytes()  # keys of the extents' last blocks
         if len(blocks) % step:
             self.lasts += blocks[-1].tobytes()
-        shards = [shard for shard in state.shards() if shard.document.tenant == tenant]
-        self.in_hbm = {name for shard in shards for name, copy in shard.copies.items() if copy.readable}
+        self.suffixes = [f":{group}" for group in range(len(spec.groups))]
+        self.in_hbm = self.hbm(state)
+
+    def hbm(self, state: State) -> set[ExtentId]:
+        """What any group's HBM has."""
+        shards = [shard for shard in state.shards() if shard.document.tenant == self.tenant]
+        return {name for shard in shards for name, copy in shard.copies.items() if copy.readable}
 
     def nearest(self, record: ExtentRecord | None) -> Tier | None:
-        """Where the nearest readable copy of the tenant's extent is."""
-        if record is None:
+        """Where the nearest copy of the tenant's extent is that counts."""
+        if record is None or record.extent.tenant != self.tenant or record.extent.fingerprint != self.fingerprint:
             return None
-        extent = record.extent
-        if extent.tenant != self.tenant or extent.fingerprint != self.fingerprint:
-            return None
-        if self.in_hbm and extent.id in self.in_hbm:
+        return self.tier_of(record)
+
+    def tier_of(self, record: ExtentRecord) -> Tier | None:
+        """Of what can be read now."""
+        if self.in_hbm and record.extent.id in self.in_hbm:
             return Tier.HBM
         copy = record.ddr
         if copy is not None and (copy.state is Residency.RESIDENT or copy.readable):
@@ -73,26 +91,30 @@ class _Search:
         ids = (self.lasts.hex(",", KEY_BYTES).replace(",", suffix + ",") + suffix).split(",")
         return list(map(self.extents.get, ids))
 
-    def part(self, first: int, suffix: str) -> tuple[int, Tier]:
-        """Tokens of the longest match among the extents that begin with block `first`, and their tier."""
-        best = 0, Tier.HBM
-        key = self._key(first, 0)
-        names = [f"{key.hex()}{suffix}", *islice(self.fronts.of(key), CANDIDATES_MAX)]
-        for name in names:
+    def part(self, first: int) -> tuple[int, Tier, ExtentRecord | None]:
+        """Tokens of the longest match among the extents that begin with block `first`, their tier, and one of them.
+
+        What one document has of that range of tokens has one key in all layer groups.
+        """
+        best: tuple[int, Tier, ExtentRecord | None] = 0, Tier.HBM, None
+        key, suffix = self._key(first, 0), self.suffixes[0]
+        for name in [f"{key.hex()}{suffix}", *islice(self.fronts.of(key), CANDIDATES_MAX)]:
             record = self.extents.get(name)
-            tier = self.nearest(record) if name.endswith(suffix) else None
-            if record is None or tier is None:
+            if record is None or not name.endswith(suffix):
                 continue
-            theirs = record.extent.block_keys
-            shared = 0
-            while shared < len(theirs) and theirs[shared : shared + KEY_BYTES] == self._key(first, shared):
-                shared += KEY_BYTES
-            tokens = shared // KEY_BYTES * self.spec.block_tokens
-            if shared == len(theirs):
-                tokens = record.extent.valid_tokens
-            if (tokens, -tier) > (best[0], -best[1]):
-                best = tokens, tier
+            made = name.removesuffix(suffix)
+            tiers = [tier for s in self.suffixes if (tier := self.nearest(self.extents.get(f"{made}{s}"))) is not None]
+            tokens = self._shared(record.extent, first)
+            if len(tiers) == len(self.suffixes) and (tokens, -max(tiers)) > (best[0], -best[1]):
+                best = tokens, max(tiers), record
         return best
+
+    def _shared(self, extent: Extent, first: int) -> int:
+        """Leading tokens of an extent that are those behind block `first`."""
+        theirs, shared = extent.block_keys, 0
+        while shared < len(theirs) and theirs[shared : shared + KEY_BYTES] == self._key(first, shared):
+            shared += KEY_BYTES
+        return extent.valid_tokens if shared == len(theirs) else shared // KEY_BYTES * self.spec.block_tokens
 
     def _key(self, first: int, offset: int) -> bytes:
         start = first * KEY_BYTES + offset
@@ -100,19 +122,30 @@ class _Search:
 
     def run(self) -> Prefix:
         """Extent by extent, until one is not whole in every layer group."""
-        suffixes = [f":{group}" for group in range(len(self.spec.groups))]
-        columns = [self.tiers(self.whole(suffix)) if self.keys else [] for suffix in suffixes]
+        columns = [self.tiers(self.whole(suffix)) if self.keys else [] for suffix in self.suffixes]
         whole = min(len(column) for column in columns)
         farthest = list(map(max, *(column[:whole] for column in columns))) if len(columns) > 1 else columns[0][:whole]
         step, capacity = self.spec.extent_blocks, self.spec.extent_tokens
         counts = {tier: farthest.count(int(tier)) * capacity for tier in Tier}
+        last = None
+        if whole:
+            end = self.lasts[(whole - 1) * KEY_BYTES : whole * KEY_BYTES]
+            last = self.extents[f"{end.hex()}{self.suffixes[0]}"]
         if whole * step * KEY_BYTES < len(self.keys):
-            parts = [self.part(whole * step, suffix) for suffix in suffixes]
-            counts[max(tier for _, tier in parts)] += min(tokens for tokens, _ in parts)
-        elif whole:  # the last one may be shorter than the others
-            last = self.extents[f"{self.lasts[-KEY_BYTES:].hex()}{suffixes[0]}"].extent
-            counts[Tier(farthest[-1])] += last.valid_tokens - capacity
-        return Prefix(sum(counts.values()), counts)
+            tokens, tier, found = self.part(whole * step)
+            counts[tier] += tokens
+            last = found or last
+        elif last is not None:  # it may be shorter than the others
+            counts[Tier(farthest[-1])] += last.extent.valid_tokens - capacity
+        return Prefix(sum(counts.values()), counts, next(self.owners(last), None) if last is not None else None)
+
+    def owners(self, record: ExtentRecord) -> Iterator[DocumentId]:
+        """Documents that hold an extent, and so all in front of it; not what has grown beyond it or has expired."""
+        index = record.extent.start // self.spec.extent_tokens  # of the first layer group
+        for document in islice(record.documents, OWNERS_MAX):
+            made = self.documents[document].document
+            if made.extents[index] == record.extent.id and not made.expired(self.wall_ns):
+                yield document
 
     def tiers(self, records: Iterable[ExtentRecord | None]) -> list[int]:
         """The tier of each extent, as a plain number, up to the first that is not there. Quick where all is in DDR."""
@@ -139,11 +172,29 @@ class _Search:
         return found
 
 
-def longest(state: State, tenant: str, fingerprint: bytes, keys: bytes) -> Prefix:
+class _Sources(_Search):
+    """Counts what an attach to DDR can have, or wait for: what is on its way too, but not what a group alone has."""
+
+    def hbm(self, state: State) -> set[ExtentId]:
+        """None of it."""
+        return set()
+
+    def tier_of(self, record: ExtentRecord) -> Tier | None:
+        """Of what an attach reads from."""
+        source = record.source()
+        return source.tier if source is not None else None
+
+
+def longest(state: State, tenant: str, fingerprint: bytes, keys: bytes, wall_ns: int) -> Prefix:
     """The longest prefix of which the tenant has all KV, in any tier.
 
     `keys` are those of its blocks (see keys), one after another. Work grows with the extents that match, not with
-    the blocks. A prompt that leaves a document inside an extent still finds the blocks in front of that.
+    the blocks. A prompt that leaves a document inside an extent still finds the blocks in front of that. Raises
+    InvalidRequest for what is no sequence of keys.
     """
-    assert len(keys) % KEY_BYTES == 0, "whole keys"
-    return _Search(state, tenant, state.specs[fingerprint], keys).run()
+    return _Search(state, tenant, state.specs[fingerprint], keys, wall_ns).run()
+
+
+def attachable(state: State, tenant: str, fingerprint: bytes, keys: bytes, wall_ns: int) -> Prefix:
+    """The same of what an attach to DDR finds."""
+    return _Sources(state, tenant, state.specs[fingerprint], keys, wall_ns).run()

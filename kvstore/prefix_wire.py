@@ -42,6 +42,18 @@ class LookupTokens(Message, frozen=True):
     extras: ExtraParts = msgspec.field(default_factory=list)
 
 
+class AttachPrefix(Message, frozen=True):
+    """Lease the longest prefix of these tokens that is in the cache, and begin to bring it to DDR.
+
+    Answered as AttachDocument is; `Attached.document` and `token_count` say what was found.
+    """
+
+    fingerprint: bytes
+    tokens: bytes
+    deadline_seconds: float
+    extras: ExtraParts = msgspec.field(default_factory=list)
+
+
 class Keys(Message, frozen=True):
     """Keys of blocks, 16 bytes each, one after another."""
 

@@ -11,10 +11,12 @@ from contextlib import contextmanager, suppress
 from operator import is_
 from typing import TypeVar
 
+from msgspec.structs import replace
+
 from .attach import Attach
 from .awaiting import Waiter
-from .claim_messages import ListPins, PinDocument, UnpinDocument, UnpinDocuments
-from .claim_requests import handle_claim, word
+from .claim_messages import PinDocument
+from .claim_requests import ClaimRequest, handle_claim, word
 from .document import Document, DocumentId
 from .errors import ClaimNotFound, DeadlineExceeded, HoldfastError, InvalidRequest, MalformedFrame
 from .explain_view import explain_view
@@ -34,7 +36,7 @@ from .object_messages import ObjectRequest
 from .object_requests import CACHE_OBJECTS, NEW_OBJECTS, ObjectRequests
 from .planner import Victim
 from .prefills import Prefill
-from .prefix_wire import Found, Keys, KeysOf, Lookup, LookupTokens
+from .prefix_wire import AttachPrefix, Found, Keys, KeysOf, Lookup, LookupTokens
 from .residency import Placement
 from .runs import RunMessage, in_runs
 from .service import NS, Service
@@ -79,8 +81,17 @@ Answered = Callable[[T | HoldfastError], None]
 ALL_LAYERS = 1 << 31
 LATELY_MAX = 256  # documents whose runs are remembered
 LONGEST_SECONDS = 3600.0  # no wait is without end
-NEW_WORK = (RegisterSpec, BeginIngest, AttachDocument, PinDocument, PrefetchDocument, FreeDocument, *NEW_OBJECTS)
-CACHE_WORK = (BeginIngest, AttachDocument, Lookup, LookupTokens, *CACHE_OBJECTS)
+NEW_WORK = (
+    RegisterSpec,
+    BeginIngest,
+    AttachDocument,
+    AttachPrefix,
+    PinDocument,
+    PrefetchDocument,
+    FreeDocument,
+    *NEW_OBJECTS,
+)
+CACHE_WORK = (BeginIngest, AttachDocument, AttachPrefix, Lookup, LookupTokens, *CACHE_OBJECTS)
 
 
 class Requests:
@@ -111,6 +122,8 @@ class Requests:
         self._refuse_bypassed(body)
         if isinstance(body, ObjectRequest):
             return await self._objects.handle(client, tenant, body)
+        if isinstance(body, ClaimRequest):
+            return await handle_claim(self._service, tenant, body, self._call)
         return await self._handle(client, tenant, body)
 
     async def _handle(self, client: int, tenant: str, body: Request) -> Reply:
@@ -123,6 +136,8 @@ class Requests:
                 return await self._next_slots(client, body)
             case AttachDocument():
                 return await self._attach(client, tenant, body)
+            case AttachPrefix():
+                return await self._attach_prefix(client, tenant, body)
             case WaitLayers(lease=lease, layers=layers):
                 ready: int = await self._call(lambda done: self._service.wait_layers(client, lease, layers, done))
                 return LayersReady(ready)
@@ -134,8 +149,6 @@ class Requests:
                 return await self._free(tenant, body)
             case DeleteDocument(name=name):
                 return await self._done(lambda done: self._service.delete(DocumentId(tenant, name), done))
-            case PinDocument() | UnpinDocument() | UnpinDocuments() | ListPins():
-                return await handle_claim(self._service, tenant, body, self._call)
             case KeepRing(rate=rate):
                 return await self._done(lambda done: self._service.measurements.keep_ring(rate, done))
             case KeysOf() | LookupTokens() | ClearModel():
@@ -285,12 +298,28 @@ class Requests:
             )
             self._service.when_published(waiter)
 
+        return await self._attached(client, start, body.group)
+
+    async def _attach_prefix(self, client: int, tenant: str, body: AttachPrefix) -> Reply:
+        tokens, extras = sent_tokens(body.tokens), dict(body.extras)
+        keys = b"".join(await keys_of(self._service, tenant, body.fingerprint, tokens, extras))
+        deadline_ns = self._deadline_ns(body.deadline_seconds)
+        matched = 0
+
+        def start(done: Answered[Attach]) -> None:
+            nonlocal matched
+            matched = self._service.attach_prefix(client, tenant, body.fingerprint, keys, deadline_ns, done)
+
+        return replace(await self._attached(client, start, None), token_count=matched)
+
+    async def _attached(self, client: int, start: Callable[[Answered[Attach]], None], group: str | None) -> Attached:
+        """Await the grant, and say what was granted."""
         attach: Attach = await self._call(start, late=lambda attach: self._service.detach(client, attach.lease.id))
         owner = attach.owner
         with self._taken_back(lambda: self._service.detach(client, attach.lease.id)):
             if attach.loading.error is not None:  # since the grant
                 raise attach.loading.error
-            runs = self._attached_runs(owner, attach.loading.records) if body.group is None else []
+            runs = self._attached_runs(owner, attach.loading.records) if group is None else []
         return Attached(
             attach.lease.id,
             owner.fingerprint,
@@ -299,6 +328,7 @@ class Requests:
             runs,
             _shard(attach.loading),
             attach.loading.layers,
+            owner.id.name,
         )
 
     @contextmanager

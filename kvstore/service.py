@@ -24,14 +24,14 @@ from .clock import Clock
 from .config import Config
 from .document import Document, DocumentId, WritePolicy
 from .drafting import Drafts
-from .errors import ConfigError, GroupFailed, HoldfastError, InvalidRequest, InvalidSpec, SpecMismatch
+from .errors import ConfigError, GroupFailed, HoldfastError, InvalidSpec, PrefixNotFound, SpecMismatch
 from .expiry import Expiry
 from .extent import Extent
 from .growth import close_retired
 from .ingest import Ingests
 from .ingesting import Ingest
 from .keeping import Keeping
-from .keys import KEY_BYTES, NO_EXTRAS, Extras, Tokens
+from .keys import NO_EXTRAS, Extras, Tokens
 from .layout import Layout
 from .ledger import Ledger, Seen, SwapRecord
 from .loader import Loader
@@ -41,7 +41,7 @@ from .opaque import is_opaque
 from .orders import Effects, Outcome
 from .planner import Planner, Victim
 from .prefetching import Prefetching
-from .prefix import Prefix, longest
+from .prefix import Prefix, attachable, longest
 from .quotas import Quotas
 from .registering import register, seat_rank
 from .residency import Tier
@@ -333,6 +333,27 @@ class Service:
         self._pump()
         return attach
 
+    def attach_prefix(
+        self,
+        client: int,
+        tenant: str,
+        fingerprint: bytes,
+        keys: bytes,
+        deadline_ns: int,
+        granted: Callable[[Attach | HoldfastError], None],
+    ) -> int:
+        """Lease the longest prefix that is there, by its block keys, and bring it to DDR; returns its tokens.
+
+        Raises PrefixNotFound, and what `attach` raises.
+        """
+        self._spec(fingerprint)
+        found = attachable(self.state, tenant, fingerprint, keys, self.clock.wall_ns())
+        if found.document is None:
+            raise PrefixNotFound("nothing in the cache begins as these tokens do")
+        tokens = 0, found.token_count
+        self.attach(client, found.document, fingerprint, None, None, deadline_ns, granted, tokens)
+        return found.token_count
+
     def when_published(self, waiter: Waiter) -> None:
         """See Awaiting. Raises NoCapacity, and what the attach raises when the document is there already."""
         if waiter.document in self.state.documents:
@@ -371,9 +392,7 @@ class Service:
         Raises SpecMismatch, or InvalidRequest for what is no sequence of keys.
         """
         self._spec(fingerprint)
-        if len(keys) % KEY_BYTES:
-            raise InvalidRequest(f"keys have {KEY_BYTES} bytes each, so {len(keys)} B are no keys")
-        return longest(self.state, tenant, fingerprint, keys)
+        return longest(self.state, tenant, fingerprint, keys, self.clock.wall_ns())
 
     # Upkeep ------------------------------------------------------------------------------------
 

@@ -22,10 +22,14 @@ from .state import DDR, NVME, DocumentRecord, ExtentRecord, State, hbm_device
 
 
 class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
-    """How many leading tokens are complete in the cache, and how many of them have their nearest copy in which tier."""
+    """How many leading tokens are complete in the cache, and how many of them have their nearest copy in which tier.
+
+    `document` holds all of them; None where none does that could be attached.
+    """
 
     token_count: int
     tier_tokens: dict[str, int]
+    document: str | None = None
 
 
 class DocumentView(msgspec.Struct, frozen=True, kw_only=True):
@@ -163,7 +167,9 @@ class VerdictView(VictimView, frozen=True, kw_only=True):
 def prefix_view(prefix: Prefix) -> PrefixView:
     """Show what a lookup found."""
     return PrefixView(
-        token_count=prefix.token_count, tier_tokens={tier.label: tokens for tier, tokens in prefix.tiers.items()}
+        token_count=prefix.token_count,
+        tier_tokens={tier.label: tokens for tier, tokens in prefix.tiers.items()},
+        document=prefix.document.name if prefix.document is not None else None,
     )
 
 

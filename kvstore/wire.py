@@ -20,7 +20,7 @@ from .layouts import LayoutMessage, ShardMessage
 from .message import Count, Line, Message, Nanoseconds, Seconds, Size
 from .model_messages import Cleared, ClearModel
 from .object_messages import ObjectReply, ObjectRequest
-from .prefix_wire import ExtraParts, Found, Keys, KeysOf, Lookup, LookupTokens
+from .prefix_wire import AttachPrefix, ExtraParts, Found, Keys, KeysOf, Lookup, LookupTokens
 from .runs import Parts, RunMessage
 from .spec import KVSpec
 from .views import DocumentView, SwapView, TierView, VictimView
@@ -231,6 +231,7 @@ Request = (
     | NextSlots
     | AbortIngest
     | AttachDocument
+    | AttachPrefix
     | WaitLayers
     | Renew
     | Report
@@ -320,7 +321,10 @@ class SlotsGiven(Message, frozen=True):
 
 
 class Attached(Message, frozen=True):
-    """The lease; where the extents lie in DDR (no group), or the shard (group); leading layers that may be read."""
+    """The lease; where the extents lie in DDR (no group), or the shard (group); leading layers that may be read.
+
+    `document` is what is leased. `token_count` is all of its tokens, or as many leading ones as a prefix has matched.
+    """
 
     lease: int
     fingerprint: bytes
@@ -329,6 +333,7 @@ class Attached(Message, frozen=True):
     runs: list[RunMessage]
     shard: ShardMessage | None
     layers_ready: int
+    document: str
 
     @property
     def parts(self) -> Parts:

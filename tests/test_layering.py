@@ -92,6 +92,7 @@ FLOOR_OF = {
     "prefills": "rules",
     "prefix": "rules",
     "prefix_wire": "edges",
+    "mappings": "edges",
     "putting": "service",
     "getting": "service",
     "objects": "service",

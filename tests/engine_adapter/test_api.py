@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from holdfast.engine_adapter.api import Store
 from holdfast.kvstore.client import Client
-from holdfast.kvstore.errors import InvalidRequest
+from holdfast.kvstore.errors import InvalidRequest, PrefixNotFound
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.seal import seal_planes
 from holdfast.kvstore.spec import GroupKind, KVSpec, LayerGroup
@@ -183,3 +183,27 @@ def test_a_prompt_is_looked_up(store):
     assert store.lookup(SPEC, asked).token_count == 64
     assert store.lookup(SPEC, tokens(100)).tier_tokens["ddr"] == 100
     assert store.lookup(SPEC, tokens(100, seed=9)).token_count == 0
+
+
+def test_a_prompt_without_a_name_is_found_and_read(store):
+    """As far as it is known; a longer one takes its place."""
+    salt = {0: b"salt"}
+    kv = made(150)
+    for count in (70, 150):
+        with store.ingest(None, SPEC, tokens(count), extras=salt) as writer:
+            for layer, (key, value) in kv.items():
+                start = writer.cached_tokens
+                writer.write(layer, start, key[:, start:count], value[:, start:count])
+    asked = np.concatenate([tokens(150)[:100], tokens(50, seed=9)])
+    with store.attach_prefix(SPEC, asked, extras=salt) as prefix:
+        assert prefix.tokens == (0, 96)
+        for layer in prefix.layers():
+            key, value = layer.gathered()
+            assert np.array_equal(key, kv[layer.index][0][:, :96])
+            assert np.array_equal(value, kv[layer.index][1][:, :96])
+        receipt = prefix.report(exposed_ns=5, queries=2)
+        assert (receipt.exposed_ns, receipt.queries, receipt.token_count) == (5, 2, 96)
+        assert prefix.document == store.lookup(SPEC, asked, extras=salt).document
+    assert store.documents() == []
+    with pytest.raises(PrefixNotFound), store.attach_prefix(SPEC, asked):
+        pass
