@@ -23,6 +23,7 @@ from ..kvstore.document import WritePolicy
 from ..kvstore.errors import DeadlineExceeded, HoldfastError, InvalidRequest, NoCapacity
 from ..kvstore.hint_views import HintView
 from ..kvstore.keys import Extras
+from ..kvstore.object_views import NamespaceView
 from ..kvstore.spec import KVSpec
 from ..kvstore.views import DocumentView, PrefixView, TierView, VictimView
 from .attachment import Attachment
@@ -216,6 +217,10 @@ class Store:
     def objects(self, namespace: str) -> Objects:
         """Opaque bytes under keys of an engine's own. Raises InvalidName."""
         return Objects(self._client.objects, namespace)
+
+    def namespaces(self) -> list[NamespaceView]:
+        """The tenant's namespaces of objects."""
+        return self._client.objects.namespaces()
 
     def documents(self) -> list[DocumentView]:
         """The tenant's documents, by name."""

@@ -261,6 +261,7 @@ CLOCK = "kvstore/clock.py"
 
 # Handlers that may catch everything: "path::function" -> why nothing narrower will do.
 BROAD_HANDLERS: dict[str, str] = {
+    "engine_adapter/lmcache/tasks.py::_work": "LMCache would wait for ever for a task that is never done",
     "kvstore/mover.py::_serve": "a thread that died of our bug silently would hang every waiter",
     "kvstore/warm.py::_serve": "the same: what it is told would pile up",
     "ring_attention/tokenizer.py::__init__": "the tokenizers library raises bare Exception for a damaged file",
