@@ -10,10 +10,13 @@ import pytest
 from driver_process import CONFIG, group
 from engine_contract import Degree
 from holdfast.engine_adapter import group as group_module
+from holdfast.engine_adapter.api import Store
 from holdfast.engine_adapter.control import Failed
 from holdfast.engine_adapter.engine import Question
+from holdfast.engine_adapter.pages import FORMATS, native
 from holdfast.engine_adapter.session import Session
 from holdfast.kvstore.client import Client
+from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import GroupFailed, HoldfastError, InvalidRequest
 from holdfast.ring_attention.checkpoint import load_model
 from holdfast.ring_attention.synthetic import Scales, write_checkpoint
@@ -26,6 +29,7 @@ SETTINGS = {
     "nvme__capacity_bytes": "64 MiB",
     "nvme__segment_bytes": "8 MiB",
 }
+MEMORY = WritePolicy.MEMORY  # so that it can be deleted at once
 NEW = 5
 CHUNK = 32
 DEGREES = (Degree(2, 1), Degree(1, 2), Degree(2, 2))
@@ -83,6 +87,28 @@ def test_what_any_degree_ingests_any_other_answers(groups):
         for reader in DEGREES:
             groups.check(groups.session(reader).ask(name, asked, NEW).answer, [*turn.tokens, *asked])
         groups.client.delete(name)
+
+
+@pytest.mark.parametrize("name", ["vllm-cpu-vec/1", "vllm-flash-nhd/1"])
+def test_an_engines_pages_answer_as_canonical_kv_does(groups, name):
+    """The same KV in pages of 24 tokens: equal logits, bit for bit, wherever the ranks' rows lie alike."""
+    document, question = tokens(20, 6 * 24), tokens(21, 9)
+    groups.session(Degree(2, 1)).ingest("canonical", document, write_policy=MEMORY, chunk_tokens=CHUNK)
+    kv_heads, dim = CONFIG.kv_heads, CONFIG.head_dim
+    spec = native(groups.engines[Degree(1, 2)].spec, FORMATS[name](24, kv_heads, dim, dim), accept="any")
+    with Store(Client(groups.daemon.socket)) as store:
+        with store.attach("canonical") as attached:
+            kv = {layer.index: layer.gathered() for layer in attached.layers()}
+        with store.ingest("pages", spec, document, write_policy=MEMORY) as writer:
+            for layer, (key, value) in kv.items():
+                writer.write(layer, 0, key, value)
+    for degree in (Degree(1, 2), Degree(2, 2)):
+        ours, theirs = (groups.session(degree).ask(name, question, NEW).answer for name in ("pages", "canonical"))
+        assert np.array_equal(ours.logits, theirs.logits)
+        groups.check(ours, [*document, *question])
+    groups.check(groups.session(Degree(2, 1)).ask("pages", question, NEW).answer, [*document, *question])
+    for stored in ("pages", "canonical"):
+        groups.client.delete(stored)
 
 
 def test_a_corrupted_extent_shows(groups):

@@ -223,3 +223,96 @@ def test_who_names_a_spec_gets_what_can_be_read_by_it(stage):
         with pytest.raises(SpecMismatch), stage.store.attach("report", spec=spec):
             pass
     stage.forget("report")
+
+
+# Lives of a native document ------------------------------------------------------------------------
+
+
+def test_it_is_there_after_a_crash_warm_and_cold_and_the_check_finds_nothing():
+    tokens = document_of(9, 8)
+    with DaemonProcess() as daemon, ExitStack() as stack:
+        stage = Stage(daemon.start(), stack, degrees=((1, 1),))
+        pages = stage.put("report", tokens, write_policy=WritePolicy.THROUGH)
+        until(lambda: durable(stage.client, "report"), "it is durable")
+        stack.close()
+        for cools in (False, True):
+            daemon.kill()
+            if cools:
+                daemon.cool()
+            daemon.start()
+            found = daemon.rest().post("/v1/check", {"fix": False, "data": True, "deadline_seconds": 20})
+            assert (found["state"], found["findings"]) == ("done", [])
+            with ExitStack() as again:
+                stage = Stage(daemon, again, degrees=((2, 1),))
+                view = stage.client.document("report")
+                assert (view.complete, view.page_format) == (True, NATIVE.page_format)
+                for layer, raw in stage.stored("report").items():
+                    assert np.array_equal(raw, pages[layer])
+                assert stage.answer((2, 1), "report") == stage.wanted(tokens)
+
+
+def test_a_spoilt_page_on_nvme_is_found_when_it_is_read(stage):
+    """Every layer's plane of pages is sealed: a group is never given other bytes than were stored."""
+    tokens = document_of(10, 4)
+    stage.put("report", tokens, write_policy=WritePolicy.THROUGH)
+    until(lambda: durable(stage.client, "report"), "it is durable")
+    stage.client.free("report")
+    page = stage.pages(tokens)[1][2].tobytes()
+    (segment,) = [path for path in stage.daemon.data_dir.rglob("*") if path.is_file() and page in path.read_bytes()]
+    content = segment.read_bytes()
+    segment.write_bytes(content.replace(page, bytes(len(page))))
+    session = Session(stage.client, stage.engines[2, 1])
+    reply = session.ask_or_recompute("report", tokens, QUESTION, 3)
+    assert (reply.answer.tokens, reply.swap) == (stage.wanted(tokens), None)
+    assert reply.reason in ("group-failed", "corrupt-extent"), "whoever hears of it first"
+    assert not stage.client.document("report").complete
+    stage.put("report", tokens)
+    assert stage.answer((2, 1), "report") == stage.wanted(tokens), "stored again, what was lost is there"
+    stage.forget("report")
+
+
+def test_it_grows_under_its_name_by_whole_pages(stage):
+    """As an engine stores a conversation: what is there already is not asked for again."""
+    tokens = document_of(11, 9)
+    stage.put("chat", tokens[: 3 * PAGE])
+    for count in (4, 9):
+        asked, pages = [], stage.pages(tokens[: count * PAGE])
+        with stage.store.ingest("chat", NATIVE, tokens[: count * PAGE]) as writer:
+            for layer in GROUP.layers:
+
+                def fill(first, view, own=pages[layer], asked=asked):
+                    asked.append(first)
+                    filling(own)(first, view)
+
+                writer.write_pages(layer, 0, count, fill)
+        assert min(asked) == (2 if count == 4 else 4), "from the last extent on, which was not full"
+        assert stage.answer((2, 2), "chat") == stage.wanted(tokens[: count * PAGE])
+    stage.forget("chat")
+
+
+def test_complete_pages_go_to_nvme_while_the_rest_is_written(monkeypatch):
+    monkeypatch.setattr("holdfast.engine_adapter.writer.EARLY_BATCH_BYTES", 64 << 10)
+    tokens = document_of(12, 200)
+    with DaemonProcess(ddr__capacity_bytes="8 MiB", nvme__capacity_bytes="16 MiB") as daemon, ExitStack() as stack:
+        stage = Stage(daemon.start(), stack, degrees=((1, 1),))
+        pages = stage.pages(tokens)
+        with stage.store.ingest("early", NATIVE, tokens, write_policy=WritePolicy.THROUGH) as writer:
+            for first in range(0, 200, 5):
+                for layer in GROUP.layers:
+                    writer.write_pages(layer, first, 5, filling(pages[layer]))
+            for sealing in list(writer._sealing):
+                sealing.result()
+            assert any(target.given for target in writer._targets)
+            with pytest.raises(InvalidRequest, match="handed over"):
+                writer.write_pages(0, 0, 1, filling(pages[0]))
+        until(lambda: durable(stage.client, "early"), "it is durable")
+        stage.client.free("early")
+        for layer, raw in stage.stored("early").items():
+            assert np.array_equal(raw, pages[layer])
+
+
+def test_an_unnamed_one_is_found_by_its_tokens_in_its_own_key_space(stage):
+    tokens = document_of(13, 6)
+    stage.put(None, tokens)
+    assert stage.store.lookup(NATIVE, [*tokens[: 5 * PAGE + 3], 1]).token_count == 5 * PAGE
+    assert stage.store.lookup(SPEC, tokens).token_count == 0
