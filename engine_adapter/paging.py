@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ..kvstore.geometry import Geometry, extent_geometry
 from ..kvstore.layout import Copy
@@ -56,6 +57,7 @@ class Paging:
         self._format = page_format(spec)
         self._extent = extent_geometry(spec)
         self._dtype = np.dtype(NUMPY_DTYPES[spec.dtype])
+        self._memory = np.empty(self._extent.layer_bytes, np.uint8)  # no box is larger
 
     def load(self, arena: Arena, copies: Sequence[Copy], buffers: Buffers, layer: int) -> None:
         """Fill arena rows (the copies' target) from native extents (their source), for one layer."""
@@ -95,7 +97,7 @@ class Paging:
             replace(copy, source_row=copy.source_row - page * tokens, source_head=copy.source_head - head)
             for copy in copies
         ]
-        return _Box(page, pages, head, geometry, moved, self._dtype)
+        return _Box(page, pages, head, geometry, moved, self._memory[: geometry.size_bytes], self._dtype)
 
     def _within(self, box: _Box, buffer: memoryview, layer: int) -> list[Array]:
         """Keys and values of the box in an extent's pages: views [pages, heads, tokens, dim]."""
@@ -126,14 +128,21 @@ class _Box:
     """
 
     def __init__(
-        self, page: int, pages: int, head: int, geometry: Geometry, copies: list[Copy], dtype: np.dtype[np.generic]
+        self,
+        page: int,
+        pages: int,
+        head: int,
+        geometry: Geometry,
+        copies: list[Copy],
+        content: npt.NDArray[np.uint8],
+        dtype: np.dtype[np.generic],
     ) -> None:
         self.page = page
         self.pages = pages
         self.head = head
         self.geometry = geometry
         self.copies = copies
-        self.content = np.empty(geometry.size_bytes, np.uint8)
+        self.content = content
         self.canonical: list[Array] = []
         for _, offset, size in geometry.planes(geometry.first_layer, geometry.first_layer + 1):
             plane = self.content[offset : offset + size].view(dtype)
