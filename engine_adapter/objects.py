@@ -76,8 +76,9 @@ class Objects:
         """Store objects, each (key of 1 to 128 bytes, payload); what became of each, in order.
 
         Object i + 1 is one that is of use only behind object i, so that eviction takes the last first. `tokens_each`:
-        how many tokens have to be computed again where one of them is lost. Whatever else is wrong is a result. Raises
-        InvalidRequest for what is no buffer, and DaemonUnavailable.
+        how many tokens have to be computed again where one of them is lost. The deadline is for each of the two waits
+        of a message: for slots, and to be published. Whatever else is wrong is a result. Raises InvalidRequest for what
+        is no buffer, and DaemonUnavailable.
         """
         payloads = [(key, _flat(buffer)) for key, buffer in items]
         results: list[PutResult] = []
@@ -91,14 +92,14 @@ class Objects:
                     tokens_each=tokens_each,
                     ttl_seconds=ttl_seconds,
                 )
-                results += self._finish(begun, [payload for _, payload in batch])
+                results += self._finish(begun, [payload for _, payload in batch], deadline_seconds)
             except (InvalidRequest, DaemonUnavailable):
                 raise
             except HoldfastError as error:
                 results += [PutResult(PutStatus.REFUSED, error)] * len(batch)
         return results
 
-    def _finish(self, begun: PutBegun, payloads: Sequence[Bytes]) -> list[PutResult]:
+    def _finish(self, begun: PutBegun, payloads: Sequence[Bytes], deadline_seconds: float) -> list[PutResult]:
         """Fill what was given a slot, and have it published."""
         given = [(slot, payload) for slot, payload in zip(begun.slots, payloads, strict=True) if slot is not None]
         seals: list[bytes] | None = None
@@ -108,7 +109,7 @@ class Objects:
             if seals is None:
                 with suppress(HoldfastError):
                     self._client.abort_put(begun.put)
-        refused = begun.refused | self._client.commit_put(begun.put, seals).refused
+        refused = begun.refused | self._client.commit_put(begun.put, seals, deadline_seconds).refused
         return [_result(slot, refused.get(number)) for number, slot in enumerate(begun.slots)]
 
     def _fill(self, given: Sequence[tuple[PartMessage, Bytes]]) -> list[bytes]:

@@ -66,3 +66,9 @@ class Documents(MutableMapping[DocumentId, R], Generic[R]):
 
     def __len__(self) -> int:
         return len(self.named) + len(self.unnamed)
+
+    def check(self) -> None:
+        """Assert that the namespaces are those of the documents."""
+        spaces = {document for space in self._spaces.values() for document in space}
+        assert spaces == self.unnamed.keys(), "a namespace is behind"
+        assert all(self._spaces.values()), "a namespace is empty"

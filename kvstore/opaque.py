@@ -8,6 +8,7 @@ No formula about prefills may take the bytes for tokens; `worth_tokens` says wha
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Final
 
 from .document import PROMPT, Document, DocumentId, checked_name
@@ -41,16 +42,25 @@ def class_bytes(size_bytes: int) -> int:
     return rounded(-(-size_bytes // PLANE_ALIGN_BYTES)) * PLANE_ALIGN_BYTES
 
 
-def opaque_spec(namespace: str, size_bytes: int, tokens_each: int) -> KVSpec:
-    """The spec of a namespace's objects of that size. `tokens_each` is what one is worth; 0: by its bytes."""
-    return KVSpec(
+def opaque_spec(namespace: str, size_bytes: int, tokens_each: int) -> tuple[KVSpec, bytes]:
+    """The spec of a namespace's objects of that size, and its fingerprint.
+
+    `tokens_each` is what one is worth; 0: by its bytes. Raises EmptyDocument or DocumentTooLarge.
+    """
+    return _spec(namespace, class_bytes(size_bytes), rounded(max(1, tokens_each)))
+
+
+@lru_cache(maxsize=1024)
+def _spec(namespace: str, slot_bytes: int, tokens: int) -> tuple[KVSpec, bytes]:
+    spec = KVSpec(
         groups=(LayerGroup(kind=GroupKind.OPAQUE, layers=(0,), kv_heads=1, key_dim=1, value_dim=0),),
         dtype="float8_e4m3fn",
         model=namespace,
-        vocabulary_size=rounded(max(1, tokens_each)),
-        block_tokens=class_bytes(size_bytes),
+        vocabulary_size=tokens,
+        block_tokens=slot_bytes,
         extent_blocks=1,
     )
+    return spec, spec.fingerprint()
 
 
 def is_opaque(spec: KVSpec) -> bool:

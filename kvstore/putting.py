@@ -7,17 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from .document import Document, DocumentId, WritePolicy
 from .errors import ClaimNotFound, DocumentExists, HoldfastError, InUse, InvalidRequest, NoCapacity
 from .extent import Extent, ExtentId
 from .ingesting import Ingest
 from .keeping import Keeping
-from .opaque import object_extent, object_extent_id, object_id, opaque_spec
+from .opaque import is_opaque, object_extent, object_extent_id, object_id, opaque_spec
 from .registering import register
 from .spec import KVSpec
 
+OPAQUE_SPECS_MAX: Final = 2048  # namespaces times sizes times worths: half of what may be registered
 Answered = Callable[["Put"], None]
 
 
@@ -144,7 +145,9 @@ class Puts:
     ) -> Ingest:
         if len(self.state.documents.unnamed) + len(self.ingests.open) >= self._limit:
             raise NoCapacity(f"limits.unnamed = {self._limit} objects and unnamed prefixes exist; clear a namespace")
-        spec = opaque_spec(incoming.namespace, size_bytes, incoming.tokens_each)
+        spec, fingerprint = opaque_spec(incoming.namespace, size_bytes, incoming.tokens_each)
+        if fingerprint not in self.state.specs:
+            self._register(spec)
         secret, life = self._secret(document.tenant), 0
         name = object_extent_id(document, previous, secret)
         while name in self.state.extents or name in leaving:  # of an object that was deleted: perhaps other bytes
@@ -152,7 +155,7 @@ class Puts:
             name = object_extent_id(document, previous, secret, life)
         made = Document(
             id=document,
-            fingerprint=self._registered(spec),
+            fingerprint=fingerprint,
             token_count=size_bytes,
             extents=(name,),
             write_policy=incoming.write_policy,
@@ -160,8 +163,14 @@ class Puts:
         )
         return self._ingest(client, made, object_extent(made, spec, previous), incoming)
 
-    def _registered(self, spec: KVSpec) -> bytes:
-        return register(self.store, spec)
+    def _register(self, spec: KVSpec) -> None:
+        """Raises NoCapacity rather than keep out a model: sizes and worths may be anything."""
+        mine = sum(map(is_opaque, self.state.specs.values()))
+        if mine >= OPAQUE_SPECS_MAX:
+            raise NoCapacity(
+                f"{mine} kinds of objects are known: a namespace, a size or tokens_each that keeps changing?"
+            )
+        register(self.store, spec)
 
     def _ingest(self, client: int, document: Document, extent: Extent, incoming: Incoming) -> Ingest:
         return Ingest(

@@ -237,6 +237,7 @@ def test_a_namespace_is_counted_and_cleared():
         assert rest.post("/v1/objects/a/ns/unpin", {})["objects"] == 1
         assert objects.clear() == 1
         assert objects.stats().objects == 0
+        assert [(n.namespace, n.objects) for n in first.namespaces()] == [("other", 1)]
         assert rest.get("/v1/objects/a/ns")["objects"] == 0
         assert second.objects("ns").find([b"key"]) == first.objects("other").find([b"key"]) == ["ddr"]
 
@@ -256,7 +257,7 @@ def test_objects_appear_where_documents_are_looked_at_by_name_only():
 def test_the_specs_of_objects_are_no_models():
     with stores() as (_, store):
         store.objects("ns").put([(b"key", b"payload")])
-        spec = opaque_spec("ns", 7, 0)
+        spec, _ = opaque_spec("ns", 7, 0)
         with pytest.raises(InvalidSpec):
             store.lookup(spec, [0])
         client = store._client

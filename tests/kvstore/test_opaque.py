@@ -59,7 +59,8 @@ def test_no_class_takes_nothing_or_too_much():
 
 @given(st.integers(1, 1 << 26))
 def test_a_spec_is_one_plane_of_a_class(size_bytes):
-    spec = opaque_spec("ns", size_bytes, 0)
+    spec, fingerprint = opaque_spec("ns", size_bytes, 0)
+    assert fingerprint == spec.fingerprint()
     geometry = extent_geometry(spec)
     assert is_opaque(spec)
     assert geometry.plane_count == 1
@@ -67,10 +68,10 @@ def test_a_spec_is_one_plane_of_a_class(size_bytes):
 
 
 def test_specs_of_namespaces_sizes_and_worths_differ_and_no_more():
-    same = opaque_spec("ns", 5000, 256).fingerprint()
-    assert opaque_spec("ns", 8192, 256).fingerprint() == same
+    same = opaque_spec("ns", 5000, 256)[1]
+    assert opaque_spec("ns", 8192, 256)[1] == same
     others = [opaque_spec("other", 5000, 256), opaque_spec("ns", 9000, 256), opaque_spec("ns", 5000, 0)]
-    assert same not in {spec.fingerprint() for spec in others}
+    assert same not in {fingerprint for _, fingerprint in others}
     assert not is_opaque(tiny_spec())
 
 
@@ -82,8 +83,8 @@ def test_opaque_bytes_stand_alone():
 
 
 def test_bytes_are_never_taken_for_tokens():
-    assert worth_tokens(opaque_spec("ns", 1 << 20, 256), 1 << 20) == 256
-    unsaid = opaque_spec("ns", 1 << 20, 0)
+    assert worth_tokens(opaque_spec("ns", 1 << 20, 256)[0], 1 << 20) == 256
+    unsaid, _ = opaque_spec("ns", 1 << 20, 0)
     assert worth_tokens(unsaid, 1 << 20) == 8
     assert worth_tokens(unsaid, 1) == 1
     assert prefilled(unsaid, 0, 1 << 20) == (0, 8)
