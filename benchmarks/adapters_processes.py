@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from bare import let_go
 from documents import until
+from holdfast.kvstore.document import WritePolicy
 from peer import Peer
 
 from holdfast.demo_stage import DaemonProcess
@@ -48,7 +49,7 @@ def engine(directory: Path, name: str, settings: Mapping[str, Any], connector: d
     try:
         asked.ask("start", connector=connector, **settings)
         yield asked
-    except BaseException:
+    except RuntimeError:
         print(f"The log of {asked.name} ends so:\n{tail(path)}")
         raise
     finally:
@@ -162,7 +163,7 @@ class Daemon:
             "kv_connector_extra_config": {
                 "holdfast.socket": str(self._process.socket),
                 "holdfast.data_dir": str(self._directory),
-                "holdfast.write_policy": "through",  # what is to be found after a restart must be on NVMe
+                "holdfast.write_policy": WritePolicy.THROUGH,  # what is to be found after a restart must be on NVMe
             },
         }
 
