@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -61,7 +61,7 @@ class HoldfastL2Adapter(L2AdapterInterface):
         self._storing: Tasks[L2StoreResult] = Tasks(self._stores, create_event_notifier(), self._failed)
         self._looking: Tasks[Bitmap] = Tasks(self._reads, create_event_notifier(), self._failed)
         self._loading: Tasks[Bitmap] = Tasks(self._reads, create_event_notifier(), self._failed)
-        self._locks = Locks(self._reads.submit, settings.lock_seconds)
+        self._locks = Locks(self._soon, settings.lock_seconds)
         self._inventory = Inventory()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -150,17 +150,17 @@ class HoldfastL2Adapter(L2AdapterInterface):
         """Lease what lies in DDR; returns what is still there."""
         if not near:
             return []
-        leases = ExitStack()
         try:
-            objects = leases.enter_context(self._link.use()).objects(namespace)
-            wanted = [key_of(key) for _, key in near]
-            views = leases.enter_context(objects.get(wanted, deadline_seconds=self._settings.find_seconds))
+            with ExitStack() as leases:
+                objects = leases.enter_context(self._link.use()).objects(namespace)
+                wanted = [key_of(key) for _, key in near]
+                views = leases.enter_context(objects.get(wanted, deadline_seconds=self._settings.find_seconds))
+                kept = leases.pop_all()
         except HoldfastError as error:
-            leases.close()
             self._failed(error)
             return near  # they may still be there when they are to be loaded
         here = {key: view for (_, key), view in zip(near, views, strict=True) if view is not None}
-        self._locks.hold(leases, here)
+        self._locks.hold(kept, here)
         return [(number, key) for number, key in near if key in here]
 
     def submit_unlock(self, keys: list[ObjectKey]) -> None:
@@ -171,7 +171,7 @@ class HoldfastL2Adapter(L2AdapterInterface):
                 if (namespace := self._far.pop(key, None)) is not None:
                     unread[namespace].append(key_of(key))
         if unread:
-            self._reads.submit(self._touch, unread)
+            self._soon(partial(self._touch, unread))
 
     def _touch(self, unread: Mapping[str, Sequence[bytes]]) -> None:
         """LMCache had its own copies of these: they are in use all the same."""
@@ -285,7 +285,7 @@ class HoldfastL2Adapter(L2AdapterInterface):
         By salt: what this server stored and did not delete, whatever Holdfast has evicted since.
         """
         if self._inventory.take_turn():
-            self._reads.submit(self._count_objects)
+            self._soon(self._count_objects)
         return replace(super().get_usage(), total_bytes_used=self._inventory.total_bytes or 0)
 
     def _count_objects(self) -> None:
@@ -319,17 +319,29 @@ class HoldfastL2Adapter(L2AdapterInterface):
         with self._lock:
             self._counts["errors"] += 1
             known, self._last_error = self._last_error, f"{kind}: {error}"
-        if not isinstance(error, HoldfastError):
-            log.error("a task of Holdfast's L2 adapter failed", exc_info=error)
-        elif known is None or known.partition(":")[0] != kind:
+        if known is not None and known.partition(":")[0] == kind:
+            return
+        if isinstance(error, HoldfastError):
             log.warning("Holdfast could not serve LMCache (%s): %s", kind, error.message)
+        else:
+            log.error("a task of Holdfast's L2 adapter failed", exc_info=error)
 
     # End ---------------------------------------------------------------------------------------
 
+    def _soon(self, work: Callable[[], None]) -> None:
+        """Do what nobody waits for, and what may wait for the daemon."""
+        try:
+            self._reads.submit(work)
+        except RuntimeError:  # the pool has ended, and so does the adapter
+            work()
+
     def close(self) -> None:
+        """Tasks that have not begun fail; what copies to and from LMCache's memory ends first."""
+        for tasks in (self._storing, self._looking, self._loading):
+            tasks.stop()
         self._locks.close()
         for pool in (self._stores, self._reads):
-            pool.shutdown(wait=True, cancel_futures=True)  # what copies to and from LMCache's memory ends first
+            pool.shutdown()
         self._link.close()
         for tasks in (self._storing, self._looking, self._loading):
             tasks.close()

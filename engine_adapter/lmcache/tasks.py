@@ -40,6 +40,7 @@ class Tasks(Generic[R]):
         self._lock = threading.Lock()
         self._last = -1
         self._waiting = 0
+        self._stopped = False
         self._done: OrderedDict[int, R] = OrderedDict()
 
     @property
@@ -69,7 +70,8 @@ class Tasks(Generic[R]):
     def _work(self, number: int, work: Callable[[], R], instead: R) -> None:
         outcome = instead
         try:
-            outcome = work()
+            if not self._stopped:
+                outcome = work()
         except Exception as error:  # noqa: BLE001 - LMCache would wait for ever for a task that is never done
             self._failed(error)
         with self._lock:
@@ -93,6 +95,10 @@ class Tasks(Generic[R]):
         with self._lock:
             done, self._done = self._done, OrderedDict()
         return dict(done)
+
+    def stop(self) -> None:
+        """What has not begun fails."""
+        self._stopped = True
 
     def close(self) -> None:
         """The pool has ended: nothing is told any more."""

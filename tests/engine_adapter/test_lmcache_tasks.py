@@ -76,6 +76,17 @@ def test_too_many_fail_at_once(tasks, monkeypatch):
     assert done(tasks, second) is True
 
 
+def test_when_stopped_what_has_not_begun_fails(tasks):
+    gate, begun = threading.Event(), threading.Event()
+    first = tasks.submit(lambda: begun.set() or gate.wait(), "failed")
+    second = tasks.submit(gate.wait, "failed")
+    assert begun.wait(20)
+    tasks.stop()
+    gate.set()
+    assert done(tasks, first) is True
+    assert done(tasks, second) == "failed"
+
+
 def test_outcomes_that_nobody_fetches_are_few(tasks, monkeypatch):
     monkeypatch.setattr(module, "KEPT_MAX", 2)
     numbers = [tasks.submit(lambda: "done", "failed") for _ in range(4)]

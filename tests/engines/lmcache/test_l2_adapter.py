@@ -238,6 +238,31 @@ def test_a_daemon_that_does_not_answer_is_waited_for_once(start, daemon, memory)
     until(lambda: asked.look_up(wanted) == [0, 1], "it answers again")
 
 
+def test_while_the_cache_is_bypassed_nothing_is_there(daemon, asked, memory, caplog):
+    wanted = keys(1, 2)
+    assert asked.store(wanted, memory.filled(wanted))
+    daemon.rest().put("/v1/bypass", {"reason": "a test"})
+    for _ in range(3):
+        assert asked.fetch(wanted, memory.take(2)) == []
+        assert asked.load(wanted, memory.take(2)) == []
+        assert not asked.store(keys(3), memory.filled(keys(3)))
+    assert len([line for line in caplog.messages if "could not serve" in line]) == 1
+    daemon.rest().delete("/v1/bypass")
+    assert asked.fetch(wanted, memory.take(2)) == [0, 1]
+
+
+def test_a_closed_adapter_holds_nothing(daemon, memory):
+    asked = Asked(daemon).connected()
+    wanted = keys(1, 2)
+    assert asked.store(wanted, memory.filled(wanted))
+    assert asked.look_up(wanted) == [0, 1]
+    assert len(daemon.leases()) == 2
+    task = asked.adapter.submit_load_task(wanted, memory.take(2))
+    asked.adapter.close()
+    assert daemon.leases() == []
+    assert asked.adapter.query_load_result(task) is not None
+
+
 def test_parameters_that_it_does_not_know_are_refused():
     with pytest.raises(ConfigError, match="lock_secnods"):
         Asked(DaemonProcess(), lock_secnods=3)
