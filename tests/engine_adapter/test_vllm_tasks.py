@@ -1,0 +1,96 @@
+"""Work on behalf of requests: it ends once, and what was stopped touches nothing any more."""
+
+import threading
+
+import numpy as np
+import pytest
+from holdfast.engine_adapter.vllm.caches import runs
+from holdfast.engine_adapter.vllm.tasks import Stopped, Task, Tasks
+
+from daemon_process import until
+
+
+def tasks(**given):
+    return Tasks("test", **{"threads": 1, "limit": 4, "seconds": 100.0, **given})
+
+
+def task(request, work):
+    return Task(request, work, lambda task, why: (request, why))
+
+
+def taken(found, count=1):
+    """What ends next, in whatever order."""
+    ended = set()
+    until(lambda: ended.update(found.take()) or len(ended) >= count, "tasks end")
+    return ended
+
+
+def test_a_task_ends_once_by_itself_or_by_being_stopped():
+    found, ready, free = tasks(), threading.Event(), threading.Event()
+
+    def work(task):
+        ready.set()
+        assert free.wait(20)
+        with task.touching():
+            return "r", "done"
+
+    found.start(task("r", work))
+    found.start(task("q", lambda task: ("q", "done")))
+    assert ready.wait(20)
+    found.stop("r", "stopped")
+    assert not found.needs_blocks("r")
+    assert found.take() == [("r", "stopped")]
+    free.set()
+    assert taken(found) == {("q", "done")}
+    assert not found.take()
+    found.close()
+
+
+def test_stopped_tasks_that_wait_are_forgotten():
+    found, ready, free = tasks(limit=2), threading.Event(), threading.Event()
+    found.start(task("r", lambda task: (ready.set(), free.wait(20), ("r", "done"))[-1]))
+    assert ready.wait(20)
+    for _ in range(5):
+        found.start(task("q", lambda task: ("q", "done")))
+        found.stop("q", "stopped")
+    assert not found._queue
+    found.start(task("q", lambda task: ("q", "done")))
+    found.start(task("full", lambda task: ("full", "done")))
+    assert found.take()[-1] == ("full", "2 others wait already")
+    free.set()
+    assert taken(found, 2) == {("r", "done"), ("q", "done")}
+    found.close()
+
+
+def test_a_task_beyond_its_time_is_stopped():
+    found, free = tasks(seconds=1e-9), threading.Event()
+    found.start(task("r", lambda task: free.wait(20) and ("r", "done")))
+    assert found.take() == [("r", "not within 1e-09 s")]
+    free.set()
+    found.close()
+
+
+def test_a_bug_ends_one_task_and_not_its_thread(caplog):
+    found = tasks()
+    found.start(task("r", lambda task: {}["missing"]))
+    assert taken(found) == {("r", "KeyError: 'missing'")}
+    found.start(task("q", lambda task: ("q", "done")))
+    assert taken(found) == {("q", "done")}
+    found.close()
+
+
+def test_a_stopped_task_touches_nothing():
+    one = task("r", lambda task: None)
+    assert one.stop()
+    assert not one.stop()
+    with pytest.raises(Stopped), one.touching():
+        raise AssertionError("it touched")
+
+
+@pytest.mark.parametrize("blocks", [[], [0], [5], [1, 2, 3], [3, 2, 1], [0, 1, 2], [4, 0, 0, 5, 6, 9, 10, 1]])
+def test_runs_join_neighbours_and_leave_null_blocks_alone(blocks):
+    found = list(runs(np.array(blocks, np.int64)))
+    assert [block for _, run in found for block in run] == blocks
+    assert [blocks[place] for place, _ in found] == [run[0] for _, run in found]
+    assert all(len(run) == 1 for _, run in found if 0 in run)
+    assert len(found) == sum(1 for a, b in zip([None, *blocks], blocks, strict=False) if a in (None, 0) or b != a + 1)

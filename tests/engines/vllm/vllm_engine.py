@@ -1,0 +1,301 @@
+"""A real vLLM in a process of its own, for tests and for trying things:
+
+    with Engine(checkpoint, daemon.socket) as engine:
+        (answer,) = engine.ask([Prompt(tokens)])
+        answer.tokens, answer.cached, answer.params
+
+Without a socket it has no connector. Run with vLLM's interpreter; the child is this file,
+told what to do in JSON lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socketserver
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.request import urlopen
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Self
+
+START_SECONDS = 100.0
+ANSWER_SECONDS = 60.0
+CONNECTOR = {
+    "kv_connector": "HoldfastConnector",
+    "kv_connector_module_path": "holdfast.engine_adapter.vllm.connector",
+    "kv_role": "kv_both",
+}
+SERVER = "vllm.entrypoints.openai.api_server"
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass
+class Prompt:
+    """`params` are kv_transfer_params; `salt` is vLLM's cache_salt."""
+
+    tokens: Sequence[int]
+    params: Mapping | None = None
+    salt: str | None = None
+    count: int = 8
+
+
+@dataclass
+class Answer:
+    """Greedy tokens, how many prompt tokens were cached anywhere, and the kv_transfer_params that came back."""
+
+    tokens: list[int]
+    cached: int
+    params: dict | None
+    finish: str
+
+    @property
+    def holdfast(self) -> dict:
+        assert self.params is not None
+        return self.params["holdfast"]
+
+
+@dataclass
+class Engine:
+    """`extra` are keys behind `holdfast.`, `options` arguments of vllm.LLM."""
+
+    checkpoint: Path
+    socket: Path | None = None
+    extra: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        self.start()
+        self.wait_ready()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> Self:
+        """Start, without waiting until it answers."""
+        options = {
+            "model": str(self.checkpoint),
+            "skip_tokenizer_init": True,
+            "max_model_len": 4096,
+            "block_size": 32,
+            "enforce_eager": True,
+            "seed": 0,
+            "disable_log_stats": False,
+            **self.options,
+        }
+        if self.socket is not None:
+            extra = {f"holdfast.{key}": value for key, value in {"socket": str(self.socket), **self.extra}.items()}
+            options["kv_transfer_config"] = {
+                **CONNECTOR,
+                "kv_connector_extra_config": extra,
+                **options.get("kv_transfer_config", {}),
+            }
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115 - closed in close
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps(options)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+        return self
+
+    def wait_ready(self) -> None:
+        """Wait until it answers. Fails with its log when it ends instead."""
+        assert self._read(START_SECONDS) == "ready"
+
+    def ask(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Ask these at once; their answers, in order."""
+        self.begin(prompts)
+        return self.end()
+
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        """Ask, without waiting for the answers: see `end`."""
+        self._send("ask", [{**asdict(prompt), "tokens": list(map(int, prompt.tokens))} for prompt in prompts])
+
+    def end(self, seconds: float = ANSWER_SECONDS) -> list[Answer]:
+        """The answers to what was begun."""
+        return [Answer(**found) for found in self._read(seconds)]
+
+    def forget(self, connector: str = "") -> bool:
+        """Empty vLLM's own prefix cache, so that only the store can have a prompt; `connector`: that too."""
+        self._send("forget", connector)
+        return self._read(ANSWER_SECONDS)
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges of vLLM's metrics by name, those by source as name:source."""
+        self._send("metrics", None)
+        return self._read(ANSWER_SECONDS)
+
+    def log(self) -> str:
+        """What it has logged so far."""
+        return Path(self._log.name).read_text()
+
+    def close(self) -> None:
+        """End it, and everything that it started. Again is nothing."""
+        if self._log.closed:
+            return
+        try:
+            with suppress(subprocess.TimeoutExpired, OSError):
+                self._process.stdin.close()
+                self._process.wait(20)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process.stdout.close()
+            self._log.close()
+
+    def kill(self) -> None:
+        """SIGKILL to all of its processes."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _send(self, verb: str, what: object) -> None:
+        self._process.stdin.write(json.dumps([verb, what]) + "\n")
+        self._process.stdin.flush()
+
+    def _read(self, seconds: float) -> object:
+        timer = threading.Timer(seconds, os.killpg, (self._process.pid, signal.SIGKILL))
+        timer.start()
+        line = self._process.stdout.readline()
+        timer.cancel()
+        assert line, f"the engine ended, or did not answer within {seconds:g} s:\n{self.log()[-6000:]}"
+        return json.loads(line)
+
+
+@dataclass
+class Server:
+    """vLLM's OpenAI server on a port of its own; `options` are flags. It serves the model "m" without a tokenizer."""
+
+    checkpoint: Path
+    socket: Path
+    extra: dict = field(default_factory=dict)
+    options: dict = field(default_factory=dict)
+
+    def __enter__(self) -> Self:
+        with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as free:
+            port = free.server_address[1]
+        self.address = f"http://127.0.0.1:{port}"
+        extra = {f"holdfast.{key}": value for key, value in {"socket": str(self.socket), **self.extra}.items()}
+        flags = {
+            "model": str(self.checkpoint),
+            "served-model-name": "m",
+            "host": "127.0.0.1",
+            "port": port,
+            "max-model-len": 4096,
+            "block-size": 32,
+            "kv-transfer-config": json.dumps({**CONNECTOR, "kv_connector_extra_config": extra}),
+            **self.options,
+        }
+        given = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", SERVER, "--skip-tokenizer-init", "--enforce-eager", *given],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + START_SECONDS
+        while not self._answers():
+            assert self._process.poll() is None, self.log()[-6000:]
+            assert time.monotonic() < deadline, self.log()[-6000:]
+            time.sleep(0.1)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._log.close()
+
+    def log(self) -> str:
+        """What it has logged so far."""
+        return Path(self._log.name).read_text()
+
+    def _answers(self) -> bool:
+        try:
+            with urlopen(f"{self.address}/health", timeout=5):
+                return True
+        except OSError:
+            return False
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM and its children print where they like
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**json.loads(sys.argv[1]))
+
+    def ask(prompts):
+        texts = [
+            {"prompt_token_ids": one["tokens"], **({"cache_salt": one["salt"]} if one["salt"] else {})}
+            for one in prompts
+        ]
+        sampling = [
+            SamplingParams(
+                temperature=0,
+                max_tokens=one["count"],
+                ignore_eos=True,
+                detokenize=False,
+                extra_args=None if one["params"] is None else {"kv_transfer_params": one["params"]},
+            )
+            for one in prompts
+        ]
+        return [
+            {
+                "tokens": list(found.outputs[0].token_ids),
+                "cached": found.num_cached_tokens or 0,
+                "params": found.kv_transfer_params,
+                "finish": found.outputs[0].finish_reason,
+            }
+            for found in llm.generate(texts, sampling, use_tqdm=False)
+        ]
+
+    verbs = {
+        "ask": ask,
+        "forget": lambda connector: llm.reset_prefix_cache(reset_connector=bool(connector)),
+        "metrics": lambda _: {
+            ":".join(filter(None, [metric.name, metric.labels.get("source")])): metric.value
+            for metric in llm.get_metrics()
+            if hasattr(metric, "value")
+        },
+    }
+
+    def tell(what: object) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    tell("ready")
+    for line in sys.stdin:
+        verb, what = json.loads(line)
+        tell(verbs[verb](what))
+
+
+if __name__ == "__main__":
+    main()
