@@ -264,6 +264,8 @@ BROAD_HANDLERS: dict[str, str] = {
     "engine_adapter/lmcache/tasks.py::_work": "LMCache would wait for ever for a task that is never done",
     "engine_adapter/vllm/connector.py::_asked": "vLLM ends with its connector, and a cache must not take it down",
     "engine_adapter/vllm/tasks.py::run": "a load that ended by our bug silently would let its request wait for ever",
+    "engine_adapter/vllm/errands.py::_serve": "an engine goes on: our bug is logged, and what was asked is a miss",
+    "engine_adapter/vllm/transfers.py::_serve": "the same: a transfer that never ends would hang a request",
     "kvstore/mover.py::_serve": "a thread that died of our bug silently would hang every waiter",
     "kvstore/warm.py::_serve": "the same: what it is told would pile up",
     "ring_attention/tokenizer.py::__init__": "the tokenizers library raises bare Exception for a damaged file",
