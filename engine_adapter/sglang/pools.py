@@ -1,0 +1,143 @@
+"""Pools: pages of SGLang's host pools as bytes, read and written in place where the pool's layout allows it.
+
+A page of a page-first pool lies in few buffers, whose bytes one after the other are the pool's flat page. Other pools
+are asked for their flat pages, which copies once more.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+IN_PLACE: Final = ("page_first", "page_first_direct", "page_head")
+FACTS: Final = (
+    "layout",
+    "dtype",
+    "page_size",
+    "size_per_token",
+    "layer_num",
+    "start_layer",
+    "end_layer",
+    "head_num",
+    "head_dim",
+    "v_head_dim",
+    "kv_cache_dim",
+    "head_group_num",
+    "dcp_size",
+    "storage_format_tag",
+)
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class HostPool(Protocol):
+    """As much of SGLang's HostKVCache as is used here."""
+
+    page_size: int
+    layout: str
+
+    def get_page_buffer_meta(self, indices: torch.Tensor) -> tuple[list[int], list[int] | int]:
+        """Addresses and sizes of the buffers of the pages whose tokens' indices these are."""
+        ...
+
+    def get_data_page(self, index: int, flat: bool = True) -> torch.Tensor:  # noqa: FBT001, FBT002 - theirs
+        """The page whose first token's index this is."""
+        ...
+
+    def get_dummy_flat_data_page(self) -> torch.Tensor:
+        """Memory for a flat page."""
+        ...
+
+    def set_from_flat_data_page(self, index: int, data_page: torch.Tensor) -> None:
+        """Write the page whose first token's index this is."""
+        ...
+
+
+class Pages:
+    """The pages of one pool. `indices` are of all their tokens, page after page, as SGLang gives them."""
+
+    def __init__(self, pool: HostPool) -> None:
+        self._pool = pool
+        self._page_tokens = int(getattr(pool, "logical_page_size", 0) or getattr(pool, "page_size", 1) or 1)
+        self._spare = pool.get_dummy_flat_data_page()  # a flat page on its way into the pool
+        self._writing = threading.Lock()
+        self.size_bytes = self._spare.numel() * self._spare.element_size()
+        self.tokens = self._page_tokens
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides what a page's bytes mean."""
+        return {"pool": type(self._pool).__name__} | {
+            name: str(getattr(self._pool, name)) for name in FACTS if getattr(self._pool, name, None) is not None
+        }
+
+    def fits(self, pages: int, indices: torch.Tensor | None) -> bool:
+        """Whether these are the indices of so many pages."""
+        return indices is not None and indices.numel() == pages * self._page_tokens
+
+    def sources(self, indices: torch.Tensor) -> list[Bytes]:
+        """The pages' contents, flat."""
+        if (parts := self._parts(indices)) is not None:
+            return [page[0] if len(page) == 1 else np.concatenate(page) for page in parts]
+        return [flat_bytes(self._pool.get_data_page(start)) for start in self._starts(indices)]
+
+    def write(self, indices: torch.Tensor) -> Writing:
+        """Make ready to write these pages."""
+        return Writing(self, self._parts(indices), self._starts(indices))
+
+    def write_flat(self, start: int, content: memoryview) -> None:
+        """Write one page through the pool's own method."""
+        with self._writing:
+            np.copyto(flat_bytes(self._spare), np.frombuffer(content, np.uint8))
+            self._pool.set_from_flat_data_page(start, self._spare)
+
+    def _starts(self, indices: torch.Tensor) -> list[int]:
+        return [int(index) for index in indices[:: self._page_tokens].tolist()]
+
+    def _parts(self, indices: torch.Tensor) -> list[list[Bytes]] | None:
+        """The buffers of each page, in place; None where they do not make up its flat page."""
+        if getattr(self._pool, "layout", "") not in IN_PLACE or not indices.numel():
+            return None
+        addresses, sizes = self._pool.get_page_buffer_meta(indices)
+        if isinstance(sizes, int):
+            sizes = [sizes] * len(addresses)
+        pages = indices.numel() // self._page_tokens
+        each = len(addresses) // pages
+        if len(addresses) != each * pages or sum(sizes[:each]) != self.size_bytes:
+            return None
+        buffers = [_at(address, size) for address, size in zip(addresses, sizes, strict=True)]
+        return [buffers[first : first + each] for first in range(0, len(buffers), each)]
+
+
+class Writing:
+    """Pages that are being written, by number, whole."""
+
+    def __init__(self, pages: Pages, parts: Sequence[Sequence[Bytes]] | None, starts: Sequence[int]) -> None:
+        self._pages = pages
+        self._parts = parts
+        self._starts = starts
+
+    def put(self, number: int, content: memoryview) -> None:
+        """Write one page; `content` has a flat page's size."""
+        if self._parts is None:
+            self._pages.write_flat(self._starts[number], content)
+            return
+        source, offset = np.frombuffer(content, np.uint8), 0
+        for part in self._parts[number]:
+            np.copyto(part, source[offset : offset + part.size])
+            offset += part.size
+
+
+def flat_bytes(tensor: torch.Tensor) -> Bytes:
+    """A tensor's memory, in place where it is contiguous; through uint8, because numpy has no bfloat16 and float8."""
+    return np.asarray(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def _at(address: int, size_bytes: int) -> Bytes:
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size_bytes).from_address(address))
