@@ -72,19 +72,24 @@ class Puts:
         self.open[put.id] = put
         leaving = {copy.extent for copy in self.state.leaving}
         previous: ExtentId | None = None
+        present: list[ExtentId] = []
         for number, (key, size_bytes) in enumerate(objects):
             try:
                 ingest = self._made(client, incoming, key, size_bytes, previous, leaving)
                 if isinstance(ingest, Ingest):
-                    self._begin(put, number, ingest, deadline_ns)
+                    self._begin(put, number, ingest, present, deadline_ns)
                     previous = ingest.document.extents[0]
+                    present = []
                 else:
                     previous = ingest
+                    present.append(ingest)
             except HoldfastError as error:
                 put.refused[number] = error
         self._settled(put)
 
-    def _begin(self, put: Put, number: int, ingest: Ingest, deadline_ns: int) -> None:
+    def _begin(self, put: Put, number: int, ingest: Ingest, present: Sequence[ExtentId], deadline_ns: int) -> None:
+        """`present` are those before it, which are not to leave for what follows them."""
+
         def granted(error: HoldfastError | None) -> None:
             if error is not None:
                 put.ingests.pop(number, None)
@@ -99,6 +104,10 @@ class Puts:
             put.pending -= 1
             del put.ingests[number]
             raise
+        for extent in present:
+            source = self.state.extents[extent].source()
+            if source is not None:
+                ingest.held.append(self.store.hold(source))
         self.ingests.room.pump()  # at once: few may wait for room
 
     def _settled(self, put: Put) -> None:

@@ -48,6 +48,18 @@ def written(store, keys):
     until(lambda: all(store.document(f"ns/{key.hex()}").durable for key in keys), "all is written")
 
 
+def spoil(daemon, payload):
+    """Change what the disk has of it."""
+    for segment in (daemon.data_dir / "nvme").rglob("segment-*"):
+        at = segment.read_bytes().find(payload)
+        if at >= 0:
+            with segment.open("r+b") as file:
+                file.seek(at + 100)
+                file.write(b"damage")
+            return
+    raise AssertionError("the disk does not have it")
+
+
 def content(objects, keys):
     """What a get of these gives."""
     with objects.get(keys) as views:
@@ -312,13 +324,7 @@ def test_a_damaged_object_is_a_miss_and_is_stored_again():
         written(store, made)
         daemon.kill()
         daemon.cool()
-        for segment in (daemon.data_dir / "nvme").rglob("segment-*"):
-            found = segment.read_bytes()
-            at = found.find(made[b"key-0-1"])
-            if at >= 0:
-                with segment.open("r+b") as file:
-                    file.seek(at + 100)
-                    file.write(b"damage")
+        spoil(daemon, made[b"key-0-1"])
         objects = Store(daemon.start().client("t")).objects("ns")
         assert content(objects, list(made)) == [made[b"key-0-0"], None, made[b"key-0-2"]]
         assert objects.find(list(made)) == ["ddr", None, "ddr"]
@@ -389,3 +395,19 @@ def test_a_time_to_live():
         until(lambda: objects.find([b"short"]) == [None], "it expires")
         assert statuses(objects.put([(b"short", b"again")])) == [PutStatus.STORED]
         assert content(objects, [b"short"]) == [b"again"]
+
+
+def test_check_finds_objects_sound_and_damaged_ones_not():
+    made = some(5, size_bytes=20_000)
+    with stores() as (daemon, store):
+        objects = store.objects("ns")
+        objects.put(list(made.items()), write_policy=WritePolicy.THROUGH, tokens_each=3)
+        written(store, made)
+        wanted = {"fix": False, "data": True, "deadline_seconds": 20}
+        assert daemon.rest().post("/v1/check", wanted)["findings"] == []
+        spoil(daemon, made[b"key-0-2"])
+        found = daemon.rest().post("/v1/check", wanted | {"fix": True})["findings"]
+        assert [finding["code"] for finding in found] == ["extent-corrupt"]
+        assert f"t/ns/{b'key-0-2'.hex()}" in found[0]["subject"]
+        assert daemon.rest().post("/v1/check", wanted)["findings"] == []
+        assert content(objects, list(made)) == list(made.values())  # DDR has it still
