@@ -1,91 +1,152 @@
-"""Lookups: which keys are in the cache, known without asking anybody on the scheduler's thread.
-
-Keys that are asked for in one step are looked up together on a thread. What is known is remembered, bounded and for a
-short time only: others store and evict.
-"""
+"""Lookups: asks the daemon what is cached of a prompt, on a thread, so that the engine's scheduler never waits."""
 
 from __future__ import annotations
 
-import queue
+import logging
+import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal
 
-KNOWN_MAX: Final = 262_144  # keys; those that were asked for longest ago are forgotten
-FOUND_SECONDS: Final = 10.0
-MISSED_SECONDS: Final = 1.0
+from ...kvstore.errors import HoldfastError
+from ...kvstore.keys import Extras
+from ...kvstore.spec import KVSpec
+from ...kvstore.views import PrefixView
+from ..api import Store
+from ..link import Link
+from .plans import Ready, Tokens
+
+LOG: Final = logging.getLogger("vllm.holdfast")
+WAITING_MAX: Final = 256
+CLEAR_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Leading tokens of a prompt that are cached, in whole pages, by the tier that each is nearest in.
+
+    `canonical`: not in pages of the engine. `document` is one that holds all of them.
+    """
+
+    token_count: int = 0
+    canonical: bool = False
+    tier_tokens: Mapping[str, int] = field(default_factory=dict)
+    document: str | None = None
+
+
+NOTHING: Final = Found()
+
+
+class Question:
+    """One prompt's. `found` is None until it is answered; after the deadline it will not be waited for."""
+
+    def __init__(self, tokens: Tokens, extras: Extras, seconds: float) -> None:
+        self.tokens = tokens
+        self.extras = extras
+        self.asked = time.monotonic()
+        self.deadline = self.asked + seconds
+        self.found: Found | None = None
+        self.failed = False  # nobody could say
+
+    def miss(self) -> None:
+        """Nobody could say: as if nothing were cached."""
+        self.failed = True
+        self.found = NOTHING
+
+    @property
+    def seconds(self) -> float:
+        """Since it was asked."""
+        return time.monotonic() - self.asked
 
 
 class Lookups:
-    """Verdicts by key. All methods belong to one thread, the scheduler's.
+    """Answers questions one after the other. While the daemon does not answer, new ones are misses at once."""
 
-    `find` says of each key whether it is there, and raises nothing; it is called with one step's keys, on the thread
-    that `run` has its errands done by. `run` returns False when it has too many.
-    """
+    def __init__(self, link: Link, ranks: Sequence[Ready], seconds: float) -> None:
+        """`ranks`: what each rank of the engine keeps; a prefix counts as far as all of them have it."""
+        self._link = link
+        self._specs = [rank.spec for rank in ranks if rank.spec is not None]
+        self._canonical = self._specs[0].canonical() if len(ranks) == 1 and ranks[0].canonical else None
+        self._seconds = seconds
+        self._changed = threading.Condition()
+        self._waiting: deque[Question] = deque()
+        self._current: Question | None = None
+        self._closed = False
+        threading.Thread(target=self._serve, name="holdfast-lookup", daemon=True).start()
 
-    def __init__(
-        self,
-        find: Callable[[Sequence[bytes]], list[bool]],
-        run: Callable[[Callable[[], object]], bool],
-        deadline_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._find = find
-        self._run = run
-        self._deadline_seconds = deadline_seconds
-        self._clock = clock
-        self._known: OrderedDict[bytes, tuple[bool, float]] = OrderedDict()  # verdict, and until when it holds
-        self._asked: dict[bytes, float] = {}  # since when; unanswered, the oldest first
-        self._step: list[bytes] = []  # asked in this step, not handed over yet
-        self._answers: queue.SimpleQueue[tuple[list[bytes], list[bool]]] = queue.SimpleQueue()
+    def ask(self, tokens: Tokens, extras: Extras) -> Question:
+        """Ask without waiting."""
+        question = Question(tokens, extras, self._seconds)
+        with self._changed:
+            current = self._current
+            stuck = current is not None and time.monotonic() > current.deadline
+            if stuck or self._closed or len(self._waiting) >= WAITING_MAX or not self._link.is_up:
+                question.miss()
+            else:
+                self._waiting.append(question)
+                self._changed.notify()
+        return question
 
-    def verdict(self, key: bytes) -> bool | None:
-        """Whether it is there; None: not known yet, ask again in a later step."""
-        self._take_answers()
-        now = self._clock()
-        known = self._known.get(key)
-        if known is not None and now < known[1]:
-            return known[0]
-        since = self._asked.get(key)
-        if since is not None:
-            return None if now - since < self._deadline_seconds else False
-        if len(self._asked) >= KNOWN_MAX or self._stalled(now):
-            return False
-        self._asked[key] = now
-        self._step.append(key)
-        return None
+    def clear(self) -> bool:
+        """Forget what was stored in these engines' pages, for an operator, who may wait; whether it was done."""
+        done = threading.Event()
 
-    def hand_over(self) -> None:
-        """The step is over: have its keys looked up."""
-        self._take_answers()
-        step, self._step = self._step, []
-        if step and not self._run(lambda: self._answers.put((step, self._find(step)))):
-            self.missed(step)
+        def work() -> None:
+            try:
+                with self._link.use() as store:
+                    for spec in self._specs:
+                        store.clear(spec)
+                done.set()
+            except HoldfastError as error:
+                LOG.warning("holdfast: the cache was not cleared: %s", error.message)
 
-    def found(self, keys: Iterable[bytes]) -> None:
-        """Learn from elsewhere: they were stored."""
-        self._learn(keys, (True, self._clock() + FOUND_SECONDS))
+        thread = threading.Thread(target=work, name="holdfast-clear", daemon=True)
+        thread.start()
+        thread.join(CLEAR_SECONDS)
+        return done.is_set()
 
-    def missed(self, keys: Iterable[bytes]) -> None:
-        """Learn from elsewhere: they could not be loaded."""
-        self._learn(keys, (False, self._clock() + MISSED_SECONDS))
+    def close(self) -> None:
+        """Answer nothing any more, and disconnect."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._link.close()
 
-    def _stalled(self, now: float) -> bool:
-        """Whether the oldest question waits too long: then nobody else should begin to wait."""
-        oldest = next(iter(self._asked.values()), now)
-        return now - oldest >= self._deadline_seconds
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                self._current = None
+                self._changed.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+                question = self._current = self._waiting.popleft()
+            if time.monotonic() > question.deadline:
+                question.miss()
+                continue
+            try:
+                with self._link.use() as store:
+                    question.found = self._look(store, question)
+            except HoldfastError:
+                question.miss()
 
-    def _take_answers(self) -> None:
-        while not self._answers.empty():
-            keys, found = self._answers.get_nowait()
-            self.found(key for key, there in zip(keys, found, strict=True) if there)
-            self.missed(key for key, there in zip(keys, found, strict=True) if not there)
+    def _look(self, store: Store, question: Question) -> Found:
+        views = [store.lookup(spec, question.tokens, extras=question.extras) for spec in self._specs]
+        native = _found(min(views, key=lambda view: view.token_count), self._specs[0])
+        whole = len(question.tokens) // self._specs[0].block_tokens * self._specs[0].block_tokens
+        if self._canonical is None or question.extras or native.token_count == whole:
+            return native
+        view = store.lookup(self._canonical, question.tokens)
+        canonical = _found(view, self._specs[0], "canonical")
+        return canonical if canonical.token_count > native.token_count else native
 
-    def _learn(self, keys: Iterable[bytes], verdict: tuple[bool, float]) -> None:
-        for key in keys:
-            self._asked.pop(key, None)
-            self._known[key] = verdict
-            self._known.move_to_end(key)
-        while len(self._known) > KNOWN_MAX:
-            self._known.popitem(last=False)
+
+def _found(view: PrefixView, spec: KVSpec, form: Literal["native", "canonical"] = "native") -> Found:
+    count = view.token_count // spec.block_tokens * spec.block_tokens
+    return Found(
+        token_count=count,
+        canonical=form == "canonical",
+        tier_tokens=view.tier_tokens,
+        document=view.document,
+    )

@@ -53,8 +53,8 @@ from ..namespaces import Origin, model_identity
 from ..shelf import Patience, Shelf
 from .errands import Errands
 from .hints import Answer, PinHint, read
-from .lookups import Lookups
 from .transfers import Kind, Transfer, Transfers
+from .verdicts import Verdicts
 
 if TYPE_CHECKING:
     from vllm.v1.kv_offload.base import OffloadingSpec
@@ -131,7 +131,7 @@ class HoldfastTier(SecondaryTierManager):
             patience=Patience(load_seconds=load_seconds, store_seconds=store_seconds),
         )
         self._errands = Errands()
-        self._lookups = Lookups(self._shelf.find, self._errands.run, lookup_seconds)
+        self._lookups = Verdicts(self._shelf.find, self._errands.run, lookup_seconds)
         self._transfers = Transfers(
             self._carry_out,
             threads={Kind.LOAD: load_threads, Kind.STORE: store_threads},

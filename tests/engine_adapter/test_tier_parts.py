@@ -6,11 +6,11 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from holdfast.engine_adapter.vllm import lookups as lookups_module
+from holdfast.engine_adapter.vllm import verdicts as verdicts_module
 from holdfast.engine_adapter.vllm.errands import WAITING_MAX, Errands
 from holdfast.engine_adapter.vllm.hints import Answer, PinHint, read
-from holdfast.engine_adapter.vllm.lookups import FOUND_SECONDS, MISSED_SECONDS, Lookups
 from holdfast.engine_adapter.vllm.transfers import Kind, Transfer, Transfers
+from holdfast.engine_adapter.vllm.verdicts import FOUND_SECONDS, MISSED_SECONDS, Verdicts
 
 from daemon_process import until
 
@@ -26,7 +26,7 @@ class Desk:
         self.asked: list[list[bytes]] = []
         self.errands: list = []
         self.full = False
-        self.lookups = Lookups(self.find, self.run, DEADLINE_SECONDS, clock=lambda: self.now)
+        self.lookups = Verdicts(self.find, self.run, DEADLINE_SECONDS, clock=lambda: self.now)
 
     def find(self, keys):
         self.asked.append(list(keys))
@@ -82,7 +82,7 @@ def test_nobody_waits_longer_than_the_deadline_nor_begins_to_wait_behind_one_who
 
 
 def test_what_is_known_is_bounded(monkeypatch):
-    monkeypatch.setattr(lookups_module, "KNOWN_MAX", 10)
+    monkeypatch.setattr(verdicts_module, "KNOWN_MAX", 10)
     desk = Desk()
     keys = [bytes([number]) for number in range(30)]
     assert [desk.lookups.verdict(key) for key in keys] == [None] * 10 + [False] * 20
