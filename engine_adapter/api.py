@@ -1,7 +1,11 @@
 """The small Python API: `holdfast.connect`, documents, ingest and attach as context managers, layer by layer.
 
 For engines and scripts that hold KV as arrays and have no ranks of their own. Arrays are numpy, [kv heads, tokens,
-dim]; dtypes that numpy lacks travel as their bits (bfloat16 as uint16, float8 as uint8).
+dim]; dtypes that numpy lacks travel as their bits (bfloat16 as uint16, float8 as uint8). examples/ shows it at work;
+`async_store` is its twin for asyncio.
+
+Errors are typed (kvstore.errors). What an engine should survive by computing: Unavailable (no daemon, too slow,
+draining, bypassed), NoCapacity, NotFound, DocumentIncomplete, CorruptExtent, StorageFailed.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ AHEAD_SECONDS: Final = 0.2  # how long the next window may wait for room while t
 def connect(socket: str | Path | None = None, *, data_dir: str | Path | None = None, tenant: str = "default") -> Store:
     """Connect to a daemon on this machine: by its socket, its data directory, or where the defaults put it.
 
-    Raises DaemonUnavailable.
+    The defaults are `holdfast serve`'s, HOLDFAST_* variables included. A tenant sees its own documents only. Raises
+    DaemonUnavailable; a connection whose daemon has ended is not made again: connect anew.
     """
     if socket is None:
         overrides = {} if data_dir is None else {"daemon.data_dir": str(data_dir)}
@@ -125,9 +130,11 @@ class Store:
         tokens: tuple[int, int] | None = None,
         deadline_seconds: float = 60.0,
     ) -> Iterator[Attachment]:
-        """Lease a document, or tokens [start, stop) of it, and read it.
+        """Lease a document, or tokens [start, stop) of it, and read it: it stays where it is until the block ends.
 
-        With `spec`, KV of any other model is refused (SpecMismatch). Raises DocumentTooLarge for more than DDR can
+        Returns as soon as it has room in DDR, for which the deadline is; layers arrive while it is read. With `spec`,
+        KV of other models is refused (SpecMismatch). Raises DocumentNotFound; DocumentIncomplete, naming the tokens to
+        compute, when some of it is gone; NoCapacity, naming who holds DDR; and DocumentTooLarge for more than DDR can
         hold at once: see `windows`.
         """
         attachment = self._attached(name, spec, tokens, deadline_seconds)
@@ -241,7 +248,12 @@ class Store:
         kind: str = "hard",
         refresh: str = "never",
     ) -> PinView:
-        """Keep a document at or above a tier: see Client.pin. Raises PinsOvercommitted, with the pins in its way."""
+        """Keep a document at or above a tier, "ddr" or "nvme"; returns when the pin will survive a restart.
+
+        A "hard" pin forbids leaving; what has a "soft" one leaves after all that is not pinned. It ends after so many
+        seconds (None: never); with `refresh` "hit" each attach starts them again. Owner and reason are for people, and
+        for `unpin_all`. Raises PinsOvercommitted, whose `holders` are the pins in its way.
+        """
         return self._client.pin(
             name, tier, ttl_seconds=ttl_seconds, owner=owner, reason=reason, kind=kind, refresh=refresh
         )

@@ -158,13 +158,16 @@ class Attachment:
             queries=queries,
         )
 
-    def layers(self) -> Iterator[LayerKV]:
-        """Every layer, in order, each as soon as it may be read; no copy. Raises CorruptExtent or StorageFailed."""
+    def layers(self, *, deadline_seconds: float = 600.0) -> Iterator[LayerKV]:
+        """Every layer, in order, each as soon as it may be read; no copy.
+
+        Raises CorruptExtent or StorageFailed for what cannot be read, DeadlineExceeded when one layer takes longer.
+        """
         planes = self._planes()
         # Layer groups of one model are stored side by side; the k-th layers of all of them come together.
         depth = max(len(group.layers) for group in self.spec.groups)
         for position in range(depth):
-            self._client.wait_layers(self._attached.lease, position + 1)
+            self._client.wait_layers(self._attached.lease, position + 1, deadline_seconds)
             for number, group in enumerate(self.spec.groups):
                 if position < len(group.layers):
                     yield LayerKV(group.layers[position], planes[number], position, self.tokens)
