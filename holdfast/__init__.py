@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine_adapter.api import Store, connect
+    from .engine_adapter.async_store import AsyncAttachment, AsyncStore, AsyncWriter, connect_async
     from .engine_adapter.attachment import Attachment, LayerKV
     from .engine_adapter.objects import Objects, PutResult
     from .engine_adapter.session import Session
@@ -28,6 +29,9 @@ __version__ = "0.1.0"
 
 # Names load on first use, so that `import holdfast` and the command line stay light.
 _PLACES = {
+    "AsyncAttachment": "engine_adapter.async_store",
+    "AsyncStore": "engine_adapter.async_store",
+    "AsyncWriter": "engine_adapter.async_store",
     "Attachment": "engine_adapter.attachment",
     "GroupKind": "kvstore.spec",
     "HoldfastError": "kvstore.errors",
@@ -41,10 +45,14 @@ _PLACES = {
     "Store": "engine_adapter.api",
     "WritePolicy": "kvstore.document",
     "connect": "engine_adapter.api",
+    "connect_async": "engine_adapter.async_store",
     "sized": "kvstore.spec",
 }
 
 __all__ = [
+    "AsyncAttachment",
+    "AsyncStore",
+    "AsyncWriter",
     "Attachment",
     "GroupKind",
     "HoldfastError",
@@ -58,6 +66,7 @@ __all__ = [
     "Store",
     "WritePolicy",
     "connect",
+    "connect_async",
     "sized",
 ]
 
