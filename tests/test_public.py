@@ -43,16 +43,6 @@ def test_readme_commands_exist():
         assert ran.returncode == 0, (words, ran.stderr)
 
 
-def test_the_example_runs():
-    """examples/store_and_read.py, against a daemon of its own."""
-    sizes = {"ddr__capacity_bytes": "64 MiB", "ddr__slab_bytes": "8 MiB", "nvme__segment_bytes": "8 MiB"}
-    with DaemonProcess(**sizes, nvme__capacity_bytes="64 MiB").start() as daemon:
-        command = [sys.executable, str(ROOT / "examples" / "store_and_read.py"), str(daemon.data_dir)]
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        assert ran.returncode == 0, ran.stderr
-        assert ran.stdout.count("is the same") == 4
-
-
 def test_a_write_that_cannot_be_meant_is_refused():
     """Tokens beyond the document, what is no array, and a block that has ended; the connection lives on."""
     group = holdfast.LayerGroup(layers=(0,), kv_heads=1, key_dim=8, value_dim=8)
