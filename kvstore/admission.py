@@ -12,6 +12,7 @@ from __future__ import annotations
 from .clock import Clock
 from .document import DocumentId, WritePolicy
 from .ledger import Hop
+from .owners import asked
 from .prices import Prices
 from .residency import Tier
 from .reuse import Comebacks, Decision, Stake, decide, write_price_ns
@@ -30,7 +31,7 @@ class Admission:
     def refusal(self, record: ExtentRecord) -> str:
         """Why no document that needs the extent makes it worth writing, with the numbers; empty where one does."""
         why = ""
-        for document in record.documents:
+        for document in asked(record.documents):
             owner = self._state.documents[document]
             if owner.document.write_policy is WritePolicy.MEMORY:
                 continue

@@ -110,7 +110,7 @@ class Adoption:
         self.upkeep.tell(document.id, DropDocument(*document.id))
         records = [self.state.extents[extent] for extent in known.document.extents]
         for record in records:
-            record.documents -= {document.id}
+            record.leave(document.id)
         return records
 
     def _is_sound(self, extent: Extent, slot: Slot) -> bool:

@@ -19,6 +19,7 @@ from .extent import ExtentId
 from .holders import HOLDERS_MAX, Holder, Kind
 from .ingesting import Ingest
 from .loading import Loading, Phase
+from .owners import asked
 from .residency import Placement, Tier
 from .room import Reservation
 from .rows import place_rows
@@ -197,7 +198,7 @@ class Claimed:
 
     def _is_or_goes_below(self, record: ExtentRecord) -> bool:
         """Whether NVMe has it, or a write policy lets it: such a front may leave before what is behind it."""
-        owners = (self.state.documents[document].document for document in record.documents)
+        owners = (self.state.documents[document].document for document in asked(record.documents))
         return record.nvme is not None or any(owner.write_policy != "memory-only" for owner in owners)
 
     def _rows_could_fit(self, demand: Demand) -> bool:

@@ -21,6 +21,7 @@ from .config import Config
 from .document import DocumentId
 from .errors import ClaimNotFound, LeasesOvercommitted, PinsOvercommitted
 from .holders import Holder, Kind, largest
+from .owners import Owners, common
 from .residency import Tier
 from .sizes import format_size
 
@@ -231,11 +232,11 @@ class Pins:
         pin = self._pins.get(document)
         return pin if pin is not None and pin.kind is PinKind.HARD else None
 
-    def quarters(self, documents: Iterable[DocumentId], tier: Tier, wall_ns: int) -> int:
+    def quarters(self, documents: Owners, tier: Tier, wall_ns: int) -> int:
         """The strength of the strongest soft pin that wants a copy kept in that tier for one of them; 0 for none."""
         if not self._soft:
             return 0
-        found = (self._pins[document] for document in documents if document in self._soft)
+        found = map(self._pins.__getitem__, common(documents, self._soft))
         return max((pin.quarters(wall_ns) for pin in found if pin.counts_in(tier)), default=0)
 
     def put(self, pin: Pin) -> None:

@@ -37,11 +37,15 @@ class Documents(MutableMapping[DocumentId, R], Generic[R]):
         return self.named if document.namespace is None else self.unnamed
 
     def __getitem__(self, document: DocumentId) -> R:
-        return self._part(document)[document]
+        found = self.get(document)
+        if found is None:
+            raise KeyError(document)
+        return found
 
     def get(self, document: DocumentId, default: R | None = None) -> R | None:  # type: ignore[override]
         """The record, where there is one."""
-        return self._part(document).get(document, default)
+        found = self.named.get(document)  # quicker than finding out which it is
+        return found if found is not None else self.unnamed.get(document, default)
 
     def __contains__(self, document: object) -> bool:
         return document in self.named or document in self.unnamed

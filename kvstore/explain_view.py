@@ -224,7 +224,7 @@ def _cache(
         follows_lru=standing is not None and bool(standing.scores.get("follows_lru")),
         leases=len(state.leased(document)) if any(one.holds for one in copies.values()) else 0,
         pin=None if pin is None or not pin.counts_in(tier) else pin.kind.value,
-        is_hinted=state.is_expected({document}, tier, copy.device),
+        is_hinted=state.is_expected(frozenset((document,)), tier, copy.device),
         is_guaranteed=0 < guaranteed_bytes >= state.usage.used(tier, document.tenant),
         bound="the group's rows" if tier is Tier.HBM else planner.tenancy.bound(tier, document.tenant),
     )

@@ -73,7 +73,7 @@ def cataloged(store: Store, owner: DocumentRecord) -> None:
 def _leave(store: Store, document: Document, extents: Iterable[ExtentId]) -> None:
     for extent in extents:
         record = store.records.extents[extent]
-        record.documents -= {document.id}
+        record.leave(document.id)
         store.reap(record)
 
 

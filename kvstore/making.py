@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 from .extent import Extent
+from .owners import names
 from .store import Store
 from .writing import Item
 
@@ -30,6 +31,6 @@ def make_place(store: Store, first: Item, queues: Iterable[Mapping[Any, Item]], 
     if victims is None:
         return False
     for victim in victims:
-        store.verdict(victim, "pressure", wanted_by=next(map(str, sorted(first.record.documents)), ""))
+        store.verdict(victim, "pressure", wanted_by=next(iter(names(first.record.documents)), ""))
         store.drop_nvme(store.records.extents[victim.extent])
     return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 from ..eviction.candidate import Candidate
 from ..eviction.policy import Policy
@@ -21,11 +21,12 @@ from .clearing import Occupant, rather_slabs
 from .clock import Clock
 from .contest import Contest
 from .demand import Demand
-from .document import Document, DocumentId
+from .document import Document
 from .extent import Extent
 from .forests import Unchained
 from .ledger import Hop
 from .lines import Line, Standing
+from .owners import asked, names
 from .precedence import Precedence
 from .prices import Prices
 from .residency import Placement, Tier
@@ -244,7 +245,7 @@ class Planner(Prices):
                     found.append((self.state.extents[extent], copy))
         for extent in reversed(document.extents):
             record = self.state.extents[extent]
-            if target is None and record.documents != {document.id}:
+            if target is None and record.documents != frozenset((document.id,)):
                 continue
             found += [
                 (record, placement)
@@ -409,7 +410,7 @@ class Planner(Prices):
             extent=extent.id,
             start=extent.start,
             stop=extent.stop,
-            documents=_names(record.documents),
+            documents=names(record.documents),
             tier=placement.tier,
             shard=placement.shard,
             action="demote" if stays else "drop",
@@ -420,20 +421,13 @@ class Planner(Prices):
 
     def goes_to_nvme(self, record: ExtentRecord) -> bool:
         """Whether DDR eviction may write it out: some document wants it kept, and NVMe could take it at all."""
-        kept = any(
-            self.state.documents[document].document.write_policy != "memory-only" for document in record.documents
-        )
+        owners = map(self.state.documents.__getitem__, asked(record.documents))
+        kept = any(owner.document.write_policy != "memory-only" for owner in owners)
         return kept and self.tenancy.could_hold(Tier.NVME, [record.extent])
 
     def is_written(self, record: ExtentRecord) -> bool:
         """Whether it is written out where no operator says so, but somebody's demand: that has to pay, too."""
         return self.goes_to_nvme(record) and not self.admission.refusal(record)
-
-
-@lru_cache(maxsize=1024)
-def _names(documents: frozenset[DocumentId]) -> tuple[str, ...]:
-    """All extents between two forks of a document have the very same set."""
-    return tuple(sorted(map(str, documents)))
 
 
 def _slots(copies: Iterable[Placement | None]) -> list[Slot]:

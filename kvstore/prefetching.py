@@ -285,7 +285,7 @@ class Prefetching:
                 return False
         for device, size_bytes in leaving.items():
             tier = Tier.DDR if device == DDR else Tier.HBM
-            if size_bytes and not self.state.is_expected({hint.document}, tier, device):
+            if size_bytes and not self.state.is_expected(frozenset((hint.document,)), tier, device):
                 return False  # beyond the share of hints
         if not self.hints.weighs_more(hint, [victim.restore_ns for victim in victims]):
             return False

@@ -16,13 +16,13 @@ from .document import DocumentId
 from .errors import InvalidRequest
 from .extent import Extent, ExtentId
 from .keys import KEY_BYTES
+from .owners import asked
 from .residency import State as Residency
 from .residency import Tier
 from .spec import KVSpec
 from .state import ExtentRecord, State
 
 CANDIDATES_MAX: Final = 1024  # extents with one first block that are compared: bounds what a lookup may take
-OWNERS_MAX: Final = 64  # documents that hold one extent, of which the first that will do is taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ class _Search:
     def owners(self, record: ExtentRecord) -> Iterator[DocumentId]:
         """Documents that hold an extent, and so all in front of it; not what has grown beyond it or has expired."""
         index = record.extent.start // self.spec.extent_tokens  # of the first layer group
-        for document in islice(record.documents, OWNERS_MAX):
+        for document in asked(record.documents):
             made = self.documents[document].document
             if made.extents[index] == record.extent.id and not made.expired(self.wall_ns):
                 yield document

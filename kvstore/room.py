@@ -246,7 +246,7 @@ class Room:
         if below or victim.action == "drop":
             self.store.drop(record.ddr)
             return
-        for owner in self.store.document_of(record):
+        for owner in self.store.records.owners_of(record):
             owner.admitted = True
         drain(self.store.records, record)
         self.writes.demote(record, urgency)

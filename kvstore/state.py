@@ -25,6 +25,7 @@ from .fronts import Fronts
 from .hints import Hints
 from .layout import Layout
 from .ledger import Ledger
+from .owners import Owners, common, in_order, joined, left
 from .prompts import Prompts
 from .quality import Quality
 from .quotas import Quotas, Usage
@@ -53,13 +54,17 @@ class ExtentRecord:
     extent: Extent
     ddr: Placement | None = None
     nvme: Placement | None = None
-    documents: frozenset[DocumentId] = frozenset()
+    documents: Owners = frozenset()
     cataloged: bool = False  # the catalog has, or is about to have, a row for the NVMe copy
     stored: bool = False  # NVMe has it, or had it once
 
     def join(self, owner: frozenset[DocumentId]) -> None:
-        """One more document needs it: `owner` has just that one, and is the same object for all its extents."""
-        self.documents = self.documents | owner if self.documents else owner
+        """One more document needs it: see owners."""
+        self.documents = joined(self.documents, owner)
+
+    def leave(self, document: DocumentId) -> None:
+        """A document needs it no more."""
+        self.documents = left(self.documents, document)
 
     def placements(self) -> list[Placement]:
         """The copies outside HBM, nearest first."""
@@ -265,6 +270,10 @@ class State:
         self.outlasting.pop(document, None)
         return record
 
+    def owners_of(self, record: ExtentRecord) -> list[DocumentRecord]:
+        """The documents that need an extent."""
+        return [self.documents[document] for document in in_order(record.documents)]
+
     def has_copies(self, document: Document) -> bool:
         """Whether any copy of it is left."""
         records = (self.extents[extent] for extent in document.extents)
@@ -292,7 +301,7 @@ class State:
         """The nearest floor among the hard pins of the documents that need this extent."""
         if not self.pins:
             return None
-        pins = [self.pins.hard(document) for document in record.documents]
+        pins = map(self.pins.hard, common(record.documents, self.pins.documents))
         floors = [pin.floor for pin in pins if pin is not None]
         return min(floors, default=None)
 
@@ -323,13 +332,13 @@ class State:
             return group.capacity_bytes if group is not None else 0
         return (self.ddr if tier is Tier.DDR else self.nvme).capacity_bytes
 
-    def is_expected(self, documents: Collection[DocumentId], tier: Tier, device: str) -> bool:
+    def is_expected(self, documents: Owners, tier: Tier, device: str) -> bool:
         """Whether queries on any of these documents wait, or are announced, which shields its copies on a device."""
-        if not self.awaited.keys().isdisjoint(documents):
+        if any(common(documents, self.awaited)):
             return True
         if not self.hints.live:
             return False
-        return not self.hints.shielded(tier, device, self.capacity_bytes(tier, device)).isdisjoint(documents)
+        return any(common(documents, self.hints.shielded(tier, device, self.capacity_bytes(tier, device))))
 
     def shards(self) -> list[Shard]:
         """Every shard of every group."""

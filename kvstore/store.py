@@ -28,7 +28,7 @@ from .placing import place, stay
 from .planner import Planner, Victim
 from .residency import Event, Placement, State, Tier
 from .slots import Slot, SlotClass
-from .state import DDR, NVME, DocumentRecord, ExtentRecord, Shard, hbm_device
+from .state import DDR, NVME, ExtentRecord, Shard, hbm_device
 from .state import State as Records
 
 Then = Callable[[Outcome], None]
@@ -444,7 +444,3 @@ class Store:
     def verdict(self, victim: Victim, reason: str, wanted_by: str = "") -> None:
         """Write down why a copy leaves, and for which document."""
         part(self.records, victim, reason, self.planner.policy.name, self.clock, wanted_by)
-
-    def document_of(self, record: ExtentRecord) -> list[DocumentRecord]:
-        """The committed documents that need an extent."""
-        return [self.records.documents[document] for document in sorted(record.documents)]

@@ -204,7 +204,7 @@ class Upkeep:
         self.store.notes.add(DropDocument(document.tenant, document.name))
         for extent in (*owner.document.extents, *owner.before):
             record = self.state.extents[extent]
-            record.documents -= {document}
+            record.leave(document)
             self.store.reap(record)
 
     def _refuse_needed(self, document: DocumentId) -> None:

@@ -393,7 +393,7 @@ class Writes:
         record.cataloged = True
         target.apply(Event.COMPLETE)
         self.state.changes.note(record.extent.id)
-        for owner in self.store.document_of(record):
+        for owner in self.state.owners_of(record):
             owner.volatile.discard(record.extent.id)
             self.make_durable(owner.document.id)
         self._ended(item)
@@ -443,7 +443,7 @@ class Writes:
         elif source.state is State.DRAINING and record.documents:
             victim = self.store.planner.last_copy(record, source)
             self.store.verdict(victim, f"not written out: {reason}")
-        for owner in self.store.document_of(record):
+        for owner in self.state.owners_of(record):
             if owner.writes_through:
                 owner.behind = self._behind = True
         self._retry_ns = self.store.clock.monotonic_ns() + RETRY_NS

@@ -82,6 +82,7 @@ FLOOR_OF = {
     "forests": "rules",
     "fronts": "rules",
     "prompts": "rules",
+    "owners": "rules",
     "ledger": "rules",
     "lines": "rules",
     "orders": "rules",
