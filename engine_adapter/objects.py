@@ -72,13 +72,15 @@ class Objects:
         deadline_seconds: float = 10.0,
         tokens_each: int = 0,
         ttl_seconds: float | None = None,
+        behind: bytes | None = None,
     ) -> list[PutResult]:
         """Store objects, each (key of 1 to 128 bytes, payload); what became of each, in order.
 
-        Object i + 1 is one that is of use only behind object i, so that eviction takes the last first. `tokens_each`:
-        how many tokens have to be computed again where one of them is lost. The deadline is for each of the two waits
-        of a message: for slots, and to be published. Whatever else is wrong is a result. Raises InvalidRequest for what
-        is no buffer, and DaemonUnavailable.
+        Object i + 1 is one that is of use only behind object i, so that eviction takes the last first; the first one
+        only behind that of the key `behind`, which may have been stored before. `tokens_each`: how many tokens have to
+        be computed again where one of them is lost. The deadline is for each of the two waits of a message: for slots,
+        and to be published. Whatever else is wrong is a result. Raises InvalidRequest for what is no buffer, and
+        DaemonUnavailable.
         """
         payloads = [(key, _flat(buffer)) for key, buffer in items]
         results: list[PutResult] = []
@@ -91,7 +93,9 @@ class Objects:
                     deadline_seconds=deadline_seconds,
                     tokens_each=tokens_each,
                     ttl_seconds=ttl_seconds,
+                    behind=behind,
                 )
+                behind = batch[-1][0]
                 results += self._finish(begun, [payload for _, payload in batch], deadline_seconds)
             except (InvalidRequest, DaemonUnavailable):
                 raise

@@ -63,10 +63,11 @@ class ObjectClient:
         deadline_seconds: float = 10.0,
         tokens_each: int = 0,
         ttl_seconds: float | None = None,
+        behind: bytes | None = None,
     ) -> PutBegun:
         """Take slots for objects, each (key, bytes), to be filled and sealed."""
         keys, sizes = [key for key, _ in objects], [size_bytes for _, size_bytes in objects]
-        body = BeginPut(namespace, keys, sizes, write_policy, deadline_seconds, tokens_each, ttl_seconds)
+        body = BeginPut(namespace, keys, sizes, write_policy, deadline_seconds, tokens_each, ttl_seconds, behind)
         return self._ask(PutBegun, body, deadline_seconds + MARGIN_SECONDS)
 
     def commit_put(self, put: int, seals: Sequence[bytes], deadline_seconds: float = 60.0) -> PutEnded:

@@ -22,7 +22,7 @@ Refusals = dict[int, tuple[str, str]]
 
 
 class BeginPut(Message, frozen=True):
-    """Store these objects of so many bytes: slots are wanted. Each follows the one before it.
+    """Store these objects of so many bytes: slots are wanted. Each follows the one before it, the first `behind`.
 
     `tokens_each`: how many tokens have to be computed again where one is lost; 0: nobody says.
     """
@@ -34,6 +34,7 @@ class BeginPut(Message, frozen=True):
     deadline_seconds: float
     tokens_each: Count = 0
     ttl_seconds: float | None = None
+    behind: Key | None = None
 
 
 class CommitPut(Message, frozen=True):

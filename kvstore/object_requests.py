@@ -117,7 +117,8 @@ class ObjectRequests:
     async def _begin(self, client: int, tenant: str, body: BeginPut) -> PutBegun:
         if len(body.sizes) != len(body.keys):
             raise InvalidRequest(f"{len(body.sizes)} sizes for {len(body.keys)} keys")
-        incoming = Incoming(tenant, body.namespace, body.write_policy, body.tokens_each, ttl_ns_of(body.ttl_seconds))
+        ttl_ns = ttl_ns_of(body.ttl_seconds)
+        incoming = Incoming(tenant, body.namespace, body.write_policy, body.tokens_each, ttl_ns, body.behind)
         wanted = list(zip(body.keys, body.sizes, strict=True))
         deadline_ns = self._deadline_ns(body.deadline_seconds)
         put: Put = await self._call(

@@ -23,13 +23,17 @@ Answered = Callable[["Put"], None]
 
 
 class Incoming(NamedTuple):
-    """What is true of all objects of a batch. `tokens_each`: what computing one again takes; 0: nobody says."""
+    """What is true of all objects of a batch. `tokens_each`: what computing one again takes; 0: nobody says.
+
+    `behind` is the key of the object that the first one follows, if it is there.
+    """
 
     tenant: str
     namespace: str
     write_policy: WritePolicy
     tokens_each: int = 0
     ttl_ns: int | None = None
+    behind: bytes | None = None
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -71,8 +75,8 @@ class Puts:
         put = Put(id=self.store.new_id(), client=client, answered=answered)
         self.open[put.id] = put
         leaving = {copy.extent for copy in self.state.leaving}
-        previous: ExtentId | None = None
-        present: list[ExtentId] = []
+        previous = self._behind(incoming)
+        present = [] if previous is None else [previous]
         for number, (key, size_bytes) in enumerate(objects):
             try:
                 ingest = self._made(client, incoming, key, size_bytes, previous, leaving)
@@ -86,6 +90,12 @@ class Puts:
             except HoldfastError as error:
                 put.refused[number] = error
         self._settled(put)
+
+    def _behind(self, incoming: Incoming) -> ExtentId | None:
+        if incoming.behind is None:
+            return None
+        known = self.state.documents.get(object_id(incoming.tenant, incoming.namespace, incoming.behind))
+        return None if known is None else known.document.extents[0]
 
     def _begin(self, put: Put, number: int, ingest: Ingest, present: Sequence[ExtentId], deadline_ns: int) -> None:
         """`present` are those before it, which are not to leave for what follows them."""

@@ -12,11 +12,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Final, TypeVar
 
 import numpy as np
@@ -41,6 +42,7 @@ K = TypeVar("K")
 V = TypeVar("V")
 log = logging.getLogger(__name__)
 
+BEFORE_MAX: Final = 65_536
 FAR_MAX: Final = 65_536
 FORMS_MAX: Final = 4096
 Members = list[tuple[int, ObjectKey]]  # with their numbers in the task
@@ -67,6 +69,7 @@ class HoldfastL2Adapter(L2AdapterInterface):
         self._counts: Counter[str] = Counter()
         self._last_error: str | None = None
         self._forms: OrderedDict[Shard, str] = OrderedDict()  # as lookups say them
+        self._before: OrderedDict[ObjectKey, ObjectKey] = OrderedDict()  # what each follows in a prompt
         self._sizes: OrderedDict[Shard, int] = OrderedDict()  # of an object, as last stored
         self._far: OrderedDict[ObjectKey, str] = OrderedDict()  # found below DDR, and not loaded yet: its namespace
 
@@ -92,13 +95,14 @@ class HoldfastL2Adapter(L2AdapterInterface):
         stored: dict[int, int] = {}
         refused = 0
         with self._link.use() as store:
-            for namespace, members in spaces.items():
+            for namespace, members, before in self._in_chains(spaces):
                 items = [(key_of(key), _bytes_of(objects[number])) for number, key in members]
                 results = store.objects(namespace).put(
                     items,
                     write_policy=self._settings.write_policy,
                     deadline_seconds=self._settings.store_seconds,
                     tokens_each=self._settings.chunk_tokens,
+                    behind=before and key_of(before),
                 )
                 for (number, _), (_, content), result in zip(members, items, results, strict=True):
                     if result.error is not None:
@@ -113,6 +117,19 @@ class HoldfastL2Adapter(L2AdapterInterface):
                     _keep(self._sizes, shard_of(keys[number]), size_bytes, FORMS_MAX)
             self._notify_keys_stored([keys[number] for number in stored], list(stored.values()))
         return L2StoreResult(not refused, sum(stored.values()))
+
+    def _in_chains(self, spaces: Mapping[str, Members]) -> Iterator[tuple[str, Members, ObjectKey | None]]:
+        """Members that follow each other, and what they follow: LMCache stores a prompt bit by bit."""
+        for namespace, members in spaces.items():
+            with self._lock:
+                before = [self._before.get(key) for _, key in members]
+            breaks = [
+                number
+                for number in range(1, len(members))
+                if before[number] is not None and before[number] != members[number - 1][1]
+            ]
+            for start, stop in pairwise([0, *breaks, len(members)]):
+                yield namespace, members[start:stop], before[start]
 
     # Lookup and lock ---------------------------------------------------------------------------
 
@@ -131,6 +148,9 @@ class HoldfastL2Adapter(L2AdapterInterface):
             for key in keys:
                 if key.object_group_id in forms:
                     _keep(self._forms, shard_of(key), forms[key.object_group_id], FORMS_MAX)
+            for before, key in pairwise(keys):  # chunks of a prompt, one shard after the other
+                if shard_of(before) == shard_of(key):
+                    _keep(self._before, key, before, BEFORE_MAX)
         self._count(looked_up=len(keys))
         with self._link.use() as store:
             for namespace, members in self._spaces(keys, [forms.get(key.object_group_id) for key in keys]).items():

@@ -82,6 +82,23 @@ def test_what_is_put_is_got_found_and_deleted():
         assert store.documents() == []
 
 
+def test_what_follows_an_earlier_put_leaves_before_it():
+    with stores(eviction__policy="lru") as (_, store):
+        objects, payload = store.objects("ns"), bytes(20_000)
+        first, second = ([(b"%s-%d" % (part, n), payload) for n in range(3)] for part in (b"first", b"second"))
+        objects.put(first, write_policy=WritePolicy.MEMORY)
+        objects.put(second, behind=first[-1][0], write_policy=WritePolicy.MEMORY)
+        objects.put([(b"alone", payload)], behind=b"nobody", write_policy=WritePolicy.MEMORY)
+        keys = [key for key, _ in (*first, *second)]
+        number = 0
+        while None not in objects.find(keys):
+            objects.put([(b"more-%d" % number, payload)], write_policy=WritePolicy.MEMORY)
+            number += 1
+        found = [tier is not None for tier in objects.find(keys)]
+        assert any(found)
+        assert found == sorted(found, reverse=True)
+
+
 def test_keys_are_listed_in_the_order_in_which_they_came(monkeypatch):
     monkeypatch.setattr(ObjectClient.listed, "__defaults__", (8,))  # so that many are asked for several times
     made = some(20)

@@ -7,6 +7,8 @@ import signal
 
 import pytest
 import torch
+from holdfast.engine_adapter.api import Store
+from holdfast.engine_adapter.lmcache import naming
 from holdfast.kvstore.errors import ConfigError
 from lmcache.v1.distributed.api import MemoryLayoutDesc
 
@@ -209,6 +211,26 @@ def test_a_full_store_refuses_and_what_is_locked_stays(start, daemon, memory):
     last = keys(*range(400, 500))
     assert asked.store(last, memory.filled(last))  # evicts
     assert len(asked.look_up(first)) < 40
+
+
+def test_a_prompt_that_was_stored_bit_by_bit_leaves_from_its_end(memory):
+    prompt = keys(*range(60))
+    names = [naming.key_of(one) for one in prompt]
+    with DaemonProcess(eviction__policy="lru") as daemon:
+        asked = Asked(daemon.start(), write_policy="memory-only").connected()
+        objects = Store(daemon.client()).objects(name_of(prompt[0]).partition("/")[0])
+        assert asked.look_up(prompt) == []  # as LMCache does before the engine computes
+        for number in range(0, 60, 4):
+            bit = prompt[number : number + 4]
+            assert asked.store(bit, memory.filled(bit))
+        for number in range(1000, 1200):
+            assert asked.store(keys(number), memory.filled(keys(number)))
+            if None in objects.find(names):
+                break
+        left = [tier is not None for tier in objects.find(names)]
+        asked.adapter.close()
+    assert 0 < sum(left) < 60
+    assert left == sorted(left, reverse=True), "what is left is a front"
 
 
 def test_leases_end_with_the_unlock_or_with_their_time(start, daemon, memory):
