@@ -13,7 +13,7 @@ from holdfast.kvstore.errors import InvalidRequest, InvalidSpec, PartialPage, Un
 from holdfast.kvstore.geometry import extent_geometry
 from holdfast.kvstore.seal import seal_planes
 from holdfast.kvstore.spec import GroupKind, KVSpec, LayerGroup
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from daemon_process import DaemonProcess, durable, until
@@ -42,6 +42,7 @@ SPEC = spec_of(of_plain())
 # Formats -------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(formats, shapes)
 def test_keys_and_values_cover_every_element_of_a_page_exactly_once(name, shape):
     made = FORMATS[name](*shape)
@@ -53,6 +54,7 @@ def test_keys_and_values_cover_every_element_of_a_page_exactly_once(name, shape)
     assert sorted([*key.ravel(), *value.ravel()]) == list(range(made.elements))
 
 
+@settings(deadline=None)
 @given(formats, shapes, st.integers(1, 6), st.sampled_from([np.uint8, np.uint16, np.float32, np.float64]))
 def test_what_is_written_through_the_views_is_read_back(name, shape, count, dtype):
     made = FORMATS[name](*shape)
