@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from .costs import PrefillCurve, PrefillPoint
+from .spec import KVSpec
 
 POINTS_KEPT: Final = 256  # per curve: enough for one long document's chunks, and bounded
 CURVES_KEPT: Final = 8  # per model
@@ -22,18 +23,32 @@ class Prefill(NamedTuple):
 
 
 class Prefills:
-    """A curve a model and number of ranks (cp * tp), for a group of more ranks computes faster."""
+    """A curve a model and number of ranks (cp * tp), for a group of more ranks computes faster.
 
-    def __init__(self) -> None:
+    Where nobody has told what prefills of an engine's pages take, the same model's in canonical form count.
+    """
+
+    def __init__(self, specs: Mapping[bytes, KVSpec]) -> None:
+        self._specs = specs
+        self._canonical: dict[bytes, bytes] = {}  # of native specs: fingerprint of the canonical one
         self._points: dict[bytes, dict[int, deque[Prefill]]] = {}  # by ranks; observed last stands last
         self._curves: dict[tuple[bytes, int], PrefillCurve] = {}
 
     def curve(self, fingerprint: bytes, ranks: int | None = None) -> PrefillCurve:
         """The curve of a group of `ranks`; where none was observed or named, the one observed last, else the prior."""
+        fingerprint = fingerprint if fingerprint in self._points else self._in_canonical_form(fingerprint)
         known = self._points.get(fingerprint)
         if known is None:
             return PrefillCurve()
         return self._curves[fingerprint, ranks if ranks is not None and ranks in known else next(reversed(known))]
+
+    def _in_canonical_form(self, fingerprint: bytes) -> bytes:
+        spec = self._specs.get(fingerprint)
+        if spec is None or not spec.page_format:
+            return fingerprint
+        if fingerprint not in self._canonical:
+            self._canonical[fingerprint] = spec.canonical().fingerprint()
+        return self._canonical[fingerprint]
 
     def observe(self, fingerprint: bytes, points: Iterable[Prefill]) -> None:
         """Measured prefills, in the order in which they were made, correct their curves."""

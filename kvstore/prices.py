@@ -27,7 +27,7 @@ class Prices:
 
     def __init__(self, specs: Mapping[bytes, KVSpec]) -> None:
         self._specs = specs
-        self.prefills = Prefills()
+        self.prefills = Prefills(specs)
         self.links = {hop: DEFAULT_LINKS[str(hop)] for hop in HOPS}
         self.calibration: Calibration | None = None
         self._reload_ns: dict[int, int] = {}  # by size and tiers, until a link is learned

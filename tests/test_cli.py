@@ -226,6 +226,7 @@ def test_doc_show(live):
     assert "default/report" in shown
     assert "[32, 40)" in shown
     assert "32 KiB in ddr, 32 KiB in nvme" in shown
+    assert "canonical" in shown
     found = machine("doc", "show", "default/report", live=live)
     assert set(found) == {"document", "extents"}
     assert found["document"]["token_count"] == 40

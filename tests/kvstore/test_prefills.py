@@ -1,5 +1,7 @@
 """Prefill curves: one for each number of ranks, remembered over a restart."""
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from holdfast.kvstore.catalog import Catalog
@@ -22,7 +24,7 @@ def of(ranks, *seconds):
 
 
 def test_a_group_is_priced_by_its_own_curve_and_others_by_the_last_one():
-    prefills = Prefills()
+    prefills = Prefills({})
     assert prefills.curve(MODEL) == prefills.curve(MODEL, 2) == PrefillCurve()
     prefills.observe(MODEL, of(1, 8.0))
     prefills.observe(MODEL, of(2, 4.0))
@@ -34,12 +36,25 @@ def test_a_group_is_priced_by_its_own_curve_and_others_by_the_last_one():
     assert prefills.curve(b"another") == PrefillCurve()
 
 
+def test_native_kv_is_priced_as_its_models_canonical_kv_until_somebody_measures_it():
+    canonical = tiny_spec().canonical()
+    native = replace(canonical, page_format="pages/1", block_tokens=16)
+    prefills = Prefills({spec.fingerprint(): spec for spec in (canonical, native)})
+    ours, theirs = canonical.fingerprint(), native.fingerprint()
+    assert prefills.curve(theirs) == PrefillCurve()
+    prefills.observe(ours, of(2, 4.0))
+    assert prefills.curve(theirs, 2) == prefills.curve(ours, 2) != PrefillCurve()
+    prefills.observe(theirs, of(2, 8.0))
+    assert prefills.curve(theirs, 2).seconds(0, 1000) == pytest.approx(8.0)
+    assert prefills.curve(ours, 2).seconds(0, 1000) == pytest.approx(4.0)
+
+
 POINTS = st.builds(Prefill, st.integers(0, 5000), st.integers(1, 5000), st.floats(1e-3, 10), st.integers(1, 5))
 
 
 @given(st.lists(st.lists(POINTS, max_size=6), max_size=8))
 def test_what_is_remembered_makes_the_same_curves(batches):
-    prefills, again = Prefills(), Prefills()
+    prefills, again = Prefills({}), Prefills({})
     for batch in batches:
         prefills.observe(MODEL, batch)
     again.observe(MODEL, prefills.points(MODEL))
@@ -52,7 +67,7 @@ def test_what_is_remembered_makes_the_same_curves(batches):
 
 
 def test_it_is_bounded():
-    prefills = Prefills()
+    prefills = Prefills({})
     prefills.observe(MODEL, of(1, *[1.0] * (POINTS_KEPT + 1)))
     assert len(prefills.points(MODEL)) == POINTS_KEPT
     for ranks in range(2, CURVES_KEPT + 2):

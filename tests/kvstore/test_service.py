@@ -21,6 +21,7 @@ from holdfast.kvstore.errors import (
     InvalidRequest,
     LayoutError,
     NoCapacity,
+    PartialPage,
     PinsOvercommitted,
     SpecMismatch,
     StorageFailed,
@@ -286,6 +287,35 @@ def test_an_attach_to_a_group_opens_a_shard_and_loads_it(from_nvme):
     assert not scene.pending(OpenShard), "the ranks know it: whoever reads it by the first opening goes on"
     assert again.loading.generation == attach.loading.generation
     assert again.loading.swap.source_tier == "hbm"
+
+
+def test_the_ranks_hear_in_which_form_a_documents_kv_is():
+    """And who runs a model may attach its KV as pages too, but not prefill it so."""
+    scene = Scene()
+    scene.group()
+    native = replace(SPEC, page_format="pages/1", block_tokens=24)
+    other = replace(native, model="tiny@2")
+    begin = scene.service.begin_ingest
+    for name, spec in (("pages", native), ("other", other)):
+        scene.service.register_spec(spec)
+        document, policy = DocumentId("t", name), WritePolicy.MEMORY
+        ingest = begin(CLIENT, document, spec.fingerprint(), tokens(1, 3), policy, None, 64, FAR_NS, [].append)
+        scene.settle()
+        scene.commit(ingest)
+    (attach,) = scene.attach(DocumentId("t", "pages"), "g")
+    assert [order.native for order in scene.pending(OpenShard)] == [native]
+    scene.settle()
+    assert attach.loading.phase == "ready"
+    (plain,) = scene.attach(scene.store("a", tokens(1, 1)), "g")
+    assert [order.native for order in scene.pending(OpenShard)] == [None]
+    assert plain.loading.layout.token_count == 32
+    with pytest.raises(SpecMismatch, match="another model"):
+        scene.attach(DocumentId("t", "other"), "g")
+    more = CLIENT, DocumentId("t", "b"), native.fingerprint()
+    with pytest.raises(SpecMismatch, match="canonical"):
+        begin(*more, tokens(1, 3), WritePolicy.BACK, "g", 64, FAR_NS, [].append)
+    with pytest.raises(PartialPage, match="first 24"):
+        begin(*more, tokens(1, 1), WritePolicy.BACK, None, 64, FAR_NS, [].append)
 
 
 def test_an_early_layer_goes_on_to_hbm_at_once():
