@@ -106,6 +106,8 @@ class Objects:
     def _finish(self, begun: PutBegun, payloads: Sequence[Bytes], deadline_seconds: float) -> list[PutResult]:
         """Fill what was given a slot, and have it published."""
         given = [(slot, payload) for slot, payload in zip(begun.slots, payloads, strict=True) if slot is not None]
+        if not given:
+            return [_result(None, begun.refused.get(number)) for number in range(len(payloads))]
         seals: list[bytes] | None = None
         try:
             seals = self._fill(given)

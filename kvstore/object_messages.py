@@ -149,7 +149,10 @@ ObjectRequest = (
 
 
 class PutBegun(Message, frozen=True):
-    """A slot for each object that is to be filled. One without a slot that is not refused is there already."""
+    """A slot for each object that is to be filled. One without a slot that is not refused is there already.
+
+    Where there are no slots the put is over.
+    """
 
     put: int
     slots: list[PartMessage | None]

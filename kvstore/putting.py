@@ -71,7 +71,10 @@ class Puts:
         deadline_ns: int,
         answered: Answered,
     ) -> None:
-        """Take a slot for each (key, bytes). `answered` hears the batch when each has one, or is refused."""
+        """Take a slot for each (key, bytes). `answered` hears the batch when each has one, or is refused.
+
+        If none has one it is over then.
+        """
         put = Put(id=self.store.new_id(), client=client, answered=answered)
         self.open[put.id] = put
         leaving = {copy.extent for copy in self.state.leaving}
@@ -123,7 +126,13 @@ class Puts:
     def _settled(self, put: Put) -> None:
         put.pending -= 1
         if not put.pending:
+            self._end_if_empty(put)
             put.answered(put)
+
+    def _end_if_empty(self, put: Put) -> None:
+        """Without a slot there is nothing to commit."""
+        if not put.ingests:
+            self.open.pop(put.id, None)
 
     def _made(
         self,
@@ -249,7 +258,6 @@ class Puts:
     def abort(self, client: int, number: int) -> None:
         """Drop a batch without a trace. Raises ClaimNotFound."""
         put = self._claimed(client, number)
-        del self.open[put.id]
         self.give_up(put, list(put.ingests))
 
     def give_up(self, put: Put, numbers: Sequence[int]) -> None:
@@ -259,6 +267,7 @@ class Puts:
             if ingest.id in self.ingests.open:
                 self.ingests.abort(ingest)
             put.refused.setdefault(number, InUse(f"{ingest.document.id} was given up"))
+        self._end_if_empty(put)
 
     def _claimed(self, client: int, number: int) -> Put:
         put = self.open.get(number)

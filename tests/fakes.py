@@ -207,7 +207,8 @@ def put_objects(
     service.objects.begin_put(CLIENT, incoming, [(key, size_bytes) for key in keys], FAR_NS, puts.append)
     effects.complete_all(service)
     (put,) = puts
-    service.objects.commit_put(CLIENT, put.id, [bytes(range(8))] * len(put.ingests), FAR_NS, puts.append)
+    if put.ingests:
+        service.objects.commit_put(CLIENT, put.id, [bytes(range(8))] * len(put.ingests), FAR_NS, puts.append)
     effects.complete_all(service)
     assert not put.refused, put.refused
     service.state.check()

@@ -114,6 +114,8 @@ class Machine(RuleBasedStateMachine):
                 for record in records:
                     self.keep(self.rows, record)
         self.effects.orders.remove(order)
+        if error is not None:
+            self.pins.clear()  # what is damaged may be theirs
         if hasattr(order, "id"):
             self.service.finished(order.id, Outcome(error=error, checksums=seal, busy_ns=10, elapsed_ns=10))
 
@@ -191,13 +193,15 @@ class Machine(RuleBasedStateMachine):
 
     def begin_one(self, client, space, keys, odd, policy, tokens_each=0, patience_ns=FAR_NS):
         documents = [object_id(TENANT, space, key) for key in keys]
+        known = {*self.truth, *self.coming}
         sizes = [SIZES[sum(key) % 3] + odd + self.deleted.get(d, 0) for key, d in zip(keys, documents, strict=True)]
 
         def answered(put):
-            self.puts[put.id] = put, documents
+            if put.ingests:
+                self.puts[put.id] = put, documents
             there = {n for n in range(len(keys)) if n not in put.ingests and n not in put.refused}
             for number in there:
-                assert documents[number] in {*self.truth, *self.coming}, "said to be there"
+                assert documents[number] in known, "said to be there"
 
         deadline_ns = min(FAR_NS, self.clock.monotonic_ns() + patience_ns)
         incoming = Incoming(TENANT, space, policy, tokens_each)
@@ -265,7 +269,7 @@ class Machine(RuleBasedStateMachine):
             for number, attach in get.found.items():
                 document, slot = documents[number], attach.loading.records[0].ddr.slot
                 assert document in {*self.truth, *self.coming}, f"{document} was deleted"
-                assert self.ddr[slot] == self.label(document), "somebody else's bytes"
+                assert self.ddr[slot] == self.label(document), "somebody else's bytes, or older ones"
                 slots[slot] = self.ddr[slot]
             self.gets[get.id] = client, slots
 
@@ -429,12 +433,16 @@ class Machine(RuleBasedStateMachine):
                 slabs=range(self.service.state.ddr.slab_count),
             ),
         )
-        for document in self.service.state.documents.unnamed:
+        for document, owner in self.service.state.documents.unnamed.items():
+            (copies,) = (self.service.state.extents[extent].placements() for extent in owner.document.extents)
+            found = {Tier.NVME: rows["extents"], Tier.DDR: index["extents"]}  # a pinned one may be on its way up
+            kept = {found[c.tier][c.extent].checksums for c in copies if c.extent in found[c.tier]}
             allowed = {before.get(document), *self.unsure.get(document, ())} - {None}
-            assert allowed, f"{document} came back"
-            if document not in before or before[document] != self.label(document):
-                self.deleted[document] = int(next(iter(allowed)).rpartition("#")[2])
-            self.truth[document] = self.label(document)
+            label = self.label(document)
+            if kept:  # else it is pinned, and lost
+                (label,) = (label for label in allowed if {seal_of(label)} == kept)  # else it came back, or as two
+            self.deleted[document] = int(label.rpartition("#")[2])
+            self.truth[document] = label
         self.unsure.clear()
 
     @rule(accident=SELDOM)
