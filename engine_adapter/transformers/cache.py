@@ -222,6 +222,10 @@ def refuse_unknown_layers(model: PreTrainedModel) -> int:
 
     Layers with a window keep all of their KV here: masks hide what is too old.
     """
+    if model.config.is_encoder_decoder:
+        raise InvalidRequest(f"{type(model).__name__} is an encoder with a decoder; only decoders can reuse documents")
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise InvalidRequest("an adapter that puts virtual tokens in front of a prompt cannot reuse documents")
     layers = DynamicCache(config=model.config).layers
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):

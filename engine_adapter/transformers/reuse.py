@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from enum import StrEnum
@@ -21,8 +22,10 @@ from ...kvstore.errors import (
     HoldfastError,
     InvalidRequest,
     PrefixNotFound,
+    ProtocolError,
     SpecMismatch,
 )
+from ...kvstore.keys import Extras
 from ...kvstore.spec import KVSpec
 from ..api import Store
 from ..attachment import Attachment
@@ -31,6 +34,8 @@ from .cache import HoldfastCache, as_array, refuse_unknown_layers
 from .model_identity import spec_of_model
 
 LOG: Final = logging.getLogger("holdfast")
+
+PLACEHOLDER: Final = re.compile(r"(image|video|audio|speech)\w*token\w*_(id|index)")  # of configs
 
 Ids = Tensor | Sequence[int] | npt.NDArray[np.integer]
 
@@ -53,7 +58,7 @@ def _tell(error: HoldfastError) -> None:
 
 def _is_mistake(error: HoldfastError) -> bool:
     """Whether the caller asked for something wrong, in contrast to the store failing."""
-    return isinstance(error, InvalidRequest | SpecMismatch) and not isinstance(error, DocumentTooLarge)
+    return isinstance(error, InvalidRequest | SpecMismatch) and not isinstance(error, DocumentTooLarge | ProtocolError)
 
 
 def attach(
@@ -63,6 +68,7 @@ def attach(
     *,
     name: str | None = None,
     spec: KVSpec | None = None,
+    extras: Extras | None = None,
     page_formats: Sequence[PageFormat] = (),
     trouble: Trouble = Trouble.RECOMPUTE,
     deadline_seconds: float = 60.0,
@@ -71,26 +77,29 @@ def attach(
 
     `input_ids` is one sequence, [n] or [1, n], without padding; give all of it to `generate`, and the cache as
     `past_key_values`. Each layer is copied when it is first touched, while later ones may still be on their way from
-    NVMe. Nothing found is an empty cache.
+    NVMe; after the last one, or at the end of a `with` block, the lease is given back. Nothing found is an empty cache.
 
     It is looked for in whole blocks, among all documents of this model; with `name` also to the last token of that
-    document, whatever engine stored it. `page_formats`: engines' formats in which to look, too. `spec` is the model's
-    identity where the caller knows better than `spec_of_model`. The deadline is for finding it, and for each layer.
+    document, whatever engine stored it. `page_formats`: engines' formats in which to look, too. `extras`: what KV
+    depends on besides tokens, as pictures behind placeholder tokens, by the index of the block of 64 tokens where it
+    begins; then only canonical documents are found. `spec` is the model's identity where the caller knows better than
+    `spec_of_model`. The deadline is for finding it, and for each layer.
 
-    Raises InvalidRequest for a batch or a model whose layers keep something else than KV, SpecMismatch when the named
-    document is another model's; what the store cannot do only under `trouble="raise"`.
+    Raises InvalidRequest for a batch, for pictures without extras, and for a model whose layers keep something else
+    than KV; SpecMismatch when the named document is another model's; what the store cannot do only under
+    `trouble="raise"`.
     """
     tokens = row(input_ids)
-    refuse_unknown_layers(model)
+    _check_kind(model, tokens, extras)
     wanted = spec or spec_of_model(model)
     raises = Trouble(trouble) is Trouble.RAISE
     stack = ExitStack()
     attachment: Attachment | None = None
     with stack:
         try:
-            place, upto = _place(store, wanted, tokens, name, page_formats)
+            place, upto = _place(store, wanted, tokens, extras, name, page_formats)
             attachment = stack.enter_context(
-                store.attach_prefix(place, tokens[:upto], deadline_seconds=deadline_seconds)
+                store.attach_prefix(place, tokens[:upto], extras=extras, deadline_seconds=deadline_seconds)
             )
             stack = stack.pop_all()
         except PrefixNotFound:
@@ -114,7 +123,12 @@ def attach(
 
 
 def _place(
-    store: Store, spec: KVSpec, tokens: npt.NDArray[np.integer], name: str | None, formats: Sequence[PageFormat]
+    store: Store,
+    spec: KVSpec,
+    tokens: npt.NDArray[np.integer],
+    extras: Extras | None,
+    name: str | None,
+    formats: Sequence[PageFormat],
 ) -> tuple[KVSpec, int]:
     """The key space that has the longest prefix, and how many of the tokens to look for there. Raises SpecMismatch."""
     places = [(space, len(tokens)) for space in (spec, *(native(spec, page_format) for page_format in formats))]
@@ -127,9 +141,28 @@ def _place(
             if theirs.canonical() != spec.canonical():
                 raise SpecMismatch(f"{name} is KV of model {theirs.model}; this model is {spec.model}")
             places.insert(0, (theirs, count))
+    if extras:  # they are by block, and engines' blocks are others
+        places = [place for place in places if place[0].block_tokens == spec.block_tokens]
     if len(places) == 1:
         return places[0]
-    return max(places, key=lambda place: store.lookup(place[0], tokens[: place[1]]).token_count)
+    return max(places, key=lambda place: store.lookup(place[0], tokens[: place[1]], extras=extras).token_count)
+
+
+def _check_kind(model: PreTrainedModel, tokens: npt.NDArray[np.integer], extras: Extras | None) -> None:
+    """Raises InvalidRequest where tokens do not tell KV."""
+    refuse_unknown_layers(model)
+    if extras:
+        return
+    placeholders = {
+        token: field
+        for field, token in model.config.to_dict().items()
+        if PLACEHOLDER.fullmatch(field) and isinstance(token, int)
+    }
+    for token in set(placeholders).intersection(tokens.tolist()):
+        raise InvalidRequest(
+            f"input_ids have {placeholders[token]} {token}: their KV depends on what stands behind it; give `extras`, "
+            "a digest of each picture or sound by the block where it begins"
+        )
 
 
 def _spec_of(store: Store, name: str) -> KVSpec:
@@ -145,6 +178,7 @@ def save(
     *,
     name: str | None = None,
     spec: KVSpec | None = None,
+    extras: Extras | None = None,
     write_policy: WritePolicy = WritePolicy.AUTO,
     ttl_seconds: float | None = None,
     deadline_seconds: float = 60.0,
@@ -153,13 +187,14 @@ def save(
 
     `input_ids` is one sequence without padding, and what the cache was made from; a cache that is shorter than it
     (the last token generated has no KV yet) stores that front of it, a longer one only what was asked for. Only what
-    the store lacks is copied. Without a name it is found by its tokens.
+    the store lacks is copied. Without a name it is found by its tokens, and by `extras` (see `attach`).
 
-    Raises InvalidRequest for a batch, and for layers that have dropped or never had KV of these tokens; and what
+    Raises InvalidRequest as `attach` does, and for layers that have dropped or never had KV of these tokens; and what
     Store.ingest raises.
     """
     tokens = row(input_ids)
     count = min(len(tokens), int(cache.get_seq_length()))
+    _check_kind(model, tokens, extras)
     wanted = spec or spec_of_model(model)
     if refuse_unknown_layers(model) != len(cache.layers):
         raise InvalidRequest(f"this cache has {len(cache.layers)} layers; it is another model's, or still empty")
@@ -174,6 +209,7 @@ def save(
         tokens[:count],
         write_policy=write_policy,
         ttl_seconds=ttl_seconds,
+        extras=extras,
         deadline_seconds=deadline_seconds,
     ) as writer:
         for start, stop in writer.missing:
@@ -205,6 +241,7 @@ def cached(
     *,
     name: str | None = None,
     spec: KVSpec | None = None,
+    extras: Extras | None = None,
     page_formats: Sequence[PageFormat] = (),
     trouble: Trouble = Trouble.RECOMPUTE,
 ) -> Iterator[HoldfastCache]:
@@ -213,12 +250,14 @@ def cached(
     An error in the block stores nothing. A store that fails, before or after, costs the reuse only.
     """
     wanted = spec or spec_of_model(model)
-    with attach(store, model, input_ids, name=name, spec=wanted, page_formats=page_formats, trouble=trouble) as cache:
+    with attach(
+        store, model, input_ids, name=name, spec=wanted, extras=extras, page_formats=page_formats, trouble=trouble
+    ) as cache:
         yield cache
         if cache.get_seq_length() <= cache.reused_tokens:
             return  # nothing was computed
         try:
-            save(store, model, input_ids, cache, name=name, spec=wanted)
+            save(store, model, input_ids, cache, name=name, spec=wanted, extras=extras)
         except HoldfastError as error:
             if Trouble(trouble) is Trouble.RAISE or _is_mistake(error):
                 raise

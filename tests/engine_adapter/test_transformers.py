@@ -32,7 +32,7 @@ from holdfast.kvstore.errors import (
 )
 from holdfast.ring_attention.config import ModelConfig
 from holdfast.ring_attention.synthetic import write_checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, T5Config
 
 from daemon_process import DaemonProcess, until
 
@@ -341,11 +341,31 @@ def test_what_cannot_be_right_is_refused(store, llama, models):
         save(store, mistral, ids, window)
     kinds = ["full_attention", "linear_attention"]
     linear = SimpleNamespace(config=Qwen3Config(num_hidden_layers=2, layer_types=kinds))
-    with pytest.raises(InvalidRequest, match="LinearAttentionLayer"):
-        refuse_unknown_layers(linear)
+    virtual = SimpleNamespace(config=llama.config, active_peft_config=SimpleNamespace(is_prompt_learning=True))
+    for other, match in (
+        (linear, "LinearAttentionLayer"),
+        (SimpleNamespace(config=T5Config()), "encoder"),
+        (virtual, "virtual"),
+    ):
+        with pytest.raises(InvalidRequest, match=match):
+            refuse_unknown_layers(other)
     with pytest.raises(ValueError, match="retry"):
         attach(store, llama, ids, trouble="retry")
     assert len([view for view in store.documents() if view.complete]) == len(store.documents())
+
+
+def test_pictures_are_told_apart_by_extras_and_refused_without(store, llama, monkeypatch):
+    """Equal placeholders are no equal pictures."""
+    ids, one, other = prompt(200), {1: b"one"}, {1: b"other"}
+    monkeypatch.setattr(llama.config, "image_token_id", int(ids[0, 100]), raising=False)
+    with pytest.raises(InvalidRequest, match="image_token_id"):
+        attach(store, llama, ids)
+    with pytest.raises(InvalidRequest, match="image_token_id"):
+        save(store, llama, ids, DynamicCache())
+    for extras, reused in ((one, 0), (one, 199), (other, 64), (other, 199)):
+        with cached(store, llama, ids, extras=extras) as cache:
+            assert cache.reused_tokens == reused
+            check(llama, ids, cache)
 
 
 def test_another_models_document_is_refused(store, llama, models):
