@@ -17,7 +17,7 @@ from holdfast.kvstore.errors import (
 from holdfast.kvstore.explain_view import explain_view
 from holdfast.kvstore.holders import Kind
 from holdfast.kvstore.opaque import object_id
-from holdfast.kvstore.orders import ReadIn, WriteOut
+from holdfast.kvstore.orders import ReadIn, Write, WriteOut
 from holdfast.kvstore.putting import Incoming, runs
 from holdfast.kvstore.residency import Tier
 from holdfast.kvstore.sections import TenantConfig
@@ -227,6 +227,33 @@ def test_the_same_key_is_stored_once_at_a_time():
     assert isinstance(second[0].refused[0], InUse)
     scene.service.objects.commit_put(CLIENT, first[0].id, [SEAL] * 2, FAR_NS, first.append)
     assert scene.find(letters("ab")) == [Tier.DDR] * 2
+
+
+@pytest.mark.parametrize("kind", [WriteOut, Write])
+def test_what_is_stored_anew_is_not_taken_for_what_was_deleted(kind):
+    """The old copy is on its way to NVMe, or out of the catalog, when other bytes come under its key."""
+    scene = Space()
+    if kind is WriteOut:
+        (put,) = scene.begin_put([b"key"], policy=WritePolicy.THROUGH)
+        scene.service.objects.commit_put(CLIENT, put.id, [SEAL], FAR_NS, lambda _: None)
+    else:
+        scene.put([b"key"], policy=WritePolicy.THROUGH)
+    old = scene.state.documents[object_id("t", "ns", b"key")].document.extents[0]
+    copies = [copy.slot for copy in scene.state.extents[old].placements()]
+    scene.service.objects.delete("t", "ns", [b"key"], lambda _: None)
+    assert scene.pending(kind)
+    assert scene.find([b"key"]) == [None]
+    (put,) = scene.begin_put([b"key"], size_bytes=EXTENT_BYTES - 1)
+    assert scene.find([b"key"]) == [None]
+    scene.service.objects.commit_put(CLIENT, put.id, [SEAL[::-1]], FAR_NS, lambda _: None)
+    (get,) = scene.get([b"key"])
+    record = get.found[0].loading.records[0]
+    assert record.extent.id != old
+    assert record.extent.valid_tokens == EXTENT_BYTES - 1
+    assert record.ddr.checksums == SEAL[::-1]
+    assert record.ddr.slot not in copies or kind is Write
+    scene.settle()
+    assert scene.find([b"key"]) == [Tier.DDR]
 
 
 def test_numbers_that_are_not_ones_own_or_over():
