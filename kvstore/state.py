@@ -97,7 +97,7 @@ class DocumentRecord:
     """A committed document; `durable` when the catalog has it and all of its extents.
 
     `volatile` are the extents that were not yet in the catalog when the document was committed. `decision` says what
-    was decided for it at its commit; None after a restart. `behind`: it should be on NVMe, and the disk cannot follow.
+    was decided for it at its commit; None after a restart.
     `told`: the catalog may have a row of it.
     `before`: extents of a shorter version that the catalog still names. `chains` are made when needed (see uses).
     `admitted`: something of it was written when DDR evicted it, so the rest is too (see admission).
@@ -110,7 +110,6 @@ class DocumentRecord:
     volatile: set[ExtentId] = field(default_factory=set)
     before: tuple[ExtentId, ...] = ()
     decision: Decision | None = None
-    behind: bool = False
     chains: tuple[tuple[ExtentId, ...], ...] = ()
     admitted: bool = False
     use_count: int = 0

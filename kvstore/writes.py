@@ -1,8 +1,8 @@
 """Writes: what goes from DDR to NVMe, when, and what becomes of it when the device cannot.
 
 Demotions go before write-through, and that before early writes. What is in flight is bounded in bytes, and so is the
-backlog of write-through: a document that would exceed it stays in memory for now (`DocumentRecord.behind`), or its
-commit waits (`when_behind`). A segment for which the device has no room is withdrawn for a while: that is an eviction.
+backlog of write-through: a document that would exceed it stays in memory for now, or its commit waits (`when_behind`).
+A segment for which the device has no room is withdrawn for a while: that is an eviction.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Writes:
         self._in_flight: set[Item] = set()
         self._in_flight_bytes = 0
         self._turns: list[tuple[Turn, Decision]] = []  # the oldest first
-        self._behind = False  # some document may be
+        self._behind: dict[DocumentId, None] = {}  # what is to be written through and waits for room, oldest first
         self._unsaid: set[DocumentId] = set()  # whose rows the catalog refused
         self._retry_ns = 0  # until then nothing that is behind is tried
         self._offer_ns: int | None = None  # when withdrawn segments are tried again
@@ -110,9 +110,7 @@ class Writes:
 
     def catch_up(self) -> None:
         """Queue, as the backlog takes it, what should be on NVMe and is not: a restart has found it in memory."""
-        for owner in self.state.documents.values():
-            if owner.writes_through and not owner.durable:
-                owner.behind = self._behind = True
+        self._behind |= {d: None for d, o in self.state.documents.items() if o.writes_through and not o.durable}
 
     def write_again(self, record: ExtentRecord) -> None:
         """Queue an extent whose NVMe copy turned out to be none, if DDR has it."""
@@ -182,28 +180,30 @@ class Writes:
             self._feed(owner)
         else:
             self.state.ledger.counts["write_through_skipped"] += 1
-            owner.behind = self._behind = True
+            self._behind[owner.document.id] = None
 
     def _feed(self, owner: DocumentRecord) -> None:
         """Queue as much of a document as the backlog takes: one larger than the limit goes piece by piece."""
         for record in self._unwritten(owner):
             if not self._has_room(record.extent.slot_bytes):
-                owner.behind = self._behind = True
+                self._behind[owner.document.id] = None
                 return
             self._queue_through(record)
-        owner.behind = False
+        self._behind.pop(owner.document.id, None)
 
     def _refill(self) -> None:
         """When half of the backlog has drained: queue what is behind, the oldest documents first."""
         is_time = self.store.clock.monotonic_ns() >= self._retry_ns
         if not self._behind or not is_time or self.backlog_bytes > self.limit_bytes // 2:
             return
-        self._behind = False
-        for owner in self.state.documents.values():
-            if owner.behind:
+        while self._behind:
+            document = next(iter(self._behind))
+            owner = self.state.documents.get(document)
+            if owner is not None and owner.writes_through:
                 self._feed(owner)
-            if self._behind:
-                return
+                if document in self._behind:
+                    return
+            self._behind.pop(document, None)
 
     def tick(self) -> None:
         """Let time pass: turns that waited too long end, and a device or a catalog that refused is asked again."""
@@ -445,6 +445,6 @@ class Writes:
             self.store.verdict(victim, f"not written out: {reason}")
         for owner in self.state.owners_of(record):
             if owner.writes_through:
-                owner.behind = self._behind = True
+                self._behind[owner.document.id] = None
         self._retry_ns = self.store.clock.monotonic_ns() + RETRY_NS
         self._ended(item)
