@@ -7,6 +7,7 @@ is answered in the same way.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
@@ -14,6 +15,7 @@ from typing import Final
 from .claims import NS, TOLD_PART, Pin, PinKind, PinSelection, Refresh
 from .document import NAME_LIMIT, Document, DocumentId, WritePolicy
 from .errors import HoldfastError, InvalidRequest
+from .opaque import is_opaque
 from .orders import DropPin, PutPin
 from .pinning import check_pin, check_pins
 from .planner import Victim
@@ -39,6 +41,7 @@ class Keeping:
         self.state = upkeep.state
         upkeep.ingests.grew = self._grew
         self._told_wall_ns: dict[DocumentId, int] = {}  # the ends of refreshing pins, as the catalog has them
+        self._far: deque[DocumentId] = deque()  # pinned, and not brought near yet
 
     def expire(self) -> None:
         """End the pins whose time is up."""
@@ -137,7 +140,8 @@ class Keeping:
                 if pin.floor is not Tier.NVME:
                     self._keep(record.document)
                 self._make_durable(record)
-            self._bring(pin)
+        self._far.extend(pin.document for pin in pins)
+        self.bring_more()
         self.upkeep.give_up_pinned()
 
     def _check(self, pin: Pin, document: Document) -> None:
@@ -212,24 +216,52 @@ class Keeping:
 
         Their lives have gone on by the wall clock meanwhile: what is over is not brought near first.
         """
-        restored: list[Pin] = []
         now_ns = self.store.clock.wall_ns()
+        alike: dict[tuple[object, ...], list[Pin]] = {}
         for pin in pins:
-            is_over = pin.expires_wall_ns is not None and pin.expires_wall_ns <= now_ns
-            try:
-                self._check(pin, self.state.document(pin.document).document)
-            except HoldfastError:  # the document was never durable, or the budget shrank
-                self.state.ledger.counts["pins_not_restored"] += not is_over
-                is_over = True
-            if is_over:
+            if pin.expires_wall_ns is not None and pin.expires_wall_ns <= now_ns:
                 self.upkeep.tell(pin.document, DropPin(*pin.document))
-                continue
+            elif pin.document not in self.state.documents:  # it was never durable
+                self._not_restored(pin)
+            else:
+                spec = self.state.specs[self.state.documents[pin.document].document.fingerprint]
+                one = pin.document.family if is_opaque(spec) else pin.document
+                alike.setdefault((one, pin.kind, pin.floor), []).append(pin)
+        restored = [pin for some in alike.values() for pin in self._restored(some)]
+        restored.sort(key=lambda pin: pin.kind is PinKind.HARD)  # soft ones do not wait behind others
+        self._far.extend(pin.document for pin in restored)
+        self.bring_more()
+
+    def _restored(self, pins: list[Pin]) -> list[Pin]:
+        """Those of these that fit still. Objects may have thousands, so those that are alike are asked together."""
+        try:
+            if len(pins) == 1:
+                self._check(pins[0], self.state.document(pins[0].document).document)
+            else:
+                check_pins(self.state, pins, self.store.clock.wall_ns())
+        except HoldfastError:  # the budget shrank
+            if len(pins) == 1:
+                self._not_restored(pins[0])
+                return []
+            half = len(pins) // 2
+            return [*self._restored(pins[:half]), *self._restored(pins[half:])]
+        for pin in pins:
             self.state.pins.put(pin)
             if pin.refresh is not Refresh.NEVER and pin.expires_wall_ns is not None:
                 self._told_wall_ns[pin.document] = pin.expires_wall_ns
-            restored.append(pin)
-        for pin in sorted(restored, key=lambda pin: pin.kind is PinKind.HARD):  # soft ones do not wait behind others
-            self._bring(pin)
+        return pins
+
+    def _not_restored(self, pin: Pin) -> None:
+        self.state.ledger.counts["pins_not_restored"] += 1
+        self.upkeep.tell(pin.document, DropPin(*pin.document))
+
+    def bring_more(self) -> None:
+        """Bring what is pinned near, as many at once as leave others a place in the line for room."""
+        room = self.loader.room
+        while self._far and room.waiting < max(1, room.limit // 2):
+            pin = self.state.pins.get(self._far.popleft())
+            if pin is not None:
+                self._bring(pin)
 
     def _keep(self, document: Document) -> None:
         """What is on its way out of DDR stays."""
@@ -246,6 +278,9 @@ class Keeping:
         if pin.floor is Tier.NVME:
             return
         document = self.state.documents[pin.document].document
+        copies = [self.state.extents[extent].ddr for extent in document.extents]
+        if all(copy is not None and copy.state is State.RESIDENT for copy in copies):
+            return
         loading = unasked(self.store, document, None, None, lambda _: None)
         try:
             if pin.kind is PinKind.HARD:

@@ -215,8 +215,9 @@ class Objects:
     # Ends --------------------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Let time pass, and end what did not come."""
+        """Let time pass, end what did not come, and bring near what is pinned."""
         self.gets.pump()
+        self.keeping.bring_more()
 
     def forget(self, client: int) -> None:
         """The client is gone, and with it its ingests and leases."""

@@ -389,6 +389,33 @@ def test_pinned_objects_stay_and_come_back_after_a_restart():
     assert len(again.state.pins) == 2
 
 
+def test_more_pinned_objects_than_may_wait_for_room_all_come_back():
+    scene = Space(ddr=16, nvme=16)
+    keys = letters("abcdefghij")
+    scene.put(keys, policy=WritePolicy.THROUGH)
+    assert len(pin(scene, keys)) == 10
+    kept = rows(scene)
+    again = Space(ddr=16, nvme=16, pending_reservations=2)
+    again.service.restore(scene.state.specs.values(), *kept[1:])
+    for _ in range(10):
+        again.service.tick()
+        again.settle()
+    assert again.find(keys) == [Tier.DDR] * 10
+
+
+def test_as_many_pins_come_back_as_the_budget_allows():
+    scene = Space(ddr=16, nvme=16)
+    keys = letters("abcdefghij")
+    scene.put(keys, policy=WritePolicy.THROUGH)
+    pin(scene, keys)
+    kept = rows(scene)
+    again = Space(ddr=16, nvme=16, ddr_pin_bytes=5 * EXTENT_BYTES)
+    again.service.restore(scene.state.specs.values(), *kept[1:])
+    again.settle()
+    assert len(again.state.pins) == 5
+    assert again.state.ledger.counts["pins_not_restored"] == 5
+
+
 def test_pins_at_nvme_and_soft_ones():
     scene = Space(ddr=4, nvme=16)
     scene.put(letters("ab"), policy=WritePolicy.THROUGH)
