@@ -5,7 +5,7 @@ Looking changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
@@ -29,7 +29,7 @@ CANDIDATES_MAX: Final = 1024  # extents with one first block that are compared: 
 class Prefix:
     """The first `token_count` tokens are complete in the cache; `tiers` says how many of them are nearest in which.
 
-    Of several layer groups the farthest counts. `document` holds all of them, and can be attached: None where none can.
+    Of several layer groups the farthest counts. `document` holds all of them; None where there are none.
     """
 
     token_count: int
@@ -105,7 +105,8 @@ class _Search:
             made = name.removesuffix(suffix)
             tiers = [tier for s in self.suffixes if (tier := self.nearest(self.extents.get(f"{made}{s}"))) is not None]
             tokens = self._shared(record.extent, first)
-            if len(tiers) == len(self.suffixes) and (tokens, -max(tiers)) > (best[0], -best[1]):
+            is_there = len(tiers) == len(self.suffixes) and self.owner(record) is not None
+            if is_there and (tokens, -max(tiers)) > (best[0], -best[1]):
                 best = tokens, max(tiers), record
         return best
 
@@ -121,31 +122,36 @@ class _Search:
         return self.keys[start : start + KEY_BYTES]
 
     def run(self) -> Prefix:
-        """Extent by extent, until one is not whole in every layer group."""
+        """Extent by extent, until one is not whole in every layer group, or in no document."""
         columns = [self.tiers(self.whole(suffix)) if self.keys else [] for suffix in self.suffixes]
         whole = min(len(column) for column in columns)
+        while whole and self.owner(self._last(whole)) is None:  # its readers still hold what was deleted
+            whole -= 1
         farthest = list(map(max, *(column[:whole] for column in columns))) if len(columns) > 1 else columns[0][:whole]
         step, capacity = self.spec.extent_blocks, self.spec.extent_tokens
         counts = {tier: farthest.count(int(tier)) * capacity for tier in Tier}
-        last = None
-        if whole:
-            end = self.lasts[(whole - 1) * KEY_BYTES : whole * KEY_BYTES]
-            last = self.extents[f"{end.hex()}{self.suffixes[0]}"]
+        last = self._last(whole) if whole else None
         if whole * step * KEY_BYTES < len(self.keys):
             tokens, tier, found = self.part(whole * step)
             counts[tier] += tokens
             last = found or last
         elif last is not None:  # it may be shorter than the others
             counts[Tier(farthest[-1])] += last.extent.valid_tokens - capacity
-        return Prefix(sum(counts.values()), counts, next(self.owners(last), None) if last is not None else None)
+        return Prefix(sum(counts.values()), counts, None if last is None else self.owner(last))
 
-    def owners(self, record: ExtentRecord) -> Iterator[DocumentId]:
-        """Documents that hold an extent, and so all in front of it; not what has grown beyond it or has expired."""
+    def _last(self, whole: int) -> ExtentRecord:
+        """The last of so many extents, of the first layer group."""
+        end = self.lasts[(whole - 1) * KEY_BYTES : whole * KEY_BYTES]
+        return self.extents[f"{end.hex()}{self.suffixes[0]}"]
+
+    def owner(self, record: ExtentRecord) -> DocumentId | None:
+        """A document that holds an extent, and so all in front of it; not what has grown beyond it or has expired."""
         index = record.extent.start // self.spec.extent_tokens  # of the first layer group
         for document in asked(record.documents):
             made = self.documents[document].document
             if made.extents[index] == record.extent.id and not made.expired(self.wall_ns):
-                yield document
+                return document
+        return None
 
     def tiers(self, records: Iterable[ExtentRecord | None]) -> list[int]:
         """The tier of each extent, as a plain number, up to the first that is not there. Quick where all is in DDR."""

@@ -24,7 +24,7 @@ from .state import DDR, NVME, DocumentRecord, ExtentRecord, State, hbm_device
 class PrefixView(msgspec.Struct, frozen=True, kw_only=True):
     """How many leading tokens are complete in the cache, and how many of them have their nearest copy in which tier.
 
-    `document` holds all of them; None where none does that could be attached.
+    `document` holds all of them; None where there are none.
     """
 
     token_count: int

@@ -244,9 +244,21 @@ def test_what_has_expired_or_grown_is_not_attached():
     scene.service.expiry.set(named("a"), 1e-9)
     scene.clock.advance(2)
     found = scene.service.lookup("t", FINGERPRINT, keys)
-    assert (found.token_count, found.document) == (100, None)
+    assert (found.token_count, found.document) == (0, None)
     with pytest.raises(PrefixNotFound):
         scene.service.attach_prefix(CLIENT, "t", FINGERPRINT, keys, FAR_NS, [].append)
+
+
+def test_what_only_its_readers_still_hold_is_not_found():
+    """The version before of a document that grew, or one that an operator has let go."""
+    scene = Scene()
+    ids = list(stream(0, 1, 64))
+    (attach,) = scene.attach(scene.store("a", ids[:31], MEMORY))
+    scene.store("a", ids, MEMORY)
+    assert scene.state.extents[attach.owner.extents[-1]].ddr.holds
+    for count, found in ((31, 16), (32, 32), (64, 64)):
+        keys = keys_of(scene.service, ids[:count], "t")
+        assert scene.service.lookup("t", FINGERPRINT, keys).token_count == found
 
 
 def test_of_several_layer_groups_one_document_has_all():

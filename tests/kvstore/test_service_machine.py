@@ -427,6 +427,47 @@ class Machine(RuleBasedStateMachine):
     def attach(self, client, name, grouped):
         self.attach_one(client, self.real(name), grouped)
 
+    @rule(
+        client=st.sampled_from(WRITERS),
+        tokens=st.builds(stream, st.integers(1, 4), st.sampled_from(LENGTHS)),
+        extra=st.integers(0, 1),
+    )
+    def attach_prefix(self, client, tokens, extra):
+        """What is leased begins as these tokens do, and nothing that could be attached begins longer so."""
+        tokens += (999,) * extra
+        keys = b"".join(block_keys(np.array(tokens, dtype=np.uint32), tiny_spec(), bytes(32)))
+        deadline_ns = self.clock.monotonic_ns() + 50
+        found = []
+
+        def granted(result):
+            if not isinstance(result, HoldfastError):
+                slots = {record.ddr.slot: record.extent.id for record in result.loading.records}
+                self.leases[result.lease.id] = (result, result.owner.id.name, None, slots)
+                found.append(result)
+
+        longest = max((self.shared(name, tokens) for name in self.documents), default=0)
+        try:
+            count = self.service.attach_prefix(client, "t", self.fingerprint, keys, deadline_ns, granted)
+        except HoldfastError as error:
+            self.refused(error, error.code == "prefix-not-found" and not longest, "no-capacity")
+            return
+        assert count == longest
+        assert all(self.documents[result.owner.id.name][:count] == tokens[:count] for result in found)
+
+    def shared(self, name, tokens):
+        """Leading tokens that a document has of these, block by block, as far as it has copies."""
+        document, count = self.documents[name], 0
+        for extent in self.service.state.documents[DocumentId("t", name)].document.extents:
+            if self.service.state.extents[extent].source() is None:
+                return count
+            label, before = self.labels[extent], count
+            while count < len(label) and label[: min(len(label), count + 16)] == tokens[: count + 16]:
+                count = min(len(label), count + 16)
+            if count < before + STEP:
+                return count
+        assert count <= len(document)
+        return count
+
     def real(self, name):
         """Its name, or that of some unnamed document."""
         there = sorted(self.service.state.documents.unnamed)
