@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
 from functools import partial, wraps
+from itertools import islice
 from pathlib import Path
 from typing import Any, Concatenate, Final, ParamSpec, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ from .objects import Objects
 from .writer import IngestWriter
 
 THREADS: Final = 8
+KEYS_AT_ONCE: Final = 256
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -207,12 +209,23 @@ class AsyncObjects:
         """In which they are."""
         return self._sync.namespace
 
+    async def keys(self, skip: int = 0) -> AsyncIterator[tuple[bytes, int]]:
+        """Keys and sizes in bytes, in the order in which they came, but for the first `skip`."""
+        found = self._sync.keys(skip)
+        while some := await self._threads.run(lambda: list(islice(found, KEYS_AT_ONCE))):
+            for one in some:
+                yield one
+
     put = _lifted(Objects.put)
     get = _opened(Objects.get, _same)
     load_into = _lifted(Objects.load_into)
     find = _lifted(Objects.find)
     touch = _lifted(Objects.touch)
     delete = _lifted(Objects.delete)
+    pin = _lifted(Objects.pin)
+    unpin = _lifted(Objects.unpin)
+    clear = _lifted(Objects.clear)
+    stats = _lifted(Objects.stats)
 
 
 class AsyncStore:
@@ -239,6 +252,12 @@ class AsyncStore:
     free = _lifted(Store.free)
     plan_free = _lifted(Store.plan_free)
     tiers = _lifted(Store.tiers)
+    namespaces = _lifted(Store.namespaces)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the daemon is still there, as far as we know."""
+        return self._sync.is_open
 
     def objects(self, namespace: str) -> AsyncObjects:
         """See Store.objects; asks nobody yet."""

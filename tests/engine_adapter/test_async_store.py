@@ -5,7 +5,17 @@ import threading
 
 import numpy as np
 import pytest
-from holdfast.engine_adapter.async_store import AsyncStore, connect_async
+from holdfast.engine_adapter.api import Store
+from holdfast.engine_adapter.async_store import (
+    AsyncAttachment,
+    AsyncObjects,
+    AsyncStore,
+    AsyncWriter,
+    connect_async,
+)
+from holdfast.engine_adapter.attachment import Attachment
+from holdfast.engine_adapter.objects import Objects
+from holdfast.engine_adapter.writer import IngestWriter
 from holdfast.kvstore.client import Client
 from holdfast.kvstore.errors import DaemonUnavailable, DocumentNotFound, InvalidRequest
 from holdfast.kvstore.spec import KVSpec, LayerGroup
@@ -144,8 +154,20 @@ async def test_objects(daemon, store):
     assert bytes(into) == items[9][1]
     await objects.touch([b"key 1"])
     assert await objects.find([b"key 1", b"nothing"]) == ["ddr", None]
+    listed = objects.keys()
+    assert [key async for key, _ in listed] == [key for key, _ in items]
+    assert (await objects.stats()).objects == 10
     assert await objects.delete([key for key, _ in items]) == [True] * 10
     assert await asyncio.to_thread(daemon.leases) == []
+
+
+def test_nothing_of_the_synchronous_api_is_missing():
+    """But what ends with a block here, and `windows`, which reads ahead of its reader."""
+    twins = {Store: AsyncStore, Objects: AsyncObjects, Attachment: AsyncAttachment, IngestWriter: AsyncWriter}
+    inside = {"close", "detach", "windows", "check_complete", "seals", "release"}
+    for sync, twin in twins.items():
+        public = {name for name in vars(sync) if not name.startswith("_")}
+        assert public - inside <= set(vars(twin)), sync
 
 
 async def test_an_error_inside_an_ingest_leaves_no_trace(daemon, store):
