@@ -19,6 +19,7 @@ from .api import Store, connect
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 1.0  # between attempts to connect
+STOP_SECONDS: Final = 5.0  # it may be asking a daemon that does not answer
 REST_SECONDS: Final = 2.0  # after a deadline: a slow daemon costs an engine one wait, not one a request
 
 
@@ -101,7 +102,7 @@ class Link:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
 
     def _usable(self) -> _Session | None:
         """Call with the condition held."""

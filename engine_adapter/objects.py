@@ -30,6 +30,18 @@ Buffer = bytes | bytearray | memoryview | npt.NDArray[np.generic]
 BATCH_BYTES: Final = 256 << 20  # of one message: what has to be in DDR at once
 
 
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A payload that lies in several buffers, one after the other: it is put together where it is stored."""
+
+    parts: Sequence[Buffer]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        return sum(_flat(part).nbytes for part in self.parts)
+
+
 class PutStatus(StrEnum):
     """What became of an object that was put."""
 
@@ -66,7 +78,7 @@ class Objects:
 
     def put(
         self,
-        items: Sequence[tuple[bytes, Buffer]],
+        items: Sequence[tuple[bytes, Buffer | Gathered]],
         *,
         write_policy: WritePolicy = WritePolicy.AUTO,
         deadline_seconds: float = 10.0,
@@ -82,13 +94,13 @@ class Objects:
         and to be published. Whatever else is wrong is a result. Raises InvalidRequest for what is no buffer, and
         DaemonUnavailable.
         """
-        payloads = [(key, _flat(buffer)) for key, buffer in items]
+        payloads = [(key, _parts(payload)) for key, payload in items]
         results: list[PutResult] = []
         for batch in _batches(payloads):
             try:
                 begun = self._client.begin_put(
                     self.namespace,
-                    [(key, payload.nbytes) for key, payload in batch],
+                    [(key, _size_bytes(parts)) for key, parts in batch],
                     write_policy=write_policy,
                     deadline_seconds=deadline_seconds,
                     tokens_each=tokens_each,
@@ -103,7 +115,7 @@ class Objects:
                 results += [PutResult(PutStatus.REFUSED, error)] * len(batch)
         return results
 
-    def _finish(self, begun: PutBegun, payloads: Sequence[Bytes], deadline_seconds: float) -> list[PutResult]:
+    def _finish(self, begun: PutBegun, payloads: Sequence[list[Bytes]], deadline_seconds: float) -> list[PutResult]:
         """Fill what was given a slot, and have it published."""
         given = [(slot, payload) for slot, payload in zip(begun.slots, payloads, strict=True) if slot is not None]
         if not given:
@@ -118,14 +130,16 @@ class Objects:
         refused = begun.refused | self._client.commit_put(begun.put, seals, deadline_seconds).refused
         return [_result(slot, refused.get(number)) for number, slot in enumerate(begun.slots)]
 
-    def _fill(self, given: Sequence[tuple[PartMessage, Bytes]]) -> list[bytes]:
+    def _fill(self, given: Sequence[tuple[PartMessage, list[Bytes]]]) -> list[bytes]:
         """Copy payloads into their slots; returns their seals."""
         seals = []
         views = self._client.views([slot for slot, _ in given])
-        for view, (_, payload) in zip(views, given, strict=True):
-            slot = np.frombuffer(view, np.uint8)
-            np.copyto(slot[: payload.nbytes], payload)
-            slot[payload.nbytes :] = 0
+        for view, (_, parts) in zip(views, given, strict=True):
+            slot, offset = np.frombuffer(view, np.uint8), 0
+            for part in parts:
+                np.copyto(slot[offset : offset + part.nbytes], part)
+                offset += part.nbytes
+            slot[offset:] = 0
             seals.append(checksum(view))
         return seals
 
@@ -168,9 +182,9 @@ class Objects:
         if not all(target.flags.writeable for target in targets):
             raise InvalidRequest("objects are loaded into writable buffers")
         loaded: list[bool] = []
-        for batch in _batches(list(zip(keys, targets, strict=True))):
+        for batch in _batches([(key, [target]) for key, target in zip(keys, targets, strict=True)]):
             with self.get([key for key, _ in batch], deadline_seconds=deadline_seconds) as views:
-                for view, (_, target) in zip(views, batch, strict=True):
+                for view, (_, (target,)) in zip(views, batch, strict=True):
                     is_it = view is not None and view.nbytes == target.nbytes
                     if view is not None and is_it:
                         np.copyto(target, np.frombuffer(view, np.uint8))
@@ -265,16 +279,24 @@ def _result(slot: PartMessage | None, refusal: tuple[str, str] | None) -> PutRes
     return STORED if slot is not None else PRESENT
 
 
-def _batches(items: Sequence[tuple[bytes, Bytes]]) -> Iterator[Sequence[tuple[bytes, Bytes]]]:
+def _batches(items: Sequence[tuple[bytes, list[Bytes]]]) -> Iterator[Sequence[tuple[bytes, list[Bytes]]]]:
     """As many at once as one message may have, and DDR may have to take."""
     first, size_bytes = 0, 0
-    for number, (_, payload) in enumerate(items):
-        size_bytes += payload.nbytes
+    for number, (_, parts) in enumerate(items):
+        size_bytes += _size_bytes(parts)
         if number > first and (size_bytes > BATCH_BYTES or number - first == OBJECTS_AT_ONCE):
             yield items[first:number]
-            first, size_bytes = number, payload.nbytes
+            first, size_bytes = number, _size_bytes(parts)
     if first < len(items):
         yield items[first:]
+
+
+def _parts(payload: Buffer | Gathered) -> list[Bytes]:
+    return [_flat(part) for part in payload.parts] if isinstance(payload, Gathered) else [_flat(payload)]
+
+
+def _size_bytes(parts: Sequence[Bytes]) -> int:
+    return sum(part.nbytes for part in parts)
 
 
 def _flat(buffer: Buffer) -> Bytes:

@@ -21,7 +21,7 @@ from ..kvstore.errors import Conflict, DeadlineExceeded, HoldfastError, NoCapaci
 from .api import Store
 from .link import Link
 from .namespaces import Origin, announce
-from .objects import Buffer, Objects, PutStatus
+from .objects import Buffer, Gathered, Objects, PutStatus
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +140,11 @@ class Shelf:
         self._counted(taken, len(keys), Event.LOADED, Event.LOST)
         return found
 
-    def put(self, items: Sequence[tuple[bytes, Buffer]]) -> list[bool]:
-        """Store what is not there yet: which are there now. Nothing behind a batch with a refusal is tried."""
+    def put(self, items: Sequence[tuple[bytes, Buffer | Gathered]], behind: bytes | None = None) -> list[bool]:
+        """Store what is not there yet: which are there now. Nothing behind a batch with a refusal is tried.
+
+        The first is of use only behind the object of the key `behind`, where one is named.
+        """
         kept: list[bool] = []
         until = time.monotonic() + self._patience.store_seconds
         with self._counting(len(items), kept), self._objects() as objects:
@@ -151,7 +154,9 @@ class Shelf:
                     write_policy=self._write_policy,
                     deadline_seconds=max(0.0, until - time.monotonic()),
                     tokens_each=self._tokens_each,
+                    behind=behind,
                 )
+                behind = items[stop - 1][0]
                 kept += [result.is_there for result in results]
                 present = sum(result.status is PutStatus.PRESENT for result in results)
                 self._count(Event.PRESENT, present)
@@ -233,5 +238,5 @@ def batches(sizes_bytes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(sizes_bytes)
 
 
-def _size_bytes(buffer: Buffer) -> int:
+def _size_bytes(buffer: Buffer | Gathered) -> int:
     return len(buffer) if isinstance(buffer, bytes | bytearray) else buffer.nbytes

@@ -35,6 +35,7 @@ class World:
         self.spaces: dict[str, dict[bytes, bytes]] = defaultdict(dict)
         self.pins: list[tuple] = []
         self.touched: list[bytes] = []
+        self.behind: list[bytes | None] = []  # of each put
         self.stores: list[FakeStore] = []
         self.room = 1 << 30
         self.error: HoldfastError | None = None  # raised by every call
@@ -88,8 +89,9 @@ class FakeObjects:
             done.append(fits)
         return done
 
-    def put(self, items, *, write_policy="auto", deadline_seconds=10.0, tokens_each=0):
+    def put(self, items, *, write_policy="auto", deadline_seconds=10.0, tokens_each=0, behind=None):
         space = self._space("put", len(items))
+        self.world.behind.append(behind)
         results = []
         for key, content in items:
             if key in space:

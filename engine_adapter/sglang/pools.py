@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..objects import Gathered
+
 IN_PLACE: Final = ("page_first", "page_first_direct", "page_head")
 FACTS: Final = (
     "layout",
@@ -81,10 +83,10 @@ class Pages:
         """Whether these are the indices of so many pages."""
         return indices is not None and indices.numel() == pages * self._page_tokens
 
-    def sources(self, indices: torch.Tensor) -> list[Bytes]:
+    def sources(self, indices: torch.Tensor) -> list[Bytes | Gathered]:
         """The pages' contents, flat."""
         if (parts := self._parts(indices)) is not None:
-            return [page[0] if len(page) == 1 else np.concatenate(page) for page in parts]
+            return [Gathered(page) for page in parts]
         return [flat_bytes(self._pool.get_data_page(start)) for start in self._starts(indices)]
 
     def write(self, indices: torch.Tensor) -> Writing:

@@ -238,7 +238,7 @@ class HoldfastHiCacheStorage(HiCacheStorage):
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> list[bool]:
         """Store pages of the KV pool: which are there now."""
-        return self._store(str(PoolName.KV), keys, host_indices)
+        return self._store(str(PoolName.KV), keys, host_indices, extra_info)
 
     def _load(self, name: str, keys: Sequence[str], indices: torch.Tensor | None) -> list[bool]:
         began = time.monotonic()
@@ -251,13 +251,23 @@ class HoldfastHiCacheStorage(HiCacheStorage):
             self._sample(self._loads, loaded.count(True) * pool.pages.size_bytes, loaded, began)
         return loaded
 
-    def _store(self, name: str, keys: Sequence[str], indices: torch.Tensor | None) -> list[bool]:
+    def _store(
+        self,
+        name: str,
+        keys: Sequence[str],
+        indices: torch.Tensor | None,
+        extra_info: HiCacheStorageExtraInfo | None,
+    ) -> list[bool]:
         began = time.monotonic()
         pool = self._pools.get(name)
         if pool is None or indices is None or not pool.pages.fits(len(keys), indices):
             return [False] * len(keys)
         contents = pool.pages.sources(indices)
-        kept = pool.shelf.put([(_name(key), content) for key, content in zip(keys, contents, strict=True)])
+        before = extra_info.prefix_keys if extra_info is not None else None
+        kept = pool.shelf.put(
+            [(_name(key), content) for key, content in zip(keys, contents, strict=True)],
+            _name(before[-1]) if before else None,
+        )
         if name == PoolName.KV:
             self._sample(self._stores, kept.count(True) * pool.pages.size_bytes, kept, began)
         return kept
@@ -308,7 +318,7 @@ class HoldfastHiCacheStorage(HiCacheStorage):
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> dict[str, list[bool]]:
         """Store pages of each transfer's pool: which are there now, by pool."""
-        return {one.name: self._store(str(one.name), one.keys or [], one.host_indices) for one in transfers}
+        return {one.name: self._store(str(one.name), one.keys or [], one.host_indices, extra_info) for one in transfers}
 
     # Operating ---------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -78,6 +79,13 @@ class _Asked:
     waits_since: float | None = None
     lost: set[bytes] = field(default_factory=set)  # were found and could not be loaded: not tried again
     found: dict[bytes, None] = field(default_factory=dict)  # of a request that pins, in order
+    last: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # by group: the furthest chunk we have, and where
+
+    def reached(self, key: bytes, position: int | None) -> None:
+        """Take it that we have this chunk, or will have it."""
+        group = get_offload_group_idx(key)
+        if position is not None and position > self.last.get(group, (0, b""))[0]:
+            self.last[group] = (position, key)
 
 
 class HoldfastTier(SecondaryTierManager):
@@ -174,8 +182,10 @@ class HoldfastTier(SecondaryTierManager):
                 return LookupResult.RETRY
             self._counts[LATE] += 1
             return LookupResult.MISS
-        if verdict and asked.pin is not None and len(asked.found) < PINNED_MAX:
-            asked.found[key] = None
+        if verdict:
+            asked.reached(key, req_context.get_offload_key_position(key))
+            if asked.pin is not None and len(asked.found) < PINNED_MAX:
+                asked.found[key] = None
         return LookupResult.HIT if verdict else LookupResult.MISS
 
     def touch(self, keys: Collection[OffloadKey], req_context: ReqContext) -> None:
@@ -254,6 +264,7 @@ class HoldfastTier(SecondaryTierManager):
 
     def _submit(self, kind: Kind, job: TransferJob) -> bool:
         """In prefix order, group by group, as far as the request knows it."""
+        asked = self._asked(job.req_context)
         position = job.req_context.get_offload_key_position
         order = sorted(
             zip(job.keys, job.chunk_ids, strict=True),
@@ -264,11 +275,15 @@ class HoldfastTier(SecondaryTierManager):
             kind=kind,
             keys=tuple(bytes(key) for key, _ in order),
             rows=tuple(int(row) for _, row in order),
+            behind={group: key for group, (_, key) in asked.last.items()},
         )
         self._jobs[job.job_id] = job
         if not self._transfers.submit(transfer):
             del self._jobs[job.job_id]
             return False
+        if kind is Kind.STORE:
+            for key in transfer.keys:
+                asked.reached(key, position(key))
         return True
 
     def _carry_out(self, transfer: Transfer) -> list[bool]:
@@ -278,7 +293,10 @@ class HoldfastTier(SecondaryTierManager):
         buffers = [memoryview(rows[row]) for row in transfer.rows]
         if transfer.kind is Kind.LOAD:
             return self._shelf.load_into(transfer.keys, buffers)
-        kept = self._shelf.put(list(zip(transfer.keys, buffers, strict=True)))
+        kept: list[bool] = []
+        items = zip(transfer.keys, buffers, strict=True)
+        for group, chain in groupby(items, key=lambda item: get_offload_group_idx(item[0])):
+            kept += self._shelf.put(list(chain), transfer.behind.get(group))
         asked = self._asked(self._jobs[transfer.number].req_context)
         if asked.pin is not None:
             self._pin(asked.pin, [key for key, good in zip(transfer.keys, kept, strict=True) if good])

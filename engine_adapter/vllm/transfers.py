@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
@@ -29,12 +29,16 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
-    """A job: objects by key, and the row of the engine's memory that each is copied to or from."""
+    """A job: objects by key, and the row of the engine's memory that each is copied to or from.
+
+    `behind` names by group of the engine's what the first of a store's keys follows, where that is known.
+    """
 
     number: int
     kind: Kind
     keys: tuple[bytes, ...]
     rows: tuple[int, ...]
+    behind: Mapping[int, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,9 @@ def test_nothing_behind_a_batch_with_a_miss_or_a_refusal_is_tried(shelf, world, 
     monkeypatch.setattr(shelf_module, "BATCH_BYTES", 16)
     shelf.put(items("a", "b", "d", "e"))
     assert world.calls.count(("put", 2)) == 2
+    assert world.behind[-2:] == [None, b"b"]  # batches are one chain
+    shelf.put(items("e"), b"d")
+    assert world.behind[-1] == b"d"
     buffers = [memoryview(bytearray(8)) for _ in range(6)]
     assert shelf.load_into([b"a", b"b", b"c", b"d", b"e", b"e"], buffers) == [True, True, False, True, False, False]
     assert [bytes(found) if found is not None else None for found in shelf.copies([b"a", b"x"])] == [b"a" * 8, None]

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from holdfast.engine_adapter.api import Store
-from holdfast.engine_adapter.objects import PutStatus
+from holdfast.engine_adapter.objects import Gathered, PutStatus
 from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import (
     DaemonUnavailable,
@@ -134,6 +134,20 @@ def test_arrays_are_stored_as_their_bytes():
         got = np.zeros_like(array)
         assert objects.load_into([b"array"], [got]) == [True]
         assert np.array_equal(got, array)
+
+
+def test_payloads_may_lie_in_several_buffers():
+    with stores("t") as (_, store):
+        objects = store.objects("ns")
+        parts = [b"abc", np.arange(3, dtype=np.uint16), bytearray(5000)]
+        whole = b"".join(bytes(part) for part in parts)
+        assert statuses(objects.put([(b"a", Gathered(parts)), (b"b", Gathered([])), (b"c", b"x")])) == (
+            [PutStatus.STORED, PutStatus.REFUSED, PutStatus.STORED]
+        )
+        buffer = bytearray(len(whole))
+        assert objects.load_into([b"a"], [buffer]) == [True]
+        assert buffer == whole
+        assert Gathered(parts).nbytes == len(whole)
 
 
 def test_namespaces_tenants_and_keys_are_apart():

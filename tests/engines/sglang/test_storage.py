@@ -15,6 +15,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 from holdfast.engine_adapter.api import connect
+from holdfast.engine_adapter.objects import Objects
 from holdfast.engine_adapter.sglang.storage import HoldfastHiCacheStorage, rank_facts
 from holdfast.engine_adapter.shelf import Event
 from holdfast.kvstore.errors import ConfigError
@@ -24,6 +25,7 @@ from sglang.srt.mem_cache.hicache_storage import (
     HiCacheFile,
     HiCacheStorage,
     HiCacheStorageConfig,
+    HiCacheStorageExtraInfo,
     HiCacheStorageFailureInjector,
     PoolHitPolicy,
     PoolName,
@@ -211,6 +213,24 @@ def test_the_plain_interface_as_the_controller_uses_it(daemon, opened):
     assert storage.get("one", torch.zeros(8, 256, dtype=torch.bfloat16)[:, ::2]) is None  # not contiguous
     assert not storage.exists("two")
     assert not storage.set("nothing")
+
+
+def test_pages_leave_behind_those_that_follow_them(daemon, opened, monkeypatch):
+    pool = randomized(MhaPool())
+    storage = opened(config(daemon), pool)
+    behind: list[bytes | None] = []
+    put = Objects.put
+
+    def noted(*args, **given):
+        if "behind" in given:  # not the word that is left of this layout
+            behind.append(given["behind"])
+        return put(*args, **given)
+
+    monkeypatch.setattr(Objects, "put", noted)
+    assert storage.batch_set_v1(["a", "b"], indices(pool, [0, 1])) == [True, True]
+    more = HiCacheStorageExtraInfo(prefix_keys=["a", "b"])
+    assert storage.batch_set_v1(["c"], indices(pool, [2]), more) == [True]
+    assert behind == [None, b"b"]
 
 
 def test_wrong_indices_and_unknown_pools_are_misses(daemon, opened):
