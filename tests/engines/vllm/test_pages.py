@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.timeout(400)  # the first test starts Transformers, a group and a vLLM
 HERE = Path(__file__).parent
 PAGE = 32
 STORED = 6 * PAGE  # tokens in whole pages
@@ -188,7 +189,7 @@ class Stage:
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
-                timeout=150,
+                timeout=300,
                 check=False,
             )
         assert done.returncode == 0, log.read_text()[-6000:]
