@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -16,5 +17,6 @@ def pinned(engine: str) -> dict[str, str]:
 
 def installed() -> dict[str, str]:
     """Versions by name, without local parts, pip and Holdfast."""
-    found = {one.name.lower().replace("_", "-"): one.version.partition("+")[0] for one in distributions()}
+    here = distributions(path=[sysconfig.get_path("purelib")])  # setuptools adds what it vendors to sys.path
+    found = {one.name.lower().replace("_", "-"): one.version.partition("+")[0] for one in here}
     return {name: version for name, version in found.items() if name not in {"pip", "holdfast"}}

@@ -14,6 +14,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+TEST_SECONDS = 600
 ENGINES = ("lmcache", "sglang", "vllm")
 
 
@@ -30,6 +31,13 @@ def pytest_configure(config):
     if any(importlib.util.find_spec(engine) for engine in ENGINES):
         config.addinivalue_line("filterwarnings", "default")
         config.addinivalue_line("filterwarnings", "error:::holdfast")
+
+
+def pytest_collection_modifyitems(items):
+    """An engine takes 10 s to start on a quiet machine, and minutes on a busy one."""
+    for item in items:
+        if item.path.is_relative_to(HERE) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(TEST_SECONDS))
 
 
 class WithoutEngine(pytest.Module):
