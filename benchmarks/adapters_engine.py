@@ -77,6 +77,7 @@ class Engine:
             "seconds": time.perf_counter() - started,
             "tokens": list(answer.outputs[0].token_ids),
             **{name: after[name] - before[name] for name in after},
+            **(answer.kv_transfer_params or {}).get("holdfast", {}),
         }
 
     def _count(self) -> dict[str, int]:

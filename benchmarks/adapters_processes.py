@@ -167,10 +167,6 @@ class Daemon:
             },
         }
 
-    def receipt(self) -> dict[str, Any]:
-        """The newest attach's."""
-        return dict(self._rest("/v1/swaps")["swaps"][0])
-
     def is_idle(self) -> bool:
         """Nothing is on its way anywhere, and all is on NVMe."""
         with urllib.request.urlopen(left_address(self._directory) + "/metrics", timeout=30) as answer:

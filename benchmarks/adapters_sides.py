@@ -34,11 +34,11 @@ class Prompt:
 
 @dataclass
 class Answer:
-    """Seconds to its first token, and to the last; the rest is what was counted."""
+    """Seconds to its first token, and to the last; what was counted, and what a connector said."""
 
     first_seconds: float
     seconds: float
-    counts: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
 
 
 class Side(ABC):
@@ -176,7 +176,8 @@ class Holdfast(Side):
 
         def is_back() -> bool:
             self.reset()
-            return self.ask(self._probe).counts["external_tokens"] > 0
+            found = self.ask(self._probe, {})  # vLLM counts a hit before it is loaded, and when that fails, too
+            return found.counts["hit_tokens"] == self._probe.cached
 
         until(is_back)
         self.reset()
@@ -187,8 +188,8 @@ class Holdfast(Side):
 
     def _hit(self, prompt: Prompt, tier: str) -> Answer:
         """The daemon's own receipt says where the bytes came from."""
-        answer = self.ask(prompt)
-        receipt = self._daemon.receipt()
-        if receipt["token_count"] < prompt.cached or set(receipt["source_bytes"]) != {tier}:
-            raise WrongSource(f"{self.name}: the receipt is not of {prompt.cached} tokens from {tier}: {receipt}")
-        return self.expect(answer, own_tokens=0, external_tokens=prompt.cached)
+        answer = self.ask(prompt, {})  # which asks for an answer of the connector's
+        receipt = answer.counts["receipt"] or {}
+        if receipt.get("token_count") != prompt.cached or set(receipt["source_bytes"]) != {tier}:
+            raise WrongSource(f"{self.name} has not brought {prompt.cached} tokens from {tier}: {answer}")
+        return self.expect(answer, own_tokens=0, external_tokens=prompt.cached, hit_tokens=prompt.cached)
