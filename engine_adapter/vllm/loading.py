@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import msgspec
@@ -10,12 +11,13 @@ import numpy as np
 
 from ...kvstore.errors import CorruptExtent, HoldfastError, PrefixNotFound, StorageFailed
 from ..api import Store
-from ..attachment import Attachment
+from ..attachment import Attachment, LayerKV
 from ..link import Link
 from .caches import Blocks, Caches
 from .plans import Load, Loaded
-from .tasks import Task
+from .tasks import Task, use_all_cores
 
+LANES: Final = 2  # threads of one load: a core alone does not copy as fast as memory allows
 ATTEMPTS: Final = 3  # an extent that was found damaged is put aside, and what lies before it can still be had
 
 
@@ -63,16 +65,22 @@ def _copy(attached: Attachment, order: Load, stop: int, caches: Caches, task: Ta
     tokens = caches.format.tokens
     first, last = order.start // tokens, stop // tokens
     tables = [np.asarray(table, np.int64)[: last - first] for table in order.blocks]
-    for layer in attached.layers():
+
+    def copy(layer: LayerKV) -> None:
         table = tables[caches.group_of(layer.index)]
         if order.canonical:
             _encode(layer, table, (order.start, stop), caches, task)
-            continue
+            return
         for number, pages in layer.pages:
             low, high = max(number, first), min(number + len(pages), last)
             if low < high:
                 with task.touching():
                     caches.put(layer.index, table[low - first : high - first], pages[low - number : high - number])
+
+    with ThreadPoolExecutor(LANES, "holdfast-copy", use_all_cores) as lanes:
+        copies = [lanes.submit(copy, layer) for layer in attached.layers()]
+    for copied in copies:
+        copied.result()
 
 
 def _encode(layer: Any, table: Blocks, tokens: tuple[int, int], caches: Caches, task: Task[Loaded]) -> None:

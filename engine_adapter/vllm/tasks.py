@@ -6,15 +6,25 @@ The engine's thread never waits for the daemon here. It may wait for one piece o
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Final, Generic, TypeVar
 
 LOG: Final = logging.getLogger("vllm.holdfast")
 R = TypeVar("R")
+
+
+def use_all_cores() -> None:
+    """Let this thread run where the process may that started this one.
+
+    An engine on a CPU binds its own thread, and so those that it starts, to one core: they would share that one.
+    """
+    with suppress(OSError):  # then it stays where it is
+        os.sched_setaffinity(0, os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
 
 
 class Stopped(Exception):
@@ -30,7 +40,8 @@ class Task(Generic[R]):
         self.needs_blocks = True
         self._work = work
         self._failed = failed
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
+        self._touching = 0  # threads that do
         self._stopped = False
 
     @property
@@ -40,11 +51,17 @@ class Task(Generic[R]):
 
     @contextmanager
     def touching(self) -> Iterator[None]:
-        """Copy to or from the engine's blocks, a small piece. Raises Stopped."""
-        with self._lock:
+        """Copy to or from the engine's blocks, a small piece; several threads may. Raises Stopped."""
+        with self._changed:
             if self._stopped:
                 raise Stopped
+            self._touching += 1
+        try:
             yield
+        finally:
+            with self._changed:
+                self._touching -= 1
+                self._changed.notify_all()
 
     def let_go(self) -> None:
         """The engine's blocks are not needed any more."""
@@ -52,8 +69,9 @@ class Task(Generic[R]):
 
     def stop(self) -> bool:
         """From now on nothing is touched; returns whether that is news."""
-        with self._lock:
+        with self._changed:
             news, self._stopped = not self._stopped, True
+            self._changed.wait_for(lambda: not self._touching)
         return news
 
     def run(self) -> R | None:
@@ -143,6 +161,7 @@ class Tasks(Generic[R]):
             self._ended.append(result)
 
     def _serve(self) -> None:
+        use_all_cores()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue or self._closed)

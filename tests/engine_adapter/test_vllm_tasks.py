@@ -1,5 +1,6 @@
 """Work on behalf of requests: it ends once, and what was stopped touches nothing any more."""
 
+import os
 import threading
 
 import numpy as np
@@ -85,6 +86,42 @@ def test_a_stopped_task_touches_nothing():
     assert not one.stop()
     with pytest.raises(Stopped), one.touching():
         raise AssertionError("it touched")
+
+
+def test_several_threads_touch_at_once_and_whoever_stops_waits_for_all():
+    one, inside, free = task("r", lambda task: None), threading.Barrier(3), threading.Event()
+
+    def touch():
+        with one.touching():
+            inside.wait(20)
+            assert free.wait(20)
+
+    threads = [threading.Thread(target=touch) for _ in range(2)]
+    stopper = threading.Thread(target=one.stop)
+    for thread in threads:
+        thread.start()
+    inside.wait(20)  # both are in
+    stopper.start()
+    until(lambda: one._stopped, "it is stopped")
+    assert stopper.is_alive()
+    free.set()
+    for thread in (*threads, stopper):
+        thread.join(20)
+    assert not stopper.is_alive()
+
+
+def test_work_may_run_on_all_cores_whatever_the_engine_bound_itself_to():
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        found = tasks()
+        found.start(task("r", lambda task: ("r", os.sched_getaffinity(0))))
+        ended = []
+        until(lambda: ended.extend(found.take()) or ended, "it ends")
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert ended == [("r", allowed)]
+    found.close()
 
 
 @pytest.mark.parametrize("blocks", [[], [0], [5], [1, 2, 3], [3, 2, 1], [0, 1, 2], [4, 0, 0, 5, 6, 9, 10, 1]])
