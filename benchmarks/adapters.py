@@ -114,14 +114,14 @@ class Bench:
     def misses(self, count: int, tokens: int) -> Misses:
         """Prompts that nobody has seen, asked of all sides in turns; of Holdfast also with nothing to be stored."""
         found = Misses(tokens * TOKEN_BYTES)
-        variants: list[tuple[str, Side, dict[str, Any] | None]] = [
-            (name, side, None) for name, side in self.sides.items()
-        ]
+        peers = [(name, side, None) for name, side in self.sides.items() if name != "Holdfast"]
+        ours: list[tuple[str, Side, dict[str, Any] | None]] = []
         if "Holdfast" in self.sides:
-            variants.insert(len(variants) // 2, ("Holdfast, no store", self.sides["Holdfast"], {"store": False}))
+            side = self.sides["Holdfast"]
+            ours = [("Holdfast, no store", side, {"store": False}), ("Holdfast", side, None)]
         for number in range(count):
             prompt = self.prompt(f"miss-{number}", tokens)
-            for name, side, params in variants[number % len(variants) :] + variants[: number % len(variants)]:
+            for name, side, params in [*ours, *peers] if number % 2 else [*peers, *ours]:
                 side.reset()
                 before = cpu_seconds(side.processes)
                 side.miss(prompt, params)
