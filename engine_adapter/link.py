@@ -154,8 +154,9 @@ class Link:
         with self._changed:
             self._reason = reason
             told, self._told_up = self._told_up, reason is None
+            news = told != (reason is None) and not self._closed  # our own goodbye is none
             self._changed.notify_all()
-        if told != (reason is None) and self._on_change is not None:
+        if news and self._on_change is not None:
             self._on_change(reason)
 
 

@@ -43,6 +43,7 @@ def test_it_comes_back_with_its_daemon_and_says_each_change_once():
         finally:
             link.close()
         assert not link.is_up
+        assert len(news) == 4  # our own goodbye is no news
 
 
 def test_a_connection_is_closed_when_its_last_user_leaves():
