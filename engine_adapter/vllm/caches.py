@@ -6,7 +6,7 @@ engines hand out mostly, are one copy each. On a device they are gathered there 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
@@ -33,7 +33,7 @@ class LayerCache:
 
 
 class Caches:
-    """All layers of one rank, by the model's layer index; what pages look like says the native spec."""
+    """All layers of one rank, by the model's layer index. Pages that the spec's format describes can be decoded."""
 
     def __init__(self, spec: KVSpec, layers: Mapping[int, tuple[int, torch.Tensor]]) -> None:
         """`layers`: by layer index, the KV cache group and the engine's tensor [blocks, ...].
@@ -41,11 +41,24 @@ class Caches:
         Raises InvalidSpec for tensors whose pages are not the format's.
         """
         self.spec = spec
-        self.format = page_format(spec)
-        page_bytes = self.format.elements * spec.element_bytes
+        self.page_tokens = spec.block_tokens
+        page_bytes = spec.page_bytes()
         self.layers = {index: LayerCache(group, _rows(tensor, page_bytes)) for index, (group, tensor) in layers.items()}
         if set(self.layers) != {layer for group in spec.groups for layer in group.layers}:
             raise InvalidSpec("the engine's layers are not those of its spec")
+
+    def fence(self) -> Callable[[], None]:
+        """Called on the engine's thread: what is returned waits until the work that it has given to its device is done.
+
+        Blocks may be copied from another thread only then. On a CPU that is at once.
+        """
+        first = next(iter(self.layers.values())).pages
+        if not isinstance(first, torch.Tensor):
+            return lambda: None
+        event = torch.Event(first.device)
+        event.record(torch.accelerator.current_stream(first.device))
+        waited: Callable[[], None] = event.synchronize
+        return waited
 
     def put(self, layer: int, blocks: Blocks, pages: Array) -> None:
         """Copy pages, [n, page bytes], into n blocks of a layer."""
@@ -54,6 +67,7 @@ class Caches:
             kept = blocks != NULL_BLOCK
             rows = torch.from_numpy(np.ascontiguousarray(pages[kept])).to(target.device)
             target.index_copy_(0, torch.from_numpy(blocks[kept]).to(target.device), rows)
+            torch.accelerator.current_stream(target.device).synchronize()
             return
         for first, run in runs(blocks):
             if run[0] != NULL_BLOCK:
@@ -71,22 +85,25 @@ class Caches:
 
     def encode(self, layer: int, blocks: Blocks, key: Array, value: Array) -> None:
         """Write keys and values of n whole pages, [heads, n x tokens, dim], into n blocks of a layer."""
-        count, tokens = len(blocks), self.format.tokens
-        rows = np.empty((count, self.format.elements), NUMPY_DTYPES[self.spec.dtype])
-        for view, array in zip(key_value(self.format, rows), (key, value), strict=True):
+        count, tokens = len(blocks), self.page_tokens
+        rows = self._rows(count)
+        for view, array in zip(key_value(page_format(self.spec), rows), (key, value), strict=True):
             heads, _, dim = array.shape
             np.copyto(view, array.reshape(heads, count, tokens, dim).transpose(1, 0, 2, 3))
         self.put(layer, blocks, rows.view(np.uint8))
 
     def decode(self, layer: int, blocks: Blocks) -> tuple[Array, Array]:
         """Keys and values of n blocks of a layer, [heads, n x tokens, dim]: copies."""
-        rows = np.empty((len(blocks), self.format.elements), NUMPY_DTYPES[self.spec.dtype])
+        rows = self._rows(len(blocks))
         self.take(layer, blocks, rows.view(np.uint8))
         key, value = (
-            view.transpose(1, 0, 2, 3).reshape(view.shape[1], len(blocks) * self.format.tokens, view.shape[3])
-            for view in key_value(self.format, rows)
+            view.transpose(1, 0, 2, 3).reshape(view.shape[1], len(blocks) * self.page_tokens, view.shape[3])
+            for view in key_value(page_format(self.spec), rows)
         )
         return key, value
+
+    def _rows(self, count: int) -> Array:
+        return np.empty((count, self.spec.page_bytes() // self.spec.element_bytes), NUMPY_DTYPES[self.spec.dtype])
 
     def group_of(self, layer: int) -> int:
         """The KV cache group whose table names a layer's blocks."""

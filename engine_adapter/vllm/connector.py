@@ -96,6 +96,7 @@ class HoldfastStats(KVConnectorStats):
 
 
 COUNTERS: Final = {
+    "unserved": "Requests of an engine whose KV is not cached; its log says why.",
     "lookups": "Prompts looked up in the store.",
     "lookup_failures": "Lookups that nobody answered in time; their requests were computed.",
     "loads": "Requests that loaded KV.",

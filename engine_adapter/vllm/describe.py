@@ -10,6 +10,11 @@ import torch
 from .identity import CacheGroup, Engine
 
 KINDS: Final = {"FullAttentionSpec": "full", "SlidingWindowSpec": "sliding", "MLAAttentionSpec": "latent"}
+CPU_PAGES: Final = {  # by backend and instruction set
+    ("CPU_ATTN", "vec"): "vllm-cpu-vec/1",
+    ("CPU_ATTN", "vec16"): "vllm-cpu-vec/1",
+    ("CPU_ATTN", "amx"): "vllm-cpu-amx/1",
+}
 FLASH_LAYOUTS: Final = {"LBNHC": "vllm-flash-nhd/1", "LBHNC": "vllm-flash-hnd/1"}
 DRAFTS_WITHOUT_KV: Final = ("ngram", "ngram_gpu", "suffix")  # other drafts keep KV that our identity does not cover
 
@@ -108,8 +113,8 @@ def _backend(config: Any, cache_config: Any) -> tuple[str, str | None]:
             layer = config.compilation_config.static_forward_context[name]
             found.add((layer.get_attn_backend().get_name(), getattr(layer, "isa", "")))
     backends = ", ".join(sorted(" ".join(filter(None, pair)) for pair in found))
-    if found == {("CPU_ATTN", "vec")}:
-        return backends, "vllm-cpu-vec/1"
-    if {backend for backend, _ in found} == {"FLASH_ATTN"}:
+    if len(found) == 1 and (only := found.pop()) in CPU_PAGES:
+        return backends, CPU_PAGES[only]
+    if backends.split(" ")[0] == "FLASH_ATTN" and "," not in backends:
         return backends, FLASH_LAYOUTS.get(cache_config.kv_cache_layout)
     return backends, None

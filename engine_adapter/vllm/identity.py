@@ -16,7 +16,7 @@ from ...kvstore.errors import HoldfastError, InvalidSpec, UnknownPageFormat
 from ...kvstore.spec import KVSpec, LayerGroup, sized
 from ...ring_attention.identity import CONFIG_FILE, read_json
 from ..checkpoint_identity import checkpoint_digest, checkpoint_spec, model_spec
-from ..pages import FORMATS, native
+from ..pages import FORMATS, native, undescribed
 from .plans import Ready
 
 DTYPES: Final = ("bfloat16", "float16", "float32")
@@ -100,9 +100,12 @@ def _ready(engine: Engine, model: str | None, accept: Literal["verified", "any"]
             extent_blocks=1,
         )
     )
-    spec = native(made, FORMATS[engine.format_name](tokens, heads, key_dim, value_dim), accept=accept)
     windows = [group.window for group in engine.groups if group.window is not None]
-    return Ready(spec=spec, canonical=made == base, window=min(windows, default=None))
+    window = min(windows, default=None)
+    if engine.format_name not in FORMATS:  # nobody but such an engine can read them
+        return Ready(spec=undescribed(made, engine.format_name, tokens), window=window)
+    spec = native(made, FORMATS[engine.format_name](tokens, heads, key_dim, value_dim), accept=accept)
+    return Ready(spec=spec, canonical=made == base, window=window)
 
 
 def _model(engine: Engine, model: str | None) -> tuple[str, KVSpec | None]:

@@ -49,7 +49,7 @@ def _load(order: Load, store: Store, caches: Caches, task: Task[Loaded], seconds
     tokens = order.tokens[: order.stop]
     left = max(seconds - task.seconds, 0.001)
     with store.attach_prefix(spec, tokens, extras=order.extras, deadline_seconds=left) as attached:
-        page_tokens = caches.format.tokens
+        page_tokens = caches.page_tokens
         stop = min(order.stop, attached.tokens[1] // page_tokens * page_tokens)
         if stop > order.start:
             _copy(attached, order, stop, caches, task)
@@ -62,7 +62,7 @@ def _load(order: Load, store: Store, caches: Caches, task: Task[Loaded], seconds
 
 
 def _copy(attached: Attachment, order: Load, stop: int, caches: Caches, task: Task[Loaded]) -> None:
-    tokens = caches.format.tokens
+    tokens = caches.page_tokens
     first, last = order.start // tokens, stop // tokens
     tables = [np.asarray(table, np.int64)[: last - first] for table in order.blocks]
 
@@ -85,7 +85,7 @@ def _copy(attached: Attachment, order: Load, stop: int, caches: Caches, task: Ta
 
 def _encode(layer: Any, table: Blocks, tokens: tuple[int, int], caches: Caches, task: Task[Loaded]) -> None:
     """Pages from canonical pieces, which need not begin or end where pages do."""
-    size = caches.format.tokens
+    size = caches.page_tokens
     start, stop = tokens
     rest_key = rest_value = None  # tokens of the page that is not complete yet
     at = start

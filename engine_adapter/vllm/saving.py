@@ -44,7 +44,7 @@ def dropped(order: Save, task: Task[Saved], problem: str) -> Saved:
 
 
 def _copy(writer: IngestWriter, order: Save, caches: Caches, task: Task[Saved]) -> None:
-    size = caches.format.tokens
+    size = caches.page_tokens
     tables = [np.asarray(table, np.int64) for table in order.blocks]
     for start, stop in writer.missing:
         first, count = start // size, (stop - start) // size
@@ -56,7 +56,7 @@ def _copy(writer: IngestWriter, order: Save, caches: Caches, task: Task[Saved]) 
 
 def _decode(writer: IngestWriter, order: Save, caches: Caches, task: Task[Saved]) -> None:
     """In canonical form, which ends at any token."""
-    size = caches.format.tokens
+    size = caches.page_tokens
     tables = [np.asarray(table, np.int64) for table in order.blocks]
     for start, stop in writer.missing:
         first, last = start // size, -(-stop // size)

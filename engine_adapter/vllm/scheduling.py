@@ -23,6 +23,7 @@ from .wishes import Wishes, wishes_of
 
 LOG: Final = logging.getLogger("vllm.holdfast")
 ANSWER_SECONDS: Final = 1.0  # a request that waits longer for blocks is looked up again
+QUIET_SECONDS: Final = 10.0  # between two lines of one kind
 
 
 class Request(Protocol):
@@ -55,6 +56,7 @@ class _Request:
     question: Question | None = None
     preemptions: int = 0  # when the question was asked
     expires: float = inf  # then it is asked again
+    unanswered: bool = False  # nobody could say, and the request has waited enough
     computed: int = 0  # tokens that the engine had by itself when it was told of ours
     found: Found = NOTHING  # of the load that was ordered
     ordered: int = 0  # tokens to be there after the load; 0: none was ordered
@@ -92,6 +94,7 @@ class SchedulerSide:
         self._stops: list[str] = []
         self._held: dict[str, _Request] = {}  # ended, and the workers have not said yet that their saves are over
         self._newly_held: list[str] = []
+        self._unsaid, self._quiet_until = 0, 0.0
         self.counts: defaultdict[str, float] = defaultdict(float)
 
     def open(self, ranks: Sequence[Ready], lookups: Callable[[Sequence[Ready]], Lookups]) -> None:
@@ -115,6 +118,8 @@ class SchedulerSide:
     def arrived(self, request: Request) -> None:
         """A request was added: its lookup can begin while it waits."""
         known = self._requests[request.request_id] = _Request(request, wishes_of(request.kv_transfer_params))
+        if self._lookups is None:
+            self.counts["unserved"] += 1
         if self._may_load(known):
             self._ask(known, expires=time.monotonic() + ANSWER_SECONDS)
 
@@ -124,15 +129,17 @@ class SchedulerSide:
         if known is None or not self._may_load(known):
             return 0, False
         question = known.question
-        if question is None or known.preemptions != request.num_preemptions or time.monotonic() > known.expires:
+        stale = time.monotonic() > known.expires and not known.unanswered
+        if question is None or stale or known.preemptions != request.num_preemptions:
             question = self._ask(known, expires=inf)
         if question.found is None:
             if question.seconds < self._settings.lookup_seconds:
                 return None, False
             question.miss()
         known.expires = min(known.expires, time.monotonic() + ANSWER_SECONDS)
-        if question.failed:
-            known.expires = inf  # the request has waited enough
+        if question.failed and not known.unanswered:
+            known.unanswered = True
+            self.counts["lookup_failures"] += 1
         found = question.found
         assert found is not None
         usable = min(found.token_count, request.num_tokens - 1) // self._page_tokens * self._page_tokens
@@ -270,7 +277,7 @@ class SchedulerSide:
         tokens = _tokens(request, request.num_tokens)
         extras = self._extras(known, request.num_tokens)
         known.preemptions = request.num_preemptions
-        known.expires = expires
+        known.expires, known.unanswered = expires, False
         known.question = self._lookups.ask(tokens, extras)
         self.counts["lookups"] += 1
         return known.question
@@ -343,9 +350,7 @@ class SchedulerSide:
             known.spoilt = True
             self.counts["load_failures"] += 1
             self.counts["load_failed_tokens"] += known.ordered - loaded.stop
-            LOG.warning(
-                "holdfast: request %s is computed from token %d: %s", loaded.request, loaded.stop, loaded.problem
-            )
+            self._complain(f"request {loaded.request} is computed from token {loaded.stop}: {loaded.problem}")
         tokens = (loaded.stop - known.computed) / self._ranks
         self.counts["load_tokens"] += tokens
         self.counts["load_bytes"] += tokens * self._token_bytes
@@ -363,6 +368,14 @@ class SchedulerSide:
         if known.saved is None or saved.problem is not None:
             known.saved = saved
 
+    def _complain(self, what: str) -> None:
+        """Log it, but not every request's."""
+        self._unsaid += 1
+        if time.monotonic() >= self._quiet_until:
+            others = f" (and {self._unsaid - 1} others since the last line)" if self._unsaid > 1 else ""
+            LOG.warning("holdfast: %s%s", what, others)
+            self._unsaid, self._quiet_until = 0, time.monotonic() + QUIET_SECONDS
+
     def _answer(self, known: _Request) -> dict[str, Any] | None:
         """What the request's answer says of us, when it asked."""
         if not known.wishes.asked:
@@ -371,7 +384,7 @@ class SchedulerSide:
         answer: dict[str, Any] = {
             "document": known.found.document,
             "hit_tokens": max(loaded.stop - known.computed, 0) if loaded is not None else 0,
-            "tier_tokens": dict(known.found.tier_tokens) if loaded is not None else {},
+            "tier_tokens": {tier: count for tier, count in known.found.tier_tokens.items() if count},
             "receipt": loaded.receipt if loaded is not None else None,
             "saved": self._saved(known),
             "saved_tokens": known.saved.token_count if known.saved is not None else 0,

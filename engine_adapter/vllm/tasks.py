@@ -34,12 +34,20 @@ class Stopped(Exception):
 class Task(Generic[R]):
     """One load or save. Blocks of the engine are touched inside `touching` only."""
 
-    def __init__(self, request: str, work: Callable[[Task[R]], R], failed: Callable[[Task[R], str], R]) -> None:
+    def __init__(
+        self,
+        request: str,
+        work: Callable[[Task[R]], R],
+        failed: Callable[[Task[R], str], R],
+        fence: Callable[[], None] | None = None,
+    ) -> None:
+        """`fence` waits until the request's blocks may be touched."""
         self.request = request
         self.started = time.monotonic()
         self.needs_blocks = True
         self._work = work
         self._failed = failed
+        self._fence = fence
         self._changed = threading.Condition()
         self._touching = 0  # threads that do
         self._stopped = False
@@ -78,7 +86,9 @@ class Task(Generic[R]):
         """Do the work; None when it was stopped."""
         try:
             with self.touching():
-                pass
+                pass  # it may have been stopped while it waited
+            if self._fence is not None:
+                self._fence()
             return self._work(self)
         except Stopped:
             return None
@@ -122,13 +132,15 @@ class Tasks(Generic[R]):
             self._changed.notify()
 
     def stop(self, request: str, why: str) -> None:
-        """End a request's tasks: when this returns, its blocks are touched no more."""
+        """Take a request's blocks away: when this returns, they are touched no more. What needs none goes on."""
         with self._changed:
-            tasks = self._active.pop(request, [])
-            if tasks:
-                self._queue = deque(task for task in self._queue if task.request != request)
+            tasks = [task for task in self._active.get(request, ()) if task.needs_blocks]
+        self._stop(tasks, why)
+
+    def _stop(self, tasks: list[Task[R]], why: str) -> None:
         for task in tasks:
             if task.stop():
+                self._remove(task)
                 self._end(task.failed(why))
 
     def needs_blocks(self, request: str) -> bool:
@@ -139,9 +151,8 @@ class Tasks(Generic[R]):
     def take(self) -> list[R]:
         """How tasks ended since the last call. Those beyond their time are stopped first."""
         with self._changed:
-            late = [request for request, tasks in self._active.items() if tasks[0].seconds > self._seconds]
-        for request in late:
-            self.stop(request, f"not within {self._seconds:g} s")
+            late = [task for tasks in self._active.values() for task in tasks if task.seconds > self._seconds]
+        self._stop(late, f"not within {self._seconds:g} s")
         with self._changed:
             found = list(self._ended)
             self._ended.clear()
@@ -151,10 +162,9 @@ class Tasks(Generic[R]):
         """Stop everything; threads end when what they wait for does."""
         with self._changed:
             self._closed = True
-            requests = list(self._active)
+            left = [task for tasks in self._active.values() for task in tasks]
             self._changed.notify_all()
-        for request in requests:
-            self.stop(request, "the engine shuts down")
+        self._stop(left, "the engine shuts down")
 
     def _end(self, result: R) -> None:
         with self._changed:
@@ -178,3 +188,5 @@ class Tasks(Generic[R]):
             left = [other for other in self._active.pop(task.request, []) if other is not task]
             if left:
                 self._active[task.request] = left
+            with suppress(ValueError):
+                self._queue.remove(task)

@@ -59,23 +59,25 @@ class WorkerSide:
 
     def start_loads(self, plan: Plan) -> None:
         """Begin what the plan wants loaded."""
+        fence = self._caches.fence() if plan.loads else None
         for order in plan.loads:
             self._orders[order.request] = order
             work = partial(load, order, self._load_link, self._caches, seconds=self._settings.load_seconds)
-            self._loads.start(Task(order.request, work, partial(nothing, order)))
+            self._loads.start(Task(order.request, work, partial(nothing, order), fence))
 
     def start_saves(self, plan: Plan) -> None:
         """Begin what the plan wants saved: after the forward pass that has filled the blocks."""
+        fence = self._caches.fence() if plan.saves else None
         for order in plan.saves:
-            self._start_save(order)
+            self._start_save(order, fence)
         now = time.monotonic()
         self._held |= dict.fromkeys(plan.held, now)
 
-    def _start_save(self, order: Save) -> None:
+    def _start_save(self, order: Save, fence: Callable[[], None] | None) -> None:
         named = order if order.name is None else replace(order, name=order.name + self._part)
         policy, seconds = self._settings.write_policy, self._settings.save_seconds
         work = partial(save, named, self._save_link, self._caches, write_policy=policy, seconds=seconds)
-        self._saves.start(Task(order.request, work, partial(dropped, order)))
+        self._saves.start(Task(order.request, work, partial(dropped, order), fence))
 
     def ended(self) -> Ended:
         """What is over since the last call."""
@@ -97,7 +99,7 @@ class WorkerSide:
 
     def _missing(self, order: Load, stop: int) -> list[int]:
         """The engine's blocks of tokens [stop, order.stop)."""
-        first = (stop - order.start) // self._caches.format.tokens
+        first = (stop - order.start) // self._caches.page_tokens
         return [block for table in order.blocks for block in table[first:]]
 
     def heard(self) -> Heard | None:

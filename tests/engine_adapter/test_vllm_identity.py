@@ -124,6 +124,12 @@ def test_what_cannot_be_told_or_served_is_refused_with_a_reason(engine, changed,
     assert reason in refused.reason
 
 
+def test_pages_that_nobody_else_can_read_are_kept_for_engines_of_their_kind(engine):
+    one = found(replace(engine, format_name="vllm-cpu-amx/1"))
+    assert one.spec.page_format == "vllm-cpu-amx/1:tokens=32"
+    assert not one.canonical
+
+
 def test_unverified_formats_are_taken_when_asked_for(engine):
     assert found(replace(engine, format_name="vllm-flash-nhd/1"), accept="any").spec is not None
 

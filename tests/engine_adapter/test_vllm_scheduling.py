@@ -88,6 +88,7 @@ def test_what_nobody_can_say_is_not_asked_again(engine):
     assert engine.side.matched(one, 0) == (0, False)
     assert engine.side.matched(one, 0) == (0, False)
     assert len(engine.lookups.questions) == 1
+    assert engine.side.take_counts()["lookup_failures"] == 1
 
 
 @pytest.mark.parametrize(
@@ -119,6 +120,7 @@ def test_an_engine_without_workers_that_keep_kv_caches_nothing():
     assert engine.side.matched(one, 0) == (0, False)
     assert engine.plan({one: one.num_tokens}) == Plan()
     assert ended(engine, one) == (False, None)
+    assert engine.side.take_counts() == {"unserved": 1}
 
 
 # Loads -----------------------------------------------------------------------------------------

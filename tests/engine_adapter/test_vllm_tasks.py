@@ -47,6 +47,49 @@ def test_a_task_ends_once_by_itself_or_by_being_stopped():
     found.close()
 
 
+def test_what_needs_no_blocks_any_more_goes_on_when_they_are_taken_away():
+    found, ready, free = tasks(), threading.Event(), threading.Event()
+
+    def work(task):
+        task.let_go()
+        ready.set()
+        assert free.wait(20)
+        return "r", "done"
+
+    found.start(task("r", work))
+    assert ready.wait(20)
+    assert not found.needs_blocks("r")
+    found.stop("r", "stopped")
+    assert not found.take()
+    free.set()
+    assert taken(found) == {("r", "done")}
+    found.close()
+
+
+def test_whoever_stops_a_task_waits_for_one_piece_only():
+    found, ready, free = tasks(), threading.Event(), threading.Event()
+    pieces = []
+
+    def work(task):
+        while True:  # it asks for the lock again at once
+            with task.touching():
+                pieces.append(len(pieces))
+                ready.set()
+                assert free.wait(20)
+
+    found.start(task("r", work))
+    assert ready.wait(20)
+    taking = threading.Thread(target=found.stop, args=("r", "stopped"))
+    taking.start()
+    taking.join(0.05)
+    assert taking.is_alive()
+    free.set()
+    taking.join(20)
+    assert pieces == [0]
+    assert found.take() == [("r", "stopped")]
+    found.close()
+
+
 def test_stopped_tasks_that_wait_are_forgotten():
     found, ready, free = tasks(limit=2), threading.Event(), threading.Event()
     found.start(task("r", lambda task: (ready.set(), free.wait(20), ("r", "done"))[-1]))

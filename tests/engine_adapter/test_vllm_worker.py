@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from holdfast.engine_adapter.api import connect
-from holdfast.engine_adapter.pages import key_value
+from holdfast.engine_adapter.pages import key_value, page_format
 from holdfast.engine_adapter.vllm.caches import Caches
 from holdfast.engine_adapter.vllm.plans import Load, Plan, Save
 from holdfast.engine_adapter.vllm.settings import Settings
@@ -193,7 +193,7 @@ def test_documents_in_canonical_form_become_pages(engine, daemon):
     assert worker.load(tokens, PAGE, 6 * PAGE, (target,), canonical=True).stop == 6 * PAGE
     for layer, tensor in worker.tensors.items():
         pages = tensor[target].view(torch.int16).numpy().view(np.uint16).reshape(5, -1)
-        for part, pieces in enumerate(key_value(worker.side._caches.format, pages)):
+        for part, pieces in enumerate(key_value(page_format(SPEC), pages)):
             kept = made[layer][part][:, PAGE : 6 * PAGE].reshape(2, 5, PAGE, 32).transpose(1, 0, 2, 3)
             assert np.array_equal(pieces, kept)
     assert worker.unchanged(target)
@@ -206,7 +206,7 @@ def test_a_document_that_ends_within_a_page_is_stored_as_everybody_reads_it(engi
     with connect(daemon.socket) as store, store.attach("report", spec=CANONICAL) as document:
         for layer in document.layers():
             pages = worker.tensors[layer.index][[9, 3, 4, 5, 20]].view(torch.int16).numpy().view(np.uint16)
-            wanted = key_value(worker.side._caches.format, pages.reshape(5, -1))
+            wanted = key_value(page_format(SPEC), pages.reshape(5, -1))
             for found, whole in zip(layer.gathered(), wanted, strict=True):
                 assert np.array_equal(found, whole.transpose(1, 0, 2, 3).reshape(2, -1, 32)[:, : len(tokens)])
     assert worker.load(tokens, 0, 4 * PAGE, ([31, 32, 33, 34],), canonical=True).stop == 4 * PAGE
