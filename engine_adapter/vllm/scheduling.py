@@ -293,7 +293,8 @@ class SchedulerSide:
         wanted = request.num_prompt_tokens
         if wishes.document is not None:
             wanted = min(wanted, wishes.document_tokens or wanted)
-        exact = wishes.document is not None and self._canonical and not self._extras(known, wanted)
+        begun = -(-wanted // self._page_tokens) * self._page_tokens  # a salt or picture in the last page counts as well
+        exact = wishes.document is not None and self._canonical and not self._extras(known, begun)
         count = wanted if exact else wanted // self._page_tokens * self._page_tokens
         known.not_saved = self._why_not(known, count)
         blocks = blocks_of(request.request_id) if known.not_saved is None else None

@@ -10,11 +10,16 @@ from vllm_cases import PAGE, READY, SPEC, FakeLookups, blocks, request
 NO_DOCUMENT = {"document": None, "hit_tokens": 0, "tier_tokens": {}, "receipt": None, "saved_tokens": 0}
 
 
+def extras_of(one, page, count):
+    """Of whole pages only, as the engine's."""
+    return {number: extra for number, extra in one.extras.items() if (number + 1) * page <= count}
+
+
 class Side:
     """A scheduler side, and the engine around it."""
 
     def __init__(self, ranks=(READY,), **settings):
-        self.side = SchedulerSide(Settings(**settings), lambda request, page, count: {})
+        self.side = SchedulerSide(Settings(**settings), extras_of)
         self.lookups = FakeLookups()
         self.side.open(ranks, lambda _: self.lookups)
 
@@ -208,6 +213,16 @@ def test_where_nobody_else_reads_the_pages_a_document_is_whole_pages():
     one = engine.arrive(request(kv_transfer_params={"document": "report", "document_tokens": 6 * PAGE + 3}), found=0)
     (order,) = engine.plan({one: one.num_tokens}).saves
     assert (len(order.tokens), order.canonical) == (6 * PAGE, False)
+
+
+@pytest.mark.parametrize(
+    ("count", "page", "saved"), [(20, 0, []), (3 * PAGE + 5, 3, [3 * PAGE])], ids=["short", "tail"]
+)
+def test_a_page_that_is_not_whole_and_has_an_extra_part_never_becomes_the_models_own_kv(engine, count, page, saved):
+    params = {"document": "report", "document_tokens": count}
+    one = engine.arrive(request(kv_transfer_params=params, extras={page: b"salt, adapter or picture"}), found=0)
+    saves = engine.plan({one: one.num_tokens}).saves
+    assert [(len(order.tokens), order.canonical) for order in saves] == [(count, False) for count in saved]
 
 
 def test_a_prompt_that_left_the_store_meanwhile_is_saved_again(engine):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from holdfast.engine_adapter.pages import FORMATS, native
@@ -28,6 +28,7 @@ class FakeRequest:
     num_in_flight_tokens: int = 0
     num_preemptions: int = 0
     skip_reading_prefix_cache: bool = False
+    extras: dict[int, bytes] = field(default_factory=dict)
 
     def __post_init__(self):
         self.num_prompt_tokens = len(self.all_token_ids)
