@@ -6,8 +6,10 @@ Neither copying nor hashing holds the interpreter's lock.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
@@ -96,6 +98,7 @@ class IngestWriter:
         self._spec = spec
         self._token_count = token_count
         self._released = False
+        self._lock = threading.Lock()
         self._opened = opened
         self._targets: list[_Target] = []
         self._places = {
@@ -148,9 +151,10 @@ class IngestWriter:
         self._check(number, key, value)
         stop = start + key.shape[1]
         for target, cut in self._cuts(number, start, stop):
-            for part, array in enumerate((key, value)):
-                target.write(position, cut, array[:, cut.start - start : cut.stop - start], part)
-            self._written(target, position, cut)
+            with self._touching():
+                for part, array in enumerate((key, value)):
+                    target.write(position, cut, array[:, cut.start - start : cut.stop - start], part)
+                self._written(target, position, cut)
 
     def write_pages(self, layer: int, first_page: int, page_count: int, fill: Callable[[int, Array], None]) -> None:
         """Store one layer's pages [first_page, first_page + page_count) of a native document, as the engine has them.
@@ -167,15 +171,26 @@ class IngestWriter:
         page_tokens = self._spec.block_tokens
         stop = (first_page + page_count) * page_tokens
         for target, cut in self._cuts(number, first_page * page_tokens, stop):
-            target.check_open(cut)
-            for first, view in target.planes.native_pages(position, cut.start, cut.stop):
-                fill(first, view)
-            self._written(target, position, cut)
+            with self._touching():
+                target.check_open(cut)
+                for first, view in target.planes.native_pages(position, cut.start, cut.stop):
+                    fill(first, view)
+                self._written(target, position, cut)
+
+    @contextmanager
+    def _touching(self) -> Iterator[None]:
+        """Whoever copies into slots holds up the end: after it they are others'. Raises InvalidRequest."""
+        with self._lock:
+            self._check_open()
+            yield
+
+    def _check_open(self) -> None:
+        if self._released:
+            raise InvalidRequest("this ingest has ended; write inside its block")
 
     def _place(self, layer: int) -> tuple[int, int]:
         """The layer group of a layer, and its position in there. Raises InvalidRequest."""
-        if self._released:
-            raise InvalidRequest("this ingest has ended; write inside its block")
+        self._check_open()
         if layer not in self._places:
             raise InvalidRequest(f"layer {layer} is not in this model")
         return self._places[layer]
@@ -291,8 +306,9 @@ class IngestWriter:
         return [seal for target in self._targets for seal in target.seals()]
 
     def release(self) -> None:
-        """Let go of the shared memory."""
-        self._released = True
+        """Let go of the shared memory; waits for a copy into it that a cancelled task has left under way."""
+        with self._lock:
+            self._released = True
         self._sealer.shutdown(cancel_futures=True)
         self._targets.clear()
         self._complete.clear()

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -198,6 +199,38 @@ async def test_a_task_that_is_cancelled_inside_gives_back_what_it_holds(daemon, 
             await task
         assert await asyncio.to_thread(daemon.leases) == []
     assert [view.name for view in await store.documents()] == ["report"]
+
+
+async def test_slots_are_given_back_when_nobody_copies_into_them_any_more(store, monkeypatch):
+    """The thread goes on copying: whoever got the slots meanwhile would have its bytes."""
+    inside, go_on, order = threading.Event(), threading.Event(), []
+    abort = Client.abort_ingest
+
+    def aborts(client, ingest):
+        order.append("given back")
+        abort(client, ingest)
+
+    def fill(_first, view):
+        inside.set()
+        assert go_on.wait(20)
+        view.fill(7)
+        order.append("copied")
+
+    monkeypatch.setattr(Client, "abort_ingest", aborts)
+    spec = replace(SPEC, page_format="vllm-cpu-vec/1:tokens=16")
+
+    async def writes():
+        async with store.ingest("pages", spec, tokens(1)[:32]) as writer:
+            await writer.write_pages(0, 0, 1, fill)
+
+    task = asyncio.create_task(writes())
+    await asyncio.to_thread(inside.wait, 20)
+    task.cancel()
+    await asyncio.wait([task], timeout=0.2)  # a slot that is given back too early is given back by then
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert order == ["copied", "given back"]
 
 
 async def test_a_task_that_is_cancelled_while_it_waits_gives_back_what_it_gets(daemon, store, gate):
