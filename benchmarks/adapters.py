@@ -111,16 +111,16 @@ class Bench:
                     found.add(place, answer)
         return found
 
-    def misses(self, count: int, tokens: int) -> Misses:
+    def misses(self, count: int) -> Misses:
         """Prompts that nobody has seen, asked of all sides in turns; of Holdfast also with nothing to be stored."""
-        found = Misses(tokens * TOKEN_BYTES)
+        found = Misses(self.size_bytes)
         peers = [(name, side, None) for name, side in self.sides.items() if name != "Holdfast"]
         ours: list[tuple[str, Side, dict[str, Any] | None]] = []
         if "Holdfast" in self.sides:
             side = self.sides["Holdfast"]
             ours = [("Holdfast, no store", side, {"store": False}), ("Holdfast", side, None)]
         for number in range(count):
-            prompt = self.prompt(f"miss-{number}", tokens)
+            prompt = self.prompt(f"miss-{number}", self.tokens)
             for name, side, params in [*ours, *peers] if number % 2 else [*peers, *ours]:
                 side.reset()
                 before = cpu_seconds(side.processes)
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time to first token of a long prompt, by where its KV comes from.")
     parser.add_argument("--tokens", type=int, default=4096, help="of the prompt: a multiple of 256 (128 KiB each)")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--misses", type=int, default=9, help="prompts of half as many tokens that nobody has seen")
+    parser.add_argument("--misses", type=int, default=7, help="prompts that nobody has seen")
     parser.add_argument("--only", choices=SIDES[1:], help="vLLM and this one: less memory, fewer rows")
     parser.add_argument("--dir", type=Path, help="where checkpoints and daemons lie (default: a temporary directory)")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "adapters.json")
@@ -143,13 +143,13 @@ def main() -> None:
     missing = [path for path in (VLLM, LMCACHE) if not path.exists()]
     if missing:
         parser.error(f"{missing[0]} is not there: run `make engines`")
-    if options.tokens % (2 * UNIT_TOKENS):
-        parser.error(f"--tokens is a multiple of {2 * UNIT_TOKENS}")
+    if options.tokens % UNIT_TOKENS:
+        parser.error(f"--tokens is a multiple of {UNIT_TOKENS}")
     here = machine()
     with tempfile.TemporaryDirectory(prefix="holdfast-bench-", dir=options.dir) as scratch, ExitStack() as stack:
         bench = Bench(Path(scratch), stack, options.tokens, names)
         hits = bench.hits(options.rounds)
-        misses = bench.misses(options.misses, options.tokens // 2)
+        misses = bench.misses(options.misses)
     here |= {"load_after": round(os.getloadavg()[0], 2)}
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude", "*"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()

@@ -12,7 +12,7 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 
 WAIT_SECONDS: Final = 60.0
-POLL_SECONDS: Final = 0.01
+POLL_SECONDS: Final = 0.02  # asking is work, too
 COUNTERS: Final = {
     "vllm:prefix_cache_hits": "own_tokens",
     "vllm:external_prefix_cache_hits": "external_tokens",

@@ -15,6 +15,7 @@ from documents import until
 from peer import Peer
 
 ANSWER_TOKENS: Final = 8
+IDLE_POLL_SECONDS: Final = 0.1  # asking is the daemon's work, too
 CHUNK_TOKENS: Final = 256  # LMCache's, by default: a multiple of vLLM's pages on a CPU
 
 
@@ -184,7 +185,7 @@ class Holdfast(Side):
 
     def settle(self) -> None:
         super().settle()
-        until(self._daemon.is_idle)
+        until(self._daemon.is_idle, IDLE_POLL_SECONDS)
 
     def _hit(self, prompt: Prompt, tier: str) -> Answer:
         """The daemon's own receipt says where the bytes came from."""
