@@ -7,6 +7,7 @@ whoever still reads or writes them is found out.
 import hashlib
 import random
 import threading
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,7 @@ from vllm_cases import PAGE, READY, SPEC, FakeRequest
 from daemon_process import DaemonProcess, until
 
 BLOCKS = 48
-STEPS = 100
+STEPS = 200
 LAYERS = range(3)
 FAMILIES = [np.random.default_rng(family).integers(0, 9999, 8 * PAGE).tolist() for family in range(3)]
 
@@ -132,13 +133,16 @@ class SmallEngine:
         self.permits.release(2)
         preempted = self.preempt()
         scheduled = self.admit()
-        for one in self.running:
-            if one not in scheduled and self.give(one.request_id, one.num_computed_tokens + 1):
-                scheduled[one] = max(min(one.num_tokens - one.num_computed_tokens, 3 * PAGE), 1)
-                if not self.give(one.request_id, one.num_computed_tokens + scheduled[one]):
-                    scheduled[one] = 1
-            elif one not in scheduled:
-                self.side.give_way()
+        for one in list(self.running):
+            if one in scheduled or one not in self.running:
+                continue
+            count = max(min(one.num_tokens - one.num_computed_tokens, 3 * PAGE), 1)
+            if self.give(one.request_id, one.num_computed_tokens + count):
+                scheduled[one] = count
+            elif not self.side.give_way():
+                last = self.running[-1]
+                scheduled.pop(last, None)
+                preempted.append(self.put_back(last))
         plan = self.side.plan(
             {one.request_id: count for one, count in scheduled.items()},
             preempted,
@@ -161,15 +165,15 @@ class SmallEngine:
             self.sample(one)
 
     def preempt(self):
-        names = []
-        for one in [one for one in self.running if self.random.random() < 0.05]:
-            self.running.remove(one)
-            self.take(one.request_id)
-            self.blocks[one.request_id] = []
-            one.num_computed_tokens, one.num_preemptions = 0, one.num_preemptions + 1
-            self.waiting.insert(0, one)
-            names.append(one.request_id)
-        return names
+        return [self.put_back(one) for one in list(self.running) if self.random.random() < 0.05]
+
+    def put_back(self, one):
+        self.running.remove(one)
+        self.take(one.request_id)
+        self.blocks[one.request_id] = []
+        one.num_computed_tokens, one.num_preemptions = 0, one.num_preemptions + 1
+        self.waiting.insert(0, one)
+        return one.request_id
 
     def admit(self):
         scheduled = {}
@@ -186,8 +190,7 @@ class SmallEngine:
                 one.num_computed_tokens = external
                 continue
             self.running.append(one)
-            count = min(one.num_tokens - one.num_computed_tokens, 3 * PAGE)
-            scheduled[one] = count if self.give(one.request_id, one.num_computed_tokens + count) else 1
+            scheduled[one] = 1
         return scheduled
 
     def received(self, name, missing):
@@ -240,28 +243,65 @@ class SmallEngine:
         return not (self.waiting or self.running or self.loading or self.finished)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_no_page_is_ever_wrong_and_every_block_comes_back(daemon, seed):
-    engine = SmallEngine(daemon.socket, seed)
-    try:
-        with connect(daemon.socket) as store:
-            for _ in range(STEPS):
-                if engine.random.random() < 0.3:
-                    engine.arrive()
-                if engine.random.random() < 0.02:
-                    engine.abort()
-                if engine.random.random() < 0.02:
-                    store.clear(SPEC)  # what was promised is gone
-                engine.step()
+@pytest.fixture
+def engine(daemon):
+    """Makes engines by seed, and closes them."""
+    with ExitStack() as stack:
 
-        def drained():
-            engine.step()
-            return engine.idle
+        def make(seed):
+            made = SmallEngine(daemon.socket, seed)
+            stack.callback(made.close)
+            return made
 
-        until(drained, "everything ends", 60)
-        assert sorted(engine.free) == list(range(1, BLOCKS))
-        assert not engine.side.holds
-        assert not engine.side._requests
-        assert engine.loaded_tokens
-    finally:
-        engine.close()
+        yield make
+
+
+def drain(engine):
+    """Step until everything has ended; then all blocks are free."""
+
+    def drained():
+        engine.step()
+        return engine.idle
+
+    until(drained, "everything ends", 60)
+    assert sorted(engine.free) == list(range(1, BLOCKS))
+    assert not engine.side.holds
+    assert not engine.side._requests
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_page_is_ever_wrong_and_every_block_comes_back(daemon, engine, seed):
+    small = engine(seed)
+    with connect(daemon.socket) as store:
+        for _ in range(STEPS):
+            if small.random.random() < 0.3:
+                small.arrive()
+            if small.random.random() < 0.02:
+                small.abort()
+            if small.random.random() < 0.02:
+                store.clear(SPEC)  # what was promised is gone
+            small.step()
+    drain(small)
+    assert small.loaded_tokens
+
+
+def test_a_daemon_that_is_killed_costs_what_was_on_its_way(daemon, engine):
+    """In the midst of loads and saves; afterwards the engine uses the next one."""
+    small = engine(7)
+    for killed in range(2):
+        for _ in range(STEPS // 2):
+            if small.random.random() < 0.5:
+                small.arrive()
+            small.step()
+        daemon.kill()
+        until(lambda: not small.worker._load_link.is_up, "it is noticed")
+        for _ in range(STEPS // 4):
+            small.arrive()
+            small.step()
+        drain(small)
+        daemon.start()
+        assert small.worker._load_link.wait(20), killed
+        assert small.worker._save_link.wait(20), killed
+        small.loaded_tokens = 0
+        until(lambda: small.arrive() or small.step() or small.loaded_tokens, "it loads again")
+    drain(small)
