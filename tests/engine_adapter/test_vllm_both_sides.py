@@ -25,7 +25,7 @@ from vllm_cases import PAGE, READY, SPEC, FakeRequest
 from daemon_process import DaemonProcess, until
 
 BLOCKS = 48
-STEPS = 200
+STEPS = 120
 LAYERS = range(3)
 FAMILIES = [np.random.default_rng(family).integers(0, 9999, 8 * PAGE).tolist() for family in range(3)]
 
@@ -269,7 +269,7 @@ def drain(engine):
     assert not engine.side._requests
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_page_is_ever_wrong_and_every_block_comes_back(daemon, engine, seed):
     small = engine(seed)
     with connect(daemon.socket) as store:
