@@ -79,6 +79,10 @@ def _refusals(config: Any) -> list[str]:
         found.append(f"speculative decoding by {draft.method} is not supported yet")
     if getattr(config, "weight_transfer_config", None) is not None:
         found.append("the weights of this engine change while it runs")
+    if config.load_config.load_format == "dummy":
+        found.append("the weights of this engine are made up (--load-format dummy)")
+    if model.hf_config_path not in (None, model.model):
+        found.append(f"the model's config is not the checkpoint's but {model.hf_config_path}'s")
     if model.runner_type != "generate":
         found.append(f"a {model.runner_type} model's KV is not kept")
     if config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):

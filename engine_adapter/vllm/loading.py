@@ -52,7 +52,7 @@ def _load(order: Load, store: Store, caches: Caches, task: Task[Loaded], seconds
         page_tokens = caches.page_tokens
         stop = min(order.stop, attached.tokens[1] // page_tokens * page_tokens)
         if stop > order.start:
-            _copy(attached, order, stop, caches, task)
+            _copy(attached, order, stop, caches, task, seconds)
         receipt = _receipt(attached, task)
     if stop <= order.start:
         return nothing(order, task, problem or "it has left the cache meanwhile")
@@ -61,7 +61,7 @@ def _load(order: Load, store: Store, caches: Caches, task: Task[Loaded], seconds
     return Loaded(request=order.request, stop=stop, seconds=task.seconds, receipt=receipt, problem=problem)
 
 
-def _copy(attached: Attachment, order: Load, stop: int, caches: Caches, task: Task[Loaded]) -> None:
+def _copy(attached: Attachment, order: Load, stop: int, caches: Caches, task: Task[Loaded], seconds: float) -> None:
     tokens = caches.page_tokens
     first, last = order.start // tokens, stop // tokens
     tables = [np.asarray(table, np.int64)[: last - first] for table in order.blocks]
@@ -77,8 +77,9 @@ def _copy(attached: Attachment, order: Load, stop: int, caches: Caches, task: Ta
                 with task.touching():
                     caches.put(layer.index, table[low - first : high - first], pages[low - number : high - number])
 
+    left = max(seconds - task.seconds, 0.001)  # then this thread has others' loads to do
     with ThreadPoolExecutor(LANES, "holdfast-copy", use_all_cores) as lanes:
-        copies = [lanes.submit(copy, layer) for layer in attached.layers()]
+        copies = [lanes.submit(copy, layer) for layer in attached.layers(deadline_seconds=left)]
     for copied in copies:
         copied.result()
 

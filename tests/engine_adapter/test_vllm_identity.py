@@ -2,9 +2,11 @@
 
 import os
 from dataclasses import replace
+from types import SimpleNamespace as Plain
 
 import pytest
 from holdfast.engine_adapter.checkpoint_identity import checkpoint_spec
+from holdfast.engine_adapter.vllm.describe import describe
 from holdfast.engine_adapter.vllm.identity import CacheGroup, Engine, ready
 from holdfast.engine_adapter.vllm.settings import Settings
 from holdfast.kvstore.errors import ConfigError
@@ -22,6 +24,13 @@ CONFIG = ModelConfig(
     dtype="bfloat16",
 )
 GROUP = CacheGroup(kind="full", layers=(0, 1), block_tokens=32, heads=1, key_dim=32, value_dim=32)
+
+SIZES = (
+    "pipeline_parallel_size",
+    "tensor_parallel_size",
+    "decode_context_parallel_size",
+    "prefill_context_parallel_size",
+)
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +166,35 @@ def test_settings_are_checked_when_the_engine_starts():
 def test_what_means_nothing_is_refused(key, value):
     with pytest.raises(ConfigError, match=key):
         Settings.of({f"holdfast.{key}": value})
+
+
+def vllm_config(load_format="auto", hf_config_path=None):
+    """As much of a VllmConfig as is looked at where there are no layers."""
+    parallel = dict.fromkeys(SIZES, 1)
+    return Plain(
+        model_config=Plain(
+            model="/m",
+            hf_config_path=hf_config_path,
+            hf_text_config=Plain(),
+            hf_overrides={},
+            quantization=None,
+            max_model_len=99,
+            runner_type="generate",
+            get_vocab_size=lambda: 999,
+        ),
+        parallel_config=Plain(rank=0, **parallel),
+        load_config=Plain(load_format=load_format),
+        cache_config=Plain(cache_dtype="auto"),
+        speculative_config=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [({}, None), ({"load_format": "dummy"}, "made up"), ({"hf_config_path": "/other"}, "/other")],
+    ids=["whole", "weights", "config"],
+)
+def test_weights_that_are_made_up_and_a_config_from_elsewhere_are_not_the_checkpoints(given, why):
+    engine, _ = describe(vllm_config(**given), Plain(kv_cache_groups=[], num_blocks=9, kv_cache_layout=None), {})
+    assert len(engine.refusals) == (why is not None)
+    assert why is None or why in engine.refusals[0]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from holdfast.engine_adapter.api import connect
+from holdfast.engine_adapter.attachment import Attachment
 from holdfast.engine_adapter.pages import key_value, page_format
 from holdfast.engine_adapter.vllm.caches import Caches
 from holdfast.engine_adapter.vllm.plans import Load, Plan, Save
@@ -120,6 +121,23 @@ def engine(daemon):
 
 def prompt(pages, seed=0):
     return np.random.default_rng(seed).integers(0, 9999, pages * PAGE, dtype=np.uint32)
+
+
+def test_a_load_waits_for_layers_no_longer_than_loads_may_take(engine, monkeypatch):
+    """Its thread has others' loads to do."""
+    worker, deadlines = engine(load_seconds=30.0), []
+    layers = Attachment.layers
+
+    def watched(attachment, *, deadline_seconds=600.0):
+        deadlines.append(deadline_seconds)
+        return layers(attachment, deadline_seconds=deadline_seconds)
+
+    monkeypatch.setattr(Attachment, "layers", watched)
+    tokens = np.arange(2 * PAGE, dtype=np.uint32)
+    worker.save(tokens, ([3, 4],))
+    assert worker.load(tokens, 0, 2 * PAGE, ([5, 6],)).problem is None
+    assert all(0 < seconds <= 30 for seconds in deadlines)
+    assert deadlines
 
 
 def test_pages_come_back_in_another_engine_and_in_other_blocks(engine):
