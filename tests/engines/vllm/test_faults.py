@@ -1,0 +1,246 @@
+"""Whatever happens to the daemon, a real vLLM answers in time, and with the tokens that it computes by itself."""
+
+import os
+import signal
+import sqlite3
+from contextlib import ExitStack, closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import vllm  # noqa: F401 - without it this module is one skip
+from engine_faults import COMMIT, READ, SLOW, Faults
+from holdfast.engine_adapter.api import connect
+from vllm_engine import Engine, Prompt
+
+from daemon_process import DaemonProcess, until
+
+PAGE = 32
+COUNT = 3000  # two extents
+SIZES = {
+    "ddr__capacity_bytes": "64 MiB",
+    "ddr__slab_bytes": "16 MiB",
+    "nvme__capacity_bytes": "128 MiB",
+    "nvme__segment_bytes": "32 MiB",
+}
+SETTINGS = {"write_policy": "write-through", "lookup_seconds": 0.5, "load_seconds": 2.0, "hold_seconds": 2.0}
+ALONE = {"load": False, "store": False}
+WAIT = 60.0
+
+
+def tokens(name, count=COUNT):
+    return np.random.default_rng(list(name.encode())).integers(0, 256, count).tolist()
+
+
+@pytest.fixture(scope="module")
+def daemon():
+    with DaemonProcess(**SIZES) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def faults(daemon):
+    return Faults(daemon.directory)
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint, tmp_path_factory, daemon, faults):
+    """One engine as it should be, one with larger pages, and one of another model."""
+    from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
+
+    daemon.start(faults)
+    other = tmp_path_factory.mktemp("other")
+    write_checkpoint(other, replace(DEMO, dtype="bfloat16"), seed=7)
+    with ExitStack() as stack:
+        made = {
+            "engine": Engine(checkpoint, daemon.socket, SETTINGS),
+            "larger pages": Engine(checkpoint, daemon.socket, SETTINGS, {"block_size": 2 * PAGE}),
+            "another model": Engine(other, daemon.socket, SETTINGS),
+        }
+        for engine in made.values():
+            stack.enter_context(engine)  # one after the other: a start takes much memory
+        yield made
+
+
+@pytest.fixture
+def engine(engines, daemon, faults):
+    """The engine, connected to a daemon that works."""
+    faults.disarm()
+    if not daemon.alive:
+        daemon.wait()
+        daemon.start(faults)
+    one = engines["engine"]
+    probe = iter(range(1000))
+    until(lambda: ask(one, f"probe {next(probe)}", 2 * PAGE).holdfast["saved"] is True, "it is connected", WAIT)
+    return one
+
+
+def ask(engine, name, count=COUNT, params=None):
+    """An answer, when nothing of its request is left in the engine, nor in its own prefix cache."""
+    (answer,) = engine.ask([Prompt(tokens(name, count), params={} if params is None else params)])
+    until(engine.forget, "its blocks are free", WAIT)
+    return answer
+
+
+def stored(engine, daemon, name):
+    """A prompt that is on NVMe and nowhere else; returns what its answer is."""
+    answer = ask(engine, name)
+    assert answer.holdfast["saved"] is True
+    with connect(daemon.socket) as store:
+        spec_tokens = COUNT // PAGE * PAGE
+        until(lambda: daemon.used("nvme") >= spec_tokens * 4096, "it is written")
+        assert store.tiers()
+    return answer
+
+
+def cool(daemon, faults):
+    """A restart, after which DDR is empty."""
+    until(lambda: daemon.rest().get("/v1/status")["writes_queued"] == 0, "all is written")
+    daemon.kill()
+    daemon.cool()
+    daemon.start(faults)
+
+
+def alone(engine, name, count=COUNT):
+    """What the engine computes by itself."""
+    answer = ask(engine, name, count, ALONE)
+    assert answer.cached == 0
+    return answer.tokens
+
+
+@pytest.mark.timeout(600)
+def test_a_daemon_that_dies_while_it_reads(engine, daemon, faults):
+    reference = alone(engine, "read")
+    stored(engine, daemon, "read")
+    cool(daemon, faults)
+    faults.arm(READ)
+    until(lambda: not daemon.alive or (ask(engine, "read").tokens == reference and not daemon.alive), "it dies", WAIT)
+    assert ask(engine, "read").tokens == reference  # without a daemon
+    faults.disarm()
+    daemon.wait()
+    daemon.start(faults)
+    until(lambda: ask(engine, "read").cached == COUNT // PAGE * PAGE, "the engine finds it again", WAIT)
+    assert ask(engine, "read").tokens == reference
+
+
+@pytest.mark.timeout(600)
+def test_a_daemon_that_dies_while_it_stores(engine, daemon, faults):
+    reference = alone(engine, "store")
+    faults.arm(COMMIT)
+    answer = ask(engine, "store")
+    assert answer.tokens == reference
+    assert answer.holdfast["saved"] is not True
+    assert not daemon.alive
+    faults.disarm()
+    daemon.wait()
+    daemon.start(faults)
+    until(lambda: ask(engine, "store").holdfast["saved"] is True, "it is stored at last", WAIT)
+    again = ask(engine, "store")
+    assert (again.tokens, again.cached) == (reference, COUNT // PAGE * PAGE)
+
+
+@pytest.mark.timeout(600)
+def test_a_daemon_that_does_not_answer(engine, daemon):
+    reference = alone(engine, "silence")
+    before = engine.metrics().get("vllm:holdfast_lookup_failures", 0)
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            answer = ask(engine, "silence")
+            assert (answer.tokens, answer.cached) == (reference, 0)
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+    assert engine.metrics()["vllm:holdfast_lookup_failures"] > before
+    until(lambda: ask(engine, "silence").cached, "the engine hears it again", WAIT)
+    assert ask(engine, "silence").tokens == reference
+
+
+@pytest.mark.timeout(600)
+def test_a_disk_that_is_slower_than_computing(engine, daemon, faults):
+    reference = alone(engine, "slow")
+    stored(engine, daemon, "slow")
+    cool(daemon, faults)
+    until(lambda: ask(engine, "probe", 2 * PAGE).holdfast["saved"] is not None, "it is connected", WAIT)
+    before = engine.metrics().get("vllm:holdfast_load_failures", 0)
+    faults.arm(SLOW)
+    until(
+        lambda: (
+            ask(engine, "slow").tokens == reference and engine.metrics().get("vllm:holdfast_load_failures", 0) > before
+        ),
+        "a load was given up",
+        WAIT,
+    )
+    faults.disarm()
+
+
+@pytest.mark.timeout(600)
+def test_an_extent_that_is_corrupt(engine, daemon, faults):
+    reference = alone(engine, "corrupt")
+    stored(engine, daemon, "corrupt")
+    until(lambda: daemon.rest().get("/v1/status")["writes_queued"] == 0, "all is written")
+    daemon.kill()
+    daemon.cool()
+    with closing(sqlite3.connect(daemon.data_dir / "catalog.sqlite")) as database:
+        found = database.execute("SELECT segment, segment_offset, start FROM extents WHERE start > 0").fetchall()
+    assert found
+    for segment, offset, _ in found:
+        with (daemon.data_dir / "nvme" / f"segment-{segment}").open("r+b") as file:
+            file.seek(offset + 8192)
+            file.write(b"\xff" * 4096)
+    daemon.start(faults)
+    until(
+        lambda: (answer := ask(engine, "corrupt")).cached > 0 and answer.tokens == reference,
+        "what is good is used",
+        WAIT,
+    )
+    quarantined = daemon.metric("holdfast_quarantined_total")
+    assert quarantined >= 1
+    until(lambda: ask(engine, "corrupt").cached == COUNT // PAGE * PAGE, "what was bad is stored anew", WAIT)
+    assert ask(engine, "corrupt").tokens == reference
+
+
+@pytest.mark.timeout(600)
+def test_a_store_without_room(engine, daemon):
+    reference = alone(engine, "full")
+    with connect(daemon.socket) as store, ExitStack() as stack:
+        kept = []
+        for number in range(20):
+            answer = ask(engine, f"filler {number}", params={"document": f"filler {number}"})
+            if answer.holdfast["saved"] is not True:
+                break
+            stack.enter_context(store.attach(f"filler {number}"))
+            kept.append(f"filler {number}")
+        assert 2 <= len(kept) < 20
+        answer = ask(engine, "full")
+        assert (answer.tokens, answer.cached) == (reference, 0)
+        assert answer.holdfast["saved"] is not True
+    for name in kept:
+        with connect(daemon.socket) as store:
+            store.delete(name)
+    assert ask(engine, "full").holdfast["saved"] is True
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("other", ["larger pages", "another model"])
+def test_pages_of_others_are_not_taken_for_ours(engines, engine, other):
+    ask(engine, "shared")
+    assert ask(engine, "shared").cached
+    reference = alone(engines[other], "shared")
+    answer = ask(engines[other], "shared")
+    assert (answer.tokens, answer.cached) == (reference, 0)
+    again = ask(engines[other], "shared")
+    assert again.tokens == reference
+    assert again.cached == COUNT // (2 * PAGE) * 2 * PAGE if other == "larger pages" else COUNT // PAGE * PAGE
+
+
+@pytest.mark.timeout(600)
+def test_bypassed_the_engine_computes(engine, daemon):
+    reference = alone(engine, "bypass")
+    ask(engine, "bypass")
+    daemon.rest().put("/v1/bypass", {"reason": "tests"})
+    try:
+        answer = ask(engine, "bypass")
+        assert (answer.tokens, answer.cached) == (reference, 0)
+    finally:
+        daemon.rest().delete("/v1/bypass")
+    assert ask(engine, "bypass").cached == COUNT // PAGE * PAGE
