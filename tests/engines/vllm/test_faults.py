@@ -44,35 +44,23 @@ def faults(daemon):
 
 
 @pytest.fixture(scope="module")
-def engines(checkpoint, tmp_path_factory, daemon, faults):
-    """One engine as it should be, one with larger pages, and one of another model."""
-    from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
-
+def started(checkpoint, daemon, faults):
+    """A daemon with faults, and an engine on it."""
     daemon.start(faults)
-    other = tmp_path_factory.mktemp("other")
-    write_checkpoint(other, replace(DEMO, dtype="bfloat16"), seed=7)
-    with ExitStack() as stack:
-        made = {
-            "engine": Engine(checkpoint, daemon.socket, SETTINGS),
-            "larger pages": Engine(checkpoint, daemon.socket, SETTINGS, {"block_size": 2 * PAGE}),
-            "another model": Engine(other, daemon.socket, SETTINGS),
-        }
-        for engine in made.values():
-            stack.enter_context(engine)  # one after the other: a start takes much memory
-        yield made
+    with Engine(checkpoint, daemon.socket, SETTINGS) as engine:
+        yield engine
 
 
 @pytest.fixture
-def engine(engines, daemon, faults):
+def engine(started, daemon, faults):
     """The engine, connected to a daemon that works."""
     faults.disarm()
     if not daemon.alive:
         daemon.wait()
         daemon.start(faults)
-    one = engines["engine"]
     probe = iter(range(1000))
-    until(lambda: ask(one, f"probe {next(probe)}", 2 * PAGE).holdfast["saved"] is True, "it is connected", WAIT)
-    return one
+    until(lambda: ask(started, f"probe {next(probe)}", 2 * PAGE).holdfast["saved"] is True, "it is connected", WAIT)
+    return started
 
 
 def ask(engine, name, count=COUNT, params=None):
@@ -221,16 +209,21 @@ def test_a_store_without_room(engine, daemon):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("other", ["larger pages", "another model"])
-def test_pages_of_others_are_not_taken_for_ours(engines, engine, other):
+@pytest.mark.parametrize(("other", "page"), [("larger pages", 2 * PAGE), ("another model", PAGE)])
+def test_pages_of_others_are_not_taken_for_ours(engine, checkpoint, daemon, tmp_path, other, page):
     ask(engine, "shared")
     assert ask(engine, "shared").cached
-    reference = alone(engines[other], "shared")
-    answer = ask(engines[other], "shared")
-    assert (answer.tokens, answer.cached) == (reference, 0)
-    again = ask(engines[other], "shared")
-    assert again.tokens == reference
-    assert again.cached == COUNT // (2 * PAGE) * 2 * PAGE if other == "larger pages" else COUNT // PAGE * PAGE
+    if other == "another model":
+        from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
+
+        checkpoint = tmp_path
+        write_checkpoint(checkpoint, replace(DEMO, dtype="bfloat16"), seed=7)
+    with Engine(checkpoint, daemon.socket, SETTINGS, {"block_size": page}) as theirs:
+        reference = alone(theirs, "shared")
+        answer = ask(theirs, "shared")
+        assert (answer.tokens, answer.cached) == (reference, 0)
+        again = ask(theirs, "shared")
+        assert (again.tokens, again.cached) == (reference, COUNT // page * page)
 
 
 @pytest.mark.timeout(600)
