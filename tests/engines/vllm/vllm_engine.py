@@ -36,6 +36,7 @@ CONNECTOR = {
     "kv_connector_module_path": "holdfast.engine_adapter.vllm.connector",
     "kv_role": "kv_both",
 }
+OWN_LABELS = ("engine", "model_name")
 SERVER = "vllm.entrypoints.openai.api_server"
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -120,7 +121,12 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": str(self.core % os.cpu_count())},
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                "PYTHONPATH": _path(),
+                "VLLM_CPU_OMP_THREADS_BIND": str(self.core % os.cpu_count()),
+            },
             start_new_session=True,
         )
         return self
@@ -142,13 +148,18 @@ class Engine:
         """The answers to what was begun."""
         return [Answer(**found) for found in self._read(seconds)]
 
+    def hinted(self, tokens: Sequence[int], actions: Sequence[Mapping], count: int = 8) -> Answer:
+        """Ask one prompt with these actions of kv_hints, which vllm.LLM has no argument for."""
+        self._send("hinted", {"tokens": list(map(int, tokens)), "actions": list(actions), "count": count})
+        return Answer(**self._read(ANSWER_SECONDS))
+
     def forget(self, connector: str = "") -> bool:
         """Empty vLLM's own prefix cache, so that only the store can have a prompt; `connector`: that too."""
         self._send("forget", connector)
         return self._read(ANSWER_SECONDS)
 
     def metrics(self) -> dict[str, float]:
-        """Counters and gauges of vLLM's metrics by name, those by source as name:source."""
+        """Counters and gauges of vLLM's metrics by name, those with labels as name:label."""
         self._send("metrics", None)
         return self._read(ANSWER_SECONDS)
 
@@ -252,6 +263,20 @@ class Server:
             return False
 
 
+def _path() -> str:
+    """Where vLLM's processes find modules: they import helpers beside this file by name, too."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+
+
+def _answer(found) -> dict:
+    return {
+        "tokens": list(found.outputs[0].token_ids),
+        "cached": found.num_cached_tokens or 0,
+        "params": found.kv_transfer_params,
+        "finish": found.outputs[0].finish_reason,
+    }
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM and its children print where they like
@@ -274,21 +299,27 @@ def main() -> None:
             )
             for one in prompts
         ]
-        return [
-            {
-                "tokens": list(found.outputs[0].token_ids),
-                "cached": found.num_cached_tokens or 0,
-                "params": found.kv_transfer_params,
-                "finish": found.outputs[0].finish_reason,
-            }
-            for found in llm.generate(texts, sampling, use_tqdm=False)
-        ]
+        return [_answer(found) for found in llm.generate(texts, sampling, use_tqdm=False)]
+
+    def hinted(one):
+        from vllm.v1.kv_hints import KvHintAction, KvHintsEnvelope
+
+        sampling = SamplingParams(temperature=0, max_tokens=one["count"], ignore_eos=True, detokenize=False)
+        hints = KvHintsEnvelope("1", "test", [KvHintAction(**action) for action in one["actions"]])
+        llm.llm_engine.add_request("hinted", {"prompt_token_ids": one["tokens"]}, sampling, kv_hints=hints)
+        found = []
+        while llm.llm_engine.has_unfinished_requests():
+            found += llm.llm_engine.step()
+        return _answer(found[-1])
 
     verbs = {
         "ask": ask,
+        "hinted": hinted,
         "forget": lambda connector: llm.reset_prefix_cache(reset_connector=bool(connector)),
         "metrics": lambda _: {
-            ":".join(filter(None, [metric.name, metric.labels.get("source")])): metric.value
+            ":".join(
+                [metric.name, *(value for key, value in metric.labels.items() if key not in OWN_LABELS)]
+            ): metric.value
             for metric in llm.get_metrics()
             if hasattr(metric, "value")
         },
