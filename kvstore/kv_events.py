@@ -12,6 +12,7 @@ and are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Final
 
 import msgspec
@@ -30,6 +31,7 @@ KINDS: Final = {
     GroupKind.SLIDING: "sliding_window",
 }
 OWNER: Final = "holdfast"
+CANDIDATES_MAX: Final = 64  # extents with one beginning that are compared
 
 
 class _Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag=True):
@@ -130,22 +132,44 @@ class Announcer:
         else:
             self._told.pop(extent.id, None)
         ids = [] if tokens is None else tokens[: len(hashes) * spec.block_tokens].tolist()
-        stored: list[Event] = [self._stored(extent, spec, hashes, ids, tier) for tier in sorted(now - before)]
-        removed = [
-            BlockRemoved(
-                block_hashes=hashes, medium=MEDIA[tier], group_idx=extent.group, locality="LOCAL", ownership=OWNER
-            )
-            for tier in sorted(before - now)
-        ]
-        return stored + removed  # in this order nobody who follows takes a move for a loss
+        events: list[Event] = []
+        for tier in sorted(now - before):
+            shared = self._shared(extent, hashes, tier)
+            if shared < len(hashes):
+                events.append(self._stored(extent, spec, hashes, ids, tier, shared))
+        for tier in sorted(before - now):  # behind them, so that nobody who follows takes a move for a loss
+            gone = hashes[self._shared(extent, hashes, tier) :]
+            if gone:
+                medium = MEDIA[tier]
+                events.append(
+                    BlockRemoved(
+                        block_hashes=gone, medium=medium, group_idx=extent.group, locality="LOCAL", ownership=OWNER
+                    )
+                )
+        return events
 
-    def _stored(self, extent: Extent, spec: KVSpec, hashes: list[bytes], ids: list[int], tier: Tier) -> BlockStored:
+    def _shared(self, extent: Extent, hashes: list[bytes], tier: Tier) -> int:
+        """Leading blocks that others have there, too: a longer document has those of a shorter one's last extent."""
+        shared, spec = 0, self._state.specs[extent.fingerprint]
+        alone = f"{hashes[0].hex()}:{extent.group}"  # an extent of one block
+        for name in [alone, *islice(self._state.fronts.of(hashes[0]), CANDIDATES_MAX)]:
+            told = self._told.get(name)
+            if name == extent.id or told is None or tier not in told.tiers or told.extent.group != extent.group:
+                continue
+            pairs = zip(hashes, _whole_blocks(told.extent, spec), strict=False)
+            shared = max(shared, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)))
+        return shared
+
+    def _stored(
+        self, extent: Extent, spec: KVSpec, hashes: list[bytes], ids: list[int], tier: Tier, first: int
+    ) -> BlockStored:
+        """From block `first` of the extent on."""
         group = spec.groups[extent.group]
         parent = None if extent.previous is None else bytes.fromhex(extent.previous.partition(":")[0])
         return BlockStored(
-            block_hashes=hashes,
-            parent_block_hash=parent,
-            token_ids=ids,
+            block_hashes=hashes[first:],
+            parent_block_hash=hashes[first - 1] if first else parent,
+            token_ids=ids[first * spec.block_tokens :],
             block_size=spec.block_tokens,
             lora_id=None,
             medium=MEDIA[tier],

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 import pytest
 from holdfast.kvstore.changes import Changes
+from holdfast.kvstore.document import WritePolicy
 from holdfast.kvstore.errors import ConfigError
 from holdfast.kvstore.event_publisher import END, checked_endpoint
-from holdfast.kvstore.keys import KEY_BYTES
-from holdfast.kvstore.kv_events import AllBlocksCleared, Batch, BlockRemoved, BlockStored
+from holdfast.kvstore.keys import KEY_BYTES, as_tokens, block_keys
+from holdfast.kvstore.kv_events import AllBlocksCleared, Announcer, Batch, BlockRemoved, BlockStored
 
 from daemon_process import DaemonProcess, durable, put, tokens_of, until
-from fakes import tiny_spec
+from fakes import CLIENT, FAR_NS, tiny_spec
+from scene import Scene, named, secret, tokens
 
 zmq = pytest.importorskip("zmq", reason="KV events need pyzmq: pip install 'holdfast[events]'")
 BLOCK = tiny_spec().block_tokens
@@ -125,6 +129,51 @@ def test_a_router_finds_a_prompt_by_its_tokens_alone(daemon, router):
     spec = tiny_spec()
     keys = daemon.client().keys_of(spec.fingerprint(), tokens)
     assert parent == keys[-KEY_BYTES:], "a block is named by its key"
+
+
+@pytest.mark.parametrize("lengths", [(48, 64), (64, 48), (40, 60, 100), (48, 80, 112)], ids=str)
+def test_blocks_that_a_longer_document_has_as_well_stay_until_the_last_goes(lengths):
+    """The last extent of the shorter one goes: its blocks are in an extent of the longer one."""
+    scene, spec = Scene(), replace(tiny_spec(), extent_blocks=4)
+    announcer = Announcer(scene.state)
+    fingerprint = scene.service.register_spec(spec)
+    held, documents = {}, []
+
+    def follow():
+        for event in announcer.events(100):
+            blocks = held.setdefault(event.medium, set())
+            if isinstance(event, BlockStored):
+                assert not blocks.intersection(event.block_hashes), "stored twice"
+                blocks.update(event.block_hashes)
+            else:
+                assert blocks.issuperset(event.block_hashes), "removed, and never stored"
+                blocks.difference_update(event.block_hashes)
+        there = {key for one in documents for key in keys[: one // BLOCK]}
+        assert held == {"CPU": there, "STORAGE": there}
+
+    keys = block_keys(as_tokens(tokens(1, 4), spec), spec, secret("t"))
+    for count in lengths:
+        ingest = scene.service.begin_ingest(
+            CLIENT,
+            named(f"d{count}"),
+            fingerprint,
+            tokens(1, 4)[:count],
+            WritePolicy.THROUGH,
+            None,
+            64,
+            FAR_NS,
+            lambda _: None,
+        )
+        scene.settle()
+        scene.service.commit_ingest(CLIENT, ingest.id, lambda _: None)
+        scene.settle()
+        documents.append(count)
+        follow()
+    for count in lengths:
+        scene.service.delete(named(f"d{count}"))
+        scene.settle()
+        documents.remove(count)
+        follow()
 
 
 def test_what_was_missed_is_replayed(daemon, router):
