@@ -128,8 +128,8 @@ class Link:
     def _connect(self) -> None:
         try:
             store = self._connecting()
-        except HoldfastError as error:
-            self._tell(error)
+        except (HoldfastError, OSError, RuntimeError) as error:  # without descriptors or threads for now, too
+            self._tell(error if isinstance(error, HoldfastError) else DaemonUnavailable(f"{error}; tried again soon"))
             with self._changed:
                 self._changed.wait_for(lambda: self._closed, self._retry_seconds)
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 from holdfast.engine_adapter.api import connect
@@ -44,6 +45,24 @@ def test_it_comes_back_with_its_daemon_and_says_each_change_once():
             link.close()
         assert not link.is_up
         assert len(news) == 4  # our own goodbye is no news
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), RuntimeError("can't start new thread")], ids=str)
+def test_a_process_without_descriptors_or_threads_is_connected_when_it_has_some_again(error):
+    errors, news = [error], []
+
+    def connecting():
+        if errors:
+            raise errors.pop()
+        return SimpleNamespace(is_open=True, close=lambda: None)
+
+    link = Link(connecting, on_change=news.append, retry_seconds=0.02)
+    try:
+        assert link.wait(20.0)
+    finally:
+        link.close()
+    assert str(error) in news[0].message
+    assert news[1] is None
 
 
 def test_a_connection_is_closed_when_its_last_user_leaves():
