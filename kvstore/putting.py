@@ -73,12 +73,12 @@ class Puts:
     ) -> None:
         """Take a slot for each (key, bytes). `answered` hears the batch when each has one, or is refused.
 
-        If none has one it is over then.
+        If none has one it is over then. Raises InvalidName for a key `behind` which none can follow.
         """
+        previous = self._behind(incoming)
         put = Put(id=self.store.new_id(), client=client, answered=answered)
         self.open[put.id] = put
         leaving = {copy.extent for copy in self.state.leaving}
-        previous = self._behind(incoming)
         present = [] if previous is None else [previous]
         for number, (key, size_bytes) in enumerate(objects):
             try:

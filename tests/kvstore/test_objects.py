@@ -8,6 +8,7 @@ from holdfast.kvstore.errors import (
     DeadlineExceeded,
     HoldfastError,
     InUse,
+    InvalidName,
     InvalidRequest,
     LeasesOvercommitted,
     NoCapacity,
@@ -58,6 +59,16 @@ class Space(Scene):
 
 def letters(text):
     return [letter.encode() for letter in text]
+
+
+def test_a_put_behind_what_is_no_key_is_refused_and_not_begun():
+    scene = Space()
+    for behind in (b"", bytes(129)):
+        with pytest.raises(InvalidName):
+            scene.service.objects.begin_put(
+                CLIENT, Incoming("t", "ns", WritePolicy.MEMORY, behind=behind), [(b"a", 99)], FAR_NS, [].append
+            )
+    assert not scene.service.objects.puts.open
 
 
 # Who leaves, and what that costs -----------------------------------------------------------------
