@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socketserver
 import subprocess
@@ -19,14 +20,16 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from http.client import HTTPResponse
     from typing import Self
 
 START_SECONDS = 300.0
@@ -42,7 +45,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
     "VLLM_DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -121,12 +123,7 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                "PYTHONPATH": _path(),
-                "VLLM_CPU_OMP_THREADS_BIND": str(self.core % os.cpu_count()),
-            },
+            env={**os.environ, **ENVIRONMENT, **bound(self.core), "PYTHONPATH": _path()},
             start_new_session=True,
         )
         return self
@@ -202,14 +199,16 @@ class Engine:
 
 @dataclass
 class Server:
-    """vLLM's OpenAI server on a port of its own; `options` are flags. It serves the model "m" without a tokenizer."""
+    """The same behind vLLM's OpenAI server; `options` are flags. It serves the model "m" without a tokenizer."""
 
     checkpoint: Path
     socket: Path
     extra: dict = field(default_factory=dict)
     options: dict = field(default_factory=dict)
+    core: int = 0
 
-    def __enter__(self) -> Self:
+    def start(self) -> Self:
+        """Start, without waiting until it answers."""
         with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as free:
             port = free.server_address[1]
         self.address = f"http://127.0.0.1:{port}"
@@ -226,22 +225,103 @@ class Server:
             **self.options,
         }
         given = [text for key, value in flags.items() for text in (f"--{key}", str(value))]
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")
+        plain = ["--skip-tokenizer-init", "--enforce-eager", "--enable-prompt-tokens-details"]
+        self._log = tempfile.NamedTemporaryFile("w+", prefix="vllm-", suffix=".log")  # noqa: SIM115 - closed in close
         self._process = subprocess.Popen(
-            [sys.executable, "-m", SERVER, "--skip-tokenizer-init", "--enforce-eager", *given],
+            [sys.executable, "-m", SERVER, *plain, *given],
             stdout=self._log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **ENVIRONMENT},
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                **bound(self.core),
+                "PYTHONPATH": _path(),
+                "VLLM_SERVER_DEV_MODE": "1",
+            },
             start_new_session=True,
         )
+        return self
+
+    def wait_ready(self) -> None:
+        """Wait until it answers. Fails with its log when it ends instead."""
         deadline = time.monotonic() + START_SECONDS
-        while not self._answers():
+        while True:
+            with suppress(OSError), urlopen(f"{self.address}/health", timeout=5):
+                return
             assert self._process.poll() is None, self.log()[-6000:]
             assert time.monotonic() < deadline, self.log()[-6000:]
             time.sleep(0.1)
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def ask(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """Ask these at once; their answers, in order."""
+        self.begin(prompts)
+        return self.end()
+
+    def begin(self, prompts: Sequence[Prompt]) -> None:
+        """Ask, without waiting for the answers: see `end`."""
+        clients = ThreadPoolExecutor(len(prompts))
+        self._asked = [clients.submit(self._complete, prompt) for prompt in prompts]
+        clients.shutdown(wait=False)
+
+    def end(self, seconds: float = ANSWER_SECONDS) -> list[Answer]:
+        """The answers to what was begun."""
+        return [asked.result(seconds) for asked in self._asked]
+
+    def body(self, prompt: Prompt, **given: object) -> bytes:
+        """The request of a completion."""
+        found = {
+            "model": "m",
+            "prompt": list(map(int, prompt.tokens)),
+            "max_tokens": prompt.count,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            **({"kv_transfer_params": prompt.params} if prompt.params is not None else {}),
+            **({"cache_salt": prompt.salt} if prompt.salt is not None else {}),
+            **given,
+        }
+        return json.dumps(found).encode()
+
+    def post(self, path: str, body: bytes = b"") -> HTTPResponse:
+        """Ask something of its API."""
+        asked = Request(f"{self.address}{path}", body, {"content-type": "application/json"}, method="POST")
+        return urlopen(asked, timeout=ANSWER_SECONDS)
+
+    def _complete(self, prompt: Prompt) -> Answer:
+        with self.post("/v1/completions", self.body(prompt)) as answer:
+            found = json.load(answer)
+        (choice,) = found["choices"]
+        details = found["usage"]["prompt_tokens_details"] or {}
+        return Answer(
+            choice["token_ids"],
+            details.get("cached_tokens") or 0,
+            found.get("kv_transfer_params"),
+            choice["finish_reason"],
+        )
+
+    def forget(self, connector: str = "") -> bool:
+        """Empty vLLM's own prefix cache, so that only the store can have a prompt; `connector`: that too."""
+        with self.post(f"/reset_prefix_cache?reset_external={'true' if connector else 'false'}") as answer:
+            return json.load(answer)["success"]
+
+    def metrics(self) -> dict[str, float]:
+        """Counters and gauges of its metrics page, as Engine has them."""
+        with urlopen(f"{self.address}/metrics", timeout=ANSWER_SECONDS) as page:
+            lines = page.read().decode().splitlines()
+        found = {}
+        for line in lines:
+            named = re.match(r"([a-z:_]+?)(?:_total)?\{(.*)\} (\S+)$", line)
+            if named:
+                source = re.search(r'source="([a-z_]+)"', named[2])
+                found[":".join(filter(None, [named[1], source and source[1]]))] = float(named[3])
+        return found
+
+    def log(self) -> str:
+        """What it has logged so far."""
+        return Path(self._log.name).read_text()
+
+    def close(self) -> None:
+        """End it, and everything that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
@@ -251,16 +331,10 @@ class Server:
         self._process.wait()
         self._log.close()
 
-    def log(self) -> str:
-        """What it has logged so far."""
-        return Path(self._log.name).read_text()
 
-    def _answers(self) -> bool:
-        try:
-            with urlopen(f"{self.address}/health", timeout=5):
-                return True
-        except OSError:
-            return False
+def bound(core: int) -> dict[str, str]:
+    """One thread, on one core."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": str(core % os.cpu_count())}
 
 
 def _path() -> str:
