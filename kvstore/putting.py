@@ -118,7 +118,8 @@ class Puts:
             del put.ingests[number]
             raise
         for extent in present:
-            source = self.state.extents[extent].source()
+            record = self.state.extents.get(extent)  # it may have expired since
+            source = record.source() if record is not None else None
             if source is not None:
                 ingest.held.append(self.store.hold(source))
         self.ingests.room.pump()  # at once: few may wait for room

@@ -71,6 +71,22 @@ def test_a_put_behind_what_is_no_key_is_refused_and_not_begun():
     assert not scene.service.objects.puts.open
 
 
+def test_a_put_behind_what_has_expired_stores_that_anew():
+    """It is followed, and then, as it is in the batch too, found to have expired."""
+    scene, heard = Space(), []
+    objects, incoming = scene.service.objects, Incoming("t", "ns", WritePolicy.MEMORY, ttl_ns=10**9)
+    objects.begin_put(CLIENT, incoming, [(b"a", 99)], FAR_NS, heard.append)
+    scene.settle()
+    objects.commit_put(CLIENT, heard[0].id, [SEAL], FAR_NS, heard.append)
+    scene.settle()
+    scene.clock.advance(2 * 10**9)
+    objects.begin_put(CLIENT, incoming._replace(behind=b"a"), [(b"a", 99), (b"b", 99)], FAR_NS, heard.append)
+    scene.settle()
+    put = heard[-1]
+    assert list(put.ingests) == [0, 1]
+    assert not put.refused
+
+
 # Who leaves, and what that costs -----------------------------------------------------------------
 
 
