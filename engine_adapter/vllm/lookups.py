@@ -130,6 +130,9 @@ class Lookups:
                     question.found = self._look(store, question)
             except HoldfastError:
                 question.miss()
+            except Exception:
+                LOG.exception("holdfast: a bug ended a lookup")
+                question.miss()
 
     def _look(self, store: Store, question: Question) -> Found:
         views = [store.lookup(spec, question.tokens, extras=question.extras) for spec in self._specs]
