@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from adapters_processes import LMCACHE, VLLM, Daemon, LMCacheServer, cpu_seconds, engine
+from adapters_processes import LMCACHE, VLLM, Daemon, LMCacheServer, engine
 from adapters_rows import Hits, Misses, show_hits
 from adapters_sides import Holdfast, LMCache, Plain, Prompt, Side
 from holdfast.ring_attention.config import ModelConfig, RopeConfig
@@ -123,10 +123,7 @@ class Bench:
             prompt = self.prompt(f"miss-{number}", self.tokens)
             for name, side, params in [*ours, *peers] if number % 2 else [*peers, *ours]:
                 side.reset()
-                before = cpu_seconds(side.processes)
-                side.miss(prompt, params)
-                side.settle()
-                found.add(name, cpu_seconds(side.processes) - before)
+                found.add(name, side.miss_cpu_seconds(prompt, params))
         return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from adapters_processes import Daemon, LMCacheServer
+from adapters_processes import Daemon, LMCacheServer, cpu_seconds
 from documents import until
 from peer import Peer
 
@@ -43,7 +43,7 @@ class Answer:
 
 
 class Side(ABC):
-    """One engine. `processes` are all roots of the process trees whose work is this side's."""
+    """One engine, and what stands behind it: `servers` are processes whose work is this side's, too."""
 
     name: str
 
@@ -51,8 +51,8 @@ class Side(ABC):
         self.engine = engine
 
     @property
-    def processes(self) -> list[int]:
-        return [self.engine.pid]
+    def servers(self) -> list[int]:
+        return []
 
     def ask(self, prompt: Prompt, params: dict[str, Any] | None = None) -> Answer:
         """Ask, and hold the answer against the first one."""
@@ -72,6 +72,15 @@ class Side(ABC):
     def miss(self, prompt: Prompt, params: dict[str, Any] | None = None) -> Answer:
         """A prompt that nobody has seen."""
         return self.expect(self.ask(prompt, params), own_tokens=0, external_tokens=0)
+
+    def miss_cpu_seconds(self, prompt: Prompt, params: dict[str, Any] | None = None) -> float:
+        """CPU time of a miss, with what is done for it later; not of the engine's workers, which spin a while idly."""
+        engine, servers = cpu_seconds([self.engine.pid]), cpu_seconds(self.servers)
+        self.miss(prompt, params)
+        self.engine.ask("forget")
+        engine = cpu_seconds([self.engine.pid]) - engine
+        self.settle()
+        return engine + cpu_seconds(self.servers) - servers
 
     def reset(self) -> None:
         """No prefix in the engine, and zeros in its pages: KV of an earlier question must not pass for a hit's."""
@@ -119,8 +128,8 @@ class LMCache(Side):
         self._server = server
 
     @property
-    def processes(self) -> list[int]:
-        return [self.engine.pid, self._server.pid]
+    def servers(self) -> list[int]:
+        return [self._server.pid]
 
     def prepare(self, prompt: Prompt) -> None:
         chunks = self._server.chunks() + prompt.cached // CHUNK_TOKENS
@@ -154,8 +163,8 @@ class Holdfast(Side):
         self._daemon, self._probe = daemon, probe
 
     @property
-    def processes(self) -> list[int]:
-        return [self.engine.pid, self._daemon.pid]
+    def servers(self) -> list[int]:
+        return [self._daemon.pid]
 
     def prepare(self, prompt: Prompt) -> None:
         for one in (self._probe, prompt):
