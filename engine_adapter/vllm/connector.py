@@ -47,6 +47,7 @@ R = TypeVar("R")
 NO_MATCH: Final[tuple[int | None, bool]] = (0, False)
 NO_TIERS: Final[dict[str, int]] = {}
 NOT_HELD: Final[tuple[bool, dict[str, Any] | None]] = (False, None)
+IDLE_SECONDS: Final = 0.005  # a request that arrives while others load is scheduled so much later at most
 SOURCES: Final = {"ddr": CacheHitSource.HOST, "nvme": CacheHitSource.DISK}
 
 
@@ -293,7 +294,8 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         if self._worker is None:
             return KVConnectorTransferResults()
-        self._ended = self._worker.ended()
+        idle = _plan(self._get_connector_metadata()).idle
+        self._ended = self._worker.ended(IDLE_SECONDS if idle else 0.0)
         failed = set(self._ended.missing) if len(self._kv_cache_config.kv_cache_groups) > 1 else set()
         return KVConnectorTransferResults(self._ended.sent, self._ended.received, failed)
 

@@ -53,12 +53,14 @@ class Plan:
     """One step's. `stops`: requests whose blocks are taken away now, so that nobody may read or write them any more.
 
     `held`: requests that have ended, whose blocks the engine keeps until the worker says that their saves are over.
+    `idle`: the engine computes nothing in this step.
     """
 
     loads: tuple[Load, ...] = ()
     saves: tuple[Save, ...] = ()
     stops: tuple[str, ...] = ()
     held: tuple[str, ...] = ()
+    idle: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

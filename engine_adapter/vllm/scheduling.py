@@ -9,7 +9,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any, Final, Protocol
 
@@ -186,7 +186,7 @@ class SchedulerSide:
                 known = self._requests.get(name)
                 if known is not None and not known.saved_tokens:
                     self._save_prompt(known, known.request.num_computed_tokens + count, blocks_of)
-        return self._drawn_up()
+        return replace(self._drawn_up(), idle=not scheduled)
 
     def abandon(self) -> Plan:
         """Nothing more is asked of us: what was promised is still loaded, and nobody's blocks are read any more."""

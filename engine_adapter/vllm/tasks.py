@@ -104,7 +104,11 @@ class Task(Generic[R]):
 class Tasks(Generic[R]):
     """At most `limit` tasks at once, on `threads` daemon threads, each for at most `seconds`."""
 
-    def __init__(self, name: str, *, threads: int, limit: int, seconds: float) -> None:
+    def __init__(
+        self, name: str, *, threads: int, limit: int, seconds: float, news: threading.Event | None = None
+    ) -> None:
+        """`news` is set whenever one has ended."""
+        self._news = news if news is not None else threading.Event()
         self._name = name
         self._limit = limit
         self._seconds = seconds
@@ -169,6 +173,7 @@ class Tasks(Generic[R]):
     def _end(self, result: R) -> None:
         with self._changed:
             self._ended.append(result)
+        self._news.set()
 
     def _serve(self) -> None:
         use_all_cores()

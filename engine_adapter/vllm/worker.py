@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -43,8 +44,9 @@ class WorkerSide:
         self._part = part  # behind the names of this rank's documents
         self._load_link = Link(connect)
         self._save_link = Link(connect)
+        self._news = threading.Event()  # something has ended
         self._loads: Tasks[Loaded] = Tasks(
-            "load", threads=LOADS_AT_ONCE, limit=LOADS_MAX, seconds=settings.load_seconds
+            "load", threads=LOADS_AT_ONCE, limit=LOADS_MAX, seconds=settings.load_seconds, news=self._news
         )
         self._saves: Tasks[Saved] = Tasks("save", threads=1, limit=SAVES_MAX, seconds=settings.save_seconds)
         self._orders: dict[str, Load] = {}
@@ -79,8 +81,14 @@ class WorkerSide:
         work = partial(save, named, self._save_link, self._caches, write_policy=policy, seconds=seconds)
         self._saves.start(Task(order.request, work, partial(dropped, order), fence))
 
-    def ended(self) -> Ended:
-        """What is over since the last call."""
+    def ended(self, wait_seconds: float = 0.0) -> Ended:
+        """What is over since the last call. While nothing is that the engine waits for, it may wait here so long.
+
+        An engine with nothing to compute asks without end, and would take the cores from the copies that it waits for.
+        """
+        if wait_seconds and (self._orders or self._held):
+            self._news.wait(wait_seconds)
+        self._news.clear()
         found = Ended()
         for result in self._loads.take():
             order = self._orders.pop(result.request)

@@ -1,5 +1,7 @@
 """The connector's scheduler side, without an engine: what it promises, orders, holds and answers. It never waits."""
 
+from dataclasses import replace
+
 import pytest
 from holdfast.engine_adapter.vllm.plans import Heard, Loaded, Plan, Ready, Saved
 from holdfast.engine_adapter.vllm.scheduling import SchedulerSide
@@ -37,7 +39,8 @@ class Side:
         )
         for one, count in scheduled.items():
             one.num_computed_tokens += count
-        return plan
+        assert plan.idle == (not scheduled)
+        return replace(plan, idle=False)
 
     def load(self, one, computed=0):
         """What is promised is allocated, and ordered."""

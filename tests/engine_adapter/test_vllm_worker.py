@@ -157,6 +157,16 @@ def test_pages_come_back_in_another_engine_and_in_other_blocks(engine):
     assert not reader.missing
 
 
+def test_an_engine_with_nothing_to_compute_waits_for_what_it_loads_and_for_nothing_else(engine):
+    tokens, worker = prompt(4), engine()
+    worker.save(tokens, ([0, 1, 2, 3],))
+    order = Load(request="l", tokens=tokens, extras={}, start=0, stop=4 * PAGE, blocks=([4, 5, 6, 7],))
+    worker.side.start_loads(Plan(loads=(order,)))
+    while not worker.side.ended(threading.TIMEOUT_MAX).received:  # what ended before may be news, too
+        pass
+    assert not worker.side.ended(threading.TIMEOUT_MAX).received
+
+
 def test_a_prompt_that_begins_alike_is_loaded_as_far_as_it_does(engine):
     tokens, other = prompt(10), prompt(10, seed=1)
     worker = engine()
