@@ -12,7 +12,7 @@ from .errors import NotFound
 from .model_clearing import Scope, Selection, cleared, selected
 from .problems import query, reply
 from .service import Service
-from .spec import KVSpec
+from .spec import GroupKind, KVSpec
 
 
 class ModelView(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,7 +67,7 @@ class ModelRoutes:
         return [web.get("/v1/models", self.show), web.delete("/v1/models/{model}", self.clear)]
 
     async def show(self, request: web.Request) -> web.Response:
-        """Every spec that a document has, those of one model together."""
+        """Every spec that a document has, those of one model together. Objects are listed by /v1/objects."""
         state = self.service.state
         tallies: dict[bytes, _Tally] = {}
         for name, record in state.documents.items():
@@ -80,7 +80,9 @@ class ModelRoutes:
             for copy in held.placements():
                 by_tier[copy.tier.label] = by_tier.get(copy.tier.label, 0) + copy.size_bytes
         views = [
-            _view(state.specs[fingerprint], tally, sizes.get(fingerprint, {})) for fingerprint, tally in tallies.items()
+            _view(state.specs[fingerprint], tally, sizes.get(fingerprint, {}))
+            for fingerprint, tally in tallies.items()
+            if state.specs[fingerprint].groups[0].kind is not GroupKind.OPAQUE
         ]
         return reply({"models": sorted(views, key=lambda view: (view.model, view.page_format, view.fingerprint))})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from holdfast.engine_adapter.api import connect
 from holdfast.kvstore.errors import InvalidRequest, NotFound
 
 from daemon_process import DaemonProcess, fetch, put
@@ -37,6 +38,8 @@ def names(client):
 
 def test_one_model_goes_for_all_tenants_and_does_not_come_back(daemon):
     ours, acme = fill(daemon)
+    with connect(daemon.socket) as store:
+        store.objects("engine").put([(b"key", b"payload")])  # no model's KV, as far as anybody can tell
     listed = {model["model"]: model["documents"] for model in daemon.rest().get("/v1/models")["models"]}
     assert listed == {OURS.model: 6, OTHERS.model: 2}
     path = f"/v1/models/{OURS.model}"
