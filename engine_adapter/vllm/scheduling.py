@@ -16,6 +16,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from ...kvstore.keys import Extras
+from .caches import NULL_BLOCK
 from .lookups import NOTHING, Found, Lookups, Question
 from .plans import Heard, Load, Loaded, Plan, Ready, Save, Saved, Tokens
 from .settings import Settings
@@ -184,8 +185,13 @@ class SchedulerSide:
         if self._lookups is not None and not self._no_saves:
             for name, count in scheduled.items():
                 known = self._requests.get(name)
-                if known is not None and not known.saved_tokens:
-                    self._save_prompt(known, known.request.num_computed_tokens + count, blocks_of)
+                if known is None:
+                    continue
+                computed = known.request.num_computed_tokens + count
+                if not known.saved_tokens:
+                    self._save_prompt(known, computed, blocks_of)
+                elif known.saves and self._is_beyond_window(computed):
+                    self._stops.append(name)
         return replace(self._drawn_up(), idle=not scheduled)
 
     def abandon(self) -> Plan:
@@ -222,7 +228,9 @@ class SchedulerSide:
             return False, self._answer(known)
         if self._settings.save_generated and known.saved_tokens and not known.saves:
             self._save_generated(known, blocks)
-        hold = known.saves > 0
+        hold = known.saves > 0 and not self._is_beyond_window(request.num_computed_tokens)
+        if known.saves and not hold:
+            self._stops.append(request.request_id)
         if hold:
             self._held[request.request_id] = known
             self._newly_held.append(request.request_id)
@@ -296,19 +304,23 @@ class SchedulerSide:
         begun = -(-wanted // self._page_tokens) * self._page_tokens  # a salt or picture in the last page counts as well
         exact = wishes.document is not None and self._canonical and not self._extras(known, begun)
         count = wanted if exact else wanted // self._page_tokens * self._page_tokens
-        known.not_saved = self._why_not(known, count)
+        known.not_saved = self._why_not(known, count, computed)
         blocks = blocks_of(request.request_id) if known.not_saved is None else None
         if blocks is not None:
             self._save(known, count, blocks, wishes.document)
 
-    def _why_not(self, known: _Request, count: int) -> str | None:
+    def _is_beyond_window(self, computed: int) -> bool:
+        """Whether the engine may have taken blocks away by then that a sliding window has passed."""
+        return self._window is not None and computed > self._window
+
+    def _why_not(self, known: _Request, count: int, computed: int) -> str | None:
         if not known.wishes.store:
             return "the request forbids it"
         if not count:
             return f"it is shorter than one page of {self._page_tokens} tokens"
-        if self._window is not None and count > self._window:
+        if self._is_beyond_window(computed):
             self.counts["saves_refused"] += 1
-            return f"{count} tokens are more than the model's sliding window of {self._window}, behind which KV is gone"
+            return f"{computed} tokens are more than the model's sliding window of {self._window}: KV behind it is gone"
         cached = known.question.found if known.question is not None else None
         if known.wishes.document is None and cached is not None and cached.token_count >= count and not known.spoilt:
             return "it is stored already"
@@ -318,12 +330,17 @@ class SchedulerSide:
         request = known.request
         computed = min(request.num_computed_tokens - request.num_in_flight_tokens, request.num_tokens)
         count = computed // self._page_tokens * self._page_tokens
-        if count > known.saved_tokens and known.wishes.document is None and self._why_not(known, count) is None:
+        if count <= known.saved_tokens or known.wishes.document is not None:
+            return
+        if self._why_not(known, count, request.num_computed_tokens) is None:
             self._save(known, count, blocks, None)
 
     def _save(self, known: _Request, count: int, blocks: Blocks, name: str | None) -> None:
         request = known.request
         pages = -(-count // self._page_tokens)
+        if any(NULL_BLOCK in table[:pages] or len(table) < pages for table in blocks):
+            known.not_saved = "some of its blocks are gone"
+            return
         self._saves.append(
             Save(
                 request=request.request_id,

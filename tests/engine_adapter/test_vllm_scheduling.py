@@ -287,13 +287,40 @@ def test_where_the_engine_lacks_blocks_saves_give_way(engine):
     assert engine.plan() == Plan(stops=("r",), held=("r",))
 
 
-def test_more_than_a_sliding_window_is_not_saved():
-    engine = Side(ranks=[Ready(spec=SPEC, window=5 * PAGE)])
-    short, long = request("short", 5 * PAGE + 1), request("long", 6 * PAGE, kv_transfer_params={})
+@pytest.mark.parametrize("table", [[0, *range(1, 10)], list(range(1, 10))])
+def test_a_prompt_of_which_blocks_are_gone_is_not_saved(engine, table):
+    one = engine.arrive(request(kv_transfer_params={}), found=0)
+    assert engine.side.plan({"r": one.num_tokens}, (), lambda _: (list(range(1, 20)), table)).saves == ()
+    assert "gone" in ended(engine, one)[1]["holdfast"]["saved"]
+
+
+@pytest.fixture
+def windowed():
+    return Side(ranks=[Ready(spec=SPEC, window=5 * PAGE)])
+
+
+def test_more_than_a_sliding_window_is_not_saved(windowed):
+    short, long = request("short", 5 * PAGE), request("long", 5 * PAGE + 1, kv_transfer_params={})
     for one in (short, long):
-        engine.arrive(one, found=0)
-    assert [order.request for order in engine.plan({short: 5 * PAGE + 1, long: 6 * PAGE}).saves] == ["short"]
-    assert "sliding window" in ended(engine, long)[1]["holdfast"]["saved"]
+        windowed.arrive(one, found=0)
+    assert [order.request for order in windowed.plan({short: 5 * PAGE, long: 5 * PAGE + 1}).saves] == ["short"]
+    assert "sliding window" in ended(windowed, long)[1]["holdfast"]["saved"]
+
+
+def test_blocks_that_a_sliding_window_passes_are_not_read_any_more(windowed):
+    """The engine frees them while their request goes on."""
+    one = windowed.arrive(request(count=4 * PAGE), found=0)
+    assert windowed.plan({one: 4 * PAGE}).saves
+    assert windowed.plan({one: PAGE}) == Plan()
+    assert windowed.plan({one: 1}) == Plan(stops=("r",))
+
+
+def test_an_ended_request_whose_window_has_passed_is_not_held(windowed):
+    one = windowed.arrive(request(count=4 * PAGE), found=0)
+    windowed.plan({one: 4 * PAGE})
+    one.num_computed_tokens = 5 * PAGE + 1
+    assert ended(windowed, one) == (False, None)
+    assert windowed.plan().stops == ("r",)
 
 
 def test_what_was_generated_is_saved_at_the_end_when_asked_for():
