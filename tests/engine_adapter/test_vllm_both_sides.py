@@ -181,7 +181,8 @@ class SmallEngine:
             external = 0
             if one.num_computed_tokens == 0:
                 external, _ = self.side.matched(one, 0)
-            if external is None or not self.give(one.request_id, max(external, one.num_computed_tokens + 1)):
+            # What waits with blocks must be able to go on with them, or all may wait for each other.
+            if external is None or not self.give(one.request_id, one.num_tokens + 1):
                 continue
             self.side.allocated(one, (list(self.blocks[one.request_id]),), external)
             self.waiting.remove(one)
