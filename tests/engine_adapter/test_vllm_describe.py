@@ -46,6 +46,7 @@ class Vllm:
                 hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "llama3", "rope_theta": 1.0}),
                 max_model_len=4096,
                 runner_type="generate",
+                hf_config_path=None,
                 get_vocab_size=lambda: 1000,
             ),
             parallel_config=SimpleNamespace(
@@ -56,6 +57,7 @@ class Vllm:
                 prefill_context_parallel_size=1,
             ),
             cache_config=SimpleNamespace(cache_dtype="auto"),
+            load_config=SimpleNamespace(load_format="auto"),
             speculative_config=None,
             compilation_config=SimpleNamespace(
                 static_forward_context={name: layer(**({"isa": "vec"} | layers)) for name in names}
@@ -119,6 +121,8 @@ def change(path, value):
         (change("config.parallel_config.decode_context_parallel_size", 2), "decode_context"),
         (change("config.speculative_config", SimpleNamespace(method="eagle")), "eagle"),
         (change("config.weight_transfer_config", SimpleNamespace()), "weights"),
+        (change("config.load_config.load_format", "dummy"), "made up"),
+        (change("config.model_config.hf_config_path", "/other"), "/other"),
         (change("config.model_config.runner_type", "pooling"), "pooling"),
         (change("config.cache_config.cache_dtype", "fp8"), "fp8"),
         (change("cache_config.num_blocks", 3), "block-size"),
