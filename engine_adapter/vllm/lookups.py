@@ -49,11 +49,21 @@ class Question:
         self.deadline = self.asked + seconds
         self.found: Found | None = None
         self.failed = False  # nobody could say
+        self._answered = threading.Event()
+
+    def answer(self, found: Found) -> None:
+        """What was found."""
+        self.found = found
+        self._answered.set()
 
     def miss(self) -> None:
         """Nobody could say: as if nothing were cached."""
         self.failed = True
-        self.found = NOTHING
+        self.answer(NOTHING)
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the answer, at most so long."""
+        self._answered.wait(seconds)
 
     @property
     def seconds(self) -> float:
@@ -127,7 +137,7 @@ class Lookups:
                 continue
             try:
                 with self._link.use() as store:
-                    question.found = self._look(store, question)
+                    question.answer(self._look(store, question))
             except HoldfastError:
                 question.miss()
             except Exception:

@@ -24,6 +24,7 @@ from .wishes import Wishes, wishes_of
 
 LOG: Final = logging.getLogger("vllm.holdfast")
 ANSWER_SECONDS: Final = 1.0  # a request that waits longer for blocks is looked up again
+IDLE_SECONDS: Final = 0.005  # in a step that computes nothing; a request that arrives then is seen so much later
 QUIET_SECONDS: Final = 10.0  # between two lines of one kind
 
 
@@ -90,6 +91,7 @@ class SchedulerSide:
         self._canonical = False  # documents may also be stored in canonical form
         self._window: int | None = None
         self._requests: dict[str, _Request] = {}
+        self._awaited: Question | None = None  # in this step
         self._loads: list[Load] = []
         self._saves: list[Save] = []
         self._stops: list[str] = []
@@ -135,6 +137,7 @@ class SchedulerSide:
             question = self._ask(known, expires=inf)
         if question.found is None:
             if question.seconds < self._settings.lookup_seconds:
+                self._awaited = question
                 return None, False
             question.miss()
         known.expires = min(known.expires, time.monotonic() + ANSWER_SECONDS)
@@ -192,6 +195,9 @@ class SchedulerSide:
                     self._save_prompt(known, computed, blocks_of)
                 elif known.saves and self._is_beyond_window(computed):
                     self._stops.append(name)
+        if self._awaited is not None and not scheduled:
+            self._awaited.wait(IDLE_SECONDS)  # else the engine would take the cores from whoever is to answer
+        self._awaited = None
         return replace(self._drawn_up(), idle=not scheduled)
 
     def abandon(self) -> Plan:

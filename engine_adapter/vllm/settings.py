@@ -35,7 +35,7 @@ class Settings:
     save_generated: bool = False
     unverified_formats: bool = False
     write_policy: str = WritePolicy.AUTO
-    lookup_seconds: float = 0.5
+    lookup_seconds: float = 1.0
     load_seconds: float = 20.0
     save_seconds: float = 60.0
     hold_seconds: float = 5.0

@@ -1,7 +1,7 @@
 """Both sides of the connector around a small engine whose KV can be told: at random, and never with a wrong page.
 
-A page's content follows from all tokens up to its end, as KV does. Blocks that are freed are spoilt at once, so that
-whoever still reads or writes them is found out.
+A page's content follows from all tokens up to its end, as KV does. Blocks that are freed are spoilt as soon as vLLM
+would write there again, so that whoever still reads or writes them is found out.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class SmallEngine:
         self.pages = {
             layer: tensor.view(torch.uint8).reshape(BLOCKS, -1).numpy() for layer, tensor in self.tensors.items()
         }
-        self.free = list(range(1, BLOCKS))
+        self.free, self.freed = list(range(1, BLOCKS)), []
         self.waiting, self.running, self.loading, self.finished = [], [], {}, {}
         self.blocks, self.left = {}, {}
         self.number = self.loaded_tokens = self.recomputed = 0
@@ -97,10 +97,8 @@ class SmallEngine:
         return True
 
     def take(self, name):
-        for block in self.blocks.pop(name):
-            for layer in LAYERS:
-                self.pages[layer][block] = 0xEE
-            self.free.append(block)
+        self.freed += self.blocks[name]
+        self.free += self.blocks.pop(name)
 
     def compute(self, one, start, stop):
         """What the forward pass writes."""
@@ -149,6 +147,9 @@ class SmallEngine:
             lambda name: (list(self.blocks[name]),),
         )
         self.worker.take_back(plan)
+        for layer in LAYERS:  # from now on others write there
+            self.pages[layer][self.freed] = 0xEE
+        self.freed = []
         for one, count in scheduled.items():
             self.compute(one, one.num_computed_tokens, one.num_computed_tokens + count)
             one.num_computed_tokens += count

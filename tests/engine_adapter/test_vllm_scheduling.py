@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from holdfast.engine_adapter.vllm.lookups import Question
 from holdfast.engine_adapter.vllm.plans import Heard, Loaded, Plan, Ready, Saved
 from holdfast.engine_adapter.vllm.scheduling import SchedulerSide
 from holdfast.engine_adapter.vllm.settings import Settings
@@ -75,6 +76,18 @@ def test_a_prompt_is_not_known_until_it_is_and_then_loaded_beside_other_work(eng
     assert engine.side.matched(one, PAGE) == (3 * PAGE, True)
     assert engine.side.matched(one, 4 * PAGE) == (0, False)
     assert len(engine.lookups.questions) == 1
+
+
+def test_an_engine_with_nothing_else_to_do_waits_a_little_for_the_answer(engine, monkeypatch):
+    """With anything to do it does not."""
+    waits = []
+    monkeypatch.setattr(Question, "wait", lambda question, seconds: waits.append(question))
+    one, other = engine.arrive(request()), engine.arrive(request("other"), found=0)
+    for scheduled in ({}, {other: 1}, {}):
+        if scheduled or not waits:
+            assert engine.side.matched(one, 0) == (None, False)
+        engine.plan(scheduled)
+    assert waits == [engine.lookups.questions[0]]
 
 
 def test_one_token_is_left_to_compute(engine):

@@ -56,7 +56,7 @@ class FakeLookups:
         return question
 
     def answer(self, count, **given):
-        self.questions[-1].found = Found(token_count=count, tier_tokens={"ddr": count}, **given)
+        self.questions[-1].answer(Found(token_count=count, tier_tokens={"ddr": count}, **given))
 
     def clear(self):
         return False
