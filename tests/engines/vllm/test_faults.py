@@ -18,6 +18,7 @@ from daemon_process import DaemonProcess, until
 
 PAGE = 32
 COUNT = 3000  # two extents
+PROBE = 3 * PAGE + 1
 SIZES = {
     "ddr__capacity_bytes": "64 MiB",
     "ddr__slab_bytes": "16 MiB",
@@ -59,8 +60,7 @@ def engine(started, daemon, faults):
     if not daemon.alive:
         daemon.wait()
         daemon.start(faults)
-    probe = iter(range(1000))
-    until(lambda: ask(started, f"probe {next(probe)}", 2 * PAGE).holdfast["saved"] is True, "it is connected", WAIT)
+    until(lambda: is_hit(started, "probe", PROBE), "it is connected", WAIT)
     return started
 
 
@@ -71,15 +71,9 @@ def ask(engine, name, count=COUNT, params=None):
     return answer
 
 
-def stored(engine, daemon, name):
-    """A prompt that is on NVMe and nowhere else; returns what its answer is."""
-    answer = ask(engine, name)
-    assert answer.holdfast["saved"] is True
-    with connect(daemon.socket) as store:
-        spec_tokens = COUNT // PAGE * PAGE
-        until(lambda: daemon.used("nvme") >= spec_tokens * 4096, "it is written")
-        assert store.tiers()
-    return answer
+def is_hit(engine, name, count=COUNT):
+    """Whether all that could be was loaded. A save may end after its answer."""
+    return ask(engine, name, count).cached == count // PAGE * PAGE
 
 
 def cool(daemon, faults):
@@ -100,7 +94,7 @@ def alone(engine, name, count=COUNT):
 @pytest.mark.timeout(600)
 def test_a_daemon_that_dies_while_it_reads(engine, daemon, faults):
     reference = alone(engine, "read")
-    stored(engine, daemon, "read")
+    until(lambda: is_hit(engine, "read"), "it is stored", WAIT)
     cool(daemon, faults)
     faults.arm(READ)
     until(lambda: not daemon.alive or (ask(engine, "read").tokens == reference and not daemon.alive), "it dies", WAIT)
@@ -108,7 +102,7 @@ def test_a_daemon_that_dies_while_it_reads(engine, daemon, faults):
     faults.disarm()
     daemon.wait()
     daemon.start(faults)
-    until(lambda: ask(engine, "read").cached == COUNT // PAGE * PAGE, "the engine finds it again", WAIT)
+    until(lambda: is_hit(engine, "read"), "the engine finds it again", WAIT)
     assert ask(engine, "read").tokens == reference
 
 
@@ -123,9 +117,8 @@ def test_a_daemon_that_dies_while_it_stores(engine, daemon, faults):
     faults.disarm()
     daemon.wait()
     daemon.start(faults)
-    until(lambda: ask(engine, "store").holdfast["saved"] is True, "it is stored at last", WAIT)
-    again = ask(engine, "store")
-    assert (again.tokens, again.cached) == (reference, COUNT // PAGE * PAGE)
+    until(lambda: is_hit(engine, "store"), "it is stored at last", WAIT)
+    assert ask(engine, "store").tokens == reference
 
 
 @pytest.mark.timeout(600)
@@ -147,9 +140,9 @@ def test_a_daemon_that_does_not_answer(engine, daemon):
 @pytest.mark.timeout(600)
 def test_a_disk_that_is_slower_than_computing(engine, daemon, faults):
     reference = alone(engine, "slow")
-    stored(engine, daemon, "slow")
+    until(lambda: is_hit(engine, "slow"), "it is stored", WAIT)
     cool(daemon, faults)
-    until(lambda: ask(engine, "probe", 2 * PAGE).holdfast["saved"] is not None, "it is connected", WAIT)
+    until(lambda: is_hit(engine, "probe", PROBE), "it is connected", WAIT)
     before = engine.metrics().get("vllm:holdfast_load_failures", 0)
     faults.arm(SLOW)
     until(
@@ -165,7 +158,7 @@ def test_a_disk_that_is_slower_than_computing(engine, daemon, faults):
 @pytest.mark.timeout(600)
 def test_an_extent_that_is_corrupt(engine, daemon, faults):
     reference = alone(engine, "corrupt")
-    stored(engine, daemon, "corrupt")
+    until(lambda: is_hit(engine, "corrupt"), "it is stored", WAIT)
     until(lambda: daemon.rest().get("/v1/status")["writes_queued"] == 0, "all is written")
     daemon.kill()
     daemon.cool()
@@ -184,7 +177,7 @@ def test_an_extent_that_is_corrupt(engine, daemon, faults):
     )
     quarantined = daemon.metric("holdfast_quarantined_total")
     assert quarantined >= 1
-    until(lambda: ask(engine, "corrupt").cached == COUNT // PAGE * PAGE, "what was bad is stored anew", WAIT)
+    until(lambda: is_hit(engine, "corrupt"), "what was bad is stored anew", WAIT)
     assert ask(engine, "corrupt").tokens == reference
 
 
@@ -193,10 +186,11 @@ def test_a_store_without_room(engine, daemon):
     reference = alone(engine, "full")
     with connect(daemon.socket) as store, ExitStack() as stack:
         kept = []
-        with suppress(NoCapacity):
+        with suppress(NoCapacity, AssertionError):  # no room to read it any more, or to store it
             for number in range(20):
                 kept.append(f"filler {number}")
                 ask(engine, kept[-1], params={"document": kept[-1]})
+                until(lambda: kept[-1] in [one.name for one in store.documents()], "it is stored", 10)
                 stack.enter_context(store.attach(kept[-1], deadline_seconds=1.0))
         assert 2 <= len(kept) < 20, "DDR is full of leases"
         assert daemon.used("ddr") > 0.7 * (64 << 20)
@@ -205,15 +199,14 @@ def test_a_store_without_room(engine, daemon):
     with connect(daemon.socket) as store:
         for document in store.documents():
             store.delete(document.name)
-    until(lambda: ask(engine, "full").cached == COUNT // PAGE * PAGE, "there is room again", WAIT)
+    until(lambda: is_hit(engine, "full"), "there is room again", WAIT)
     assert ask(engine, "full").tokens == reference
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("other", "page"), [("larger pages", 2 * PAGE), ("another model", PAGE)])
 def test_pages_of_others_are_not_taken_for_ours(engine, checkpoint, daemon, tmp_path, other, page):
-    ask(engine, "shared")
-    assert ask(engine, "shared").cached
+    until(lambda: is_hit(engine, "shared"), "it is stored", WAIT)
     if other == "another model":
         from holdfast.ring_attention.synthetic import DEMO, write_checkpoint
 
@@ -223,18 +216,18 @@ def test_pages_of_others_are_not_taken_for_ours(engine, checkpoint, daemon, tmp_
         reference = alone(theirs, "shared")
         answer = ask(theirs, "shared")
         assert (answer.tokens, answer.cached) == (reference, 0)
-        again = ask(theirs, "shared")
-        assert (again.tokens, again.cached) == (reference, COUNT // page * page)
+        until(lambda: ask(theirs, "shared").cached == COUNT // page * page, "theirs is stored", WAIT)
+        assert ask(theirs, "shared").tokens == reference
 
 
 @pytest.mark.timeout(600)
 def test_bypassed_the_engine_computes(engine, daemon):
     reference = alone(engine, "bypass")
-    ask(engine, "bypass")
+    until(lambda: is_hit(engine, "bypass"), "it is stored", WAIT)
     daemon.rest().put("/v1/bypass", {"reason": "tests"})
     try:
         answer = ask(engine, "bypass")
         assert (answer.tokens, answer.cached) == (reference, 0)
     finally:
         daemon.rest().delete("/v1/bypass")
-    assert ask(engine, "bypass").cached == COUNT // PAGE * PAGE
+    assert is_hit(engine, "bypass")
