@@ -13,7 +13,7 @@ def nvme(daemon):
 
 def test_documents_evict_each_other_in_the_one_segment_that_could_be_made():
     """What is newest is durable and reads back, the capacity says what is missing, and the daemon goes on."""
-    with DaemonProcess() as daemon:
+    with DaemonProcess(nvme__high_watermark="1", nvme__low_watermark="1") as daemon:  # they would free some of it
         armed = daemon.directory / "armed"
         daemon.start(Full(armed))
         client = daemon.client()
