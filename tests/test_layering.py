@@ -264,6 +264,7 @@ CLOCK = "kvstore/clock.py"
 BROAD_HANDLERS: dict[str, str] = {
     "engine_adapter/lmcache/tasks.py::_work": "LMCache would wait for ever for a task that is never done",
     "engine_adapter/vllm/connector.py::_asked": "vLLM ends with its connector, and a cache must not take it down",
+    "engine_adapter/vllm/connector.py::register_kv_caches": "the same, at its start: a model that we cannot read",
     "engine_adapter/vllm/lookups.py::_serve": "a thread that died of our bug silently would make every prompt a miss",
     "engine_adapter/vllm/tasks.py::run": "a load that ended by our bug silently would let its request wait for ever",
     "engine_adapter/vllm/errands.py::_serve": "an engine goes on: our bug is logged, and what was asked is a miss",

@@ -194,6 +194,7 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
         return self._asked(lambda side: side.matched(request, num_computed_tokens), NO_MATCH)
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        # Not guarded: the engine now waits for what we promised, and would wait for ever.
         if num_external_tokens:
             assert self._scheduler is not None
             self._scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
@@ -258,17 +259,23 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Look at what this rank keeps, and where; then the store can be used."""
+        try:
+            self._ready = self._opened(kv_caches)
+        except HoldfastError as error:
+            self._ready = Ready(reason=error.message)
+        except Exception as error:  # a model of a kind that we have never seen
+            LOG.exception("holdfast: a bug keeps this engine from its cache")
+            self._ready = Ready(reason=f"{type(error).__name__}: {error}")
+
+    def _opened(self, kv_caches: dict[str, torch.Tensor]) -> Ready:
         accept: Literal["verified", "any"] = "any" if self._settings.unverified_formats else "verified"
         engine, tensors = describe(self._vllm_config, self._kv_cache_config, kv_caches)
         found = ready(engine, model=self._settings.model, accept=accept)
         if found.spec is not None:
-            try:
-                caches = Caches(found.spec, tensors)
-                part = f"#{engine.rank + 1}of{engine.ranks}" if engine.ranks > 1 else ""
-                self._worker = WorkerSide(self._settings, caches, partial(_connect, self._settings), part)
-            except HoldfastError as error:
-                found = Ready(reason=error.message)
-        self._ready = found
+            caches = Caches(found.spec, tensors)
+            part = f"#{engine.rank + 1}of{engine.ranks}" if engine.ranks > 1 else ""
+            self._worker = WorkerSide(self._settings, caches, partial(_connect, self._settings), part)
+        return found
 
     def get_handshake_metadata(self) -> HoldfastHandshake:
         return HoldfastHandshake(self._ready)

@@ -21,10 +21,10 @@ DRAFTS_WITHOUT_KV: Final = ("ngram", "ngram_gpu", "suffix")  # other drafts keep
 Tensors = dict[int, tuple[int, torch.Tensor]]
 
 
-def describe(config: Any, cache_config: Any, caches: Mapping[str, torch.Tensor]) -> tuple[Engine, Tensors]:
+def describe(config: Any, cache_config: Any, caches: Mapping[str, Any]) -> tuple[Engine, Tensors]:
     """The engine as values, and its page tensors by layer index, with their KV cache groups.
 
-    `config` is vLLM's VllmConfig, `cache_config` its KVCacheConfig, `caches` what it registers.
+    `config` is vLLM's VllmConfig, `cache_config` its KVCacheConfig, `caches` what it registers: tensors, or lists.
     """
     model, parallel = config.model_config, config.parallel_config
     groups: list[CacheGroup] = []
@@ -38,6 +38,9 @@ def describe(config: Any, cache_config: Any, caches: Mapping[str, torch.Tensor])
             continue
         if missing := [name for name in layers.values() if name not in caches]:
             refusals.append(f"layers keep their KV elsewhere, such as {missing[0]}")
+            continue
+        if states := [name for name in layers.values() if not isinstance(caches[name], torch.Tensor)]:
+            refusals.append(f"layers keep a state, not KV, such as {states[0]}")
             continue
         if any(caches[name].shape[0] != cache_config.num_blocks for name in layers.values()):
             refusals.append("the backend splits blocks; give --block-size a size that it takes whole")

@@ -127,6 +127,7 @@ def change(path, value):
         (change("config.cache_config.cache_dtype", "fp8"), "fp8"),
         (change("cache_config.num_blocks", 3), "block-size"),
         (lambda vllm: vllm.caches.popitem(), "elsewhere"),
+        (lambda vllm: vllm.caches.update({"model.layers.1.attn": [torch.zeros(BLOCKS, 4)]}), "a state"),
     ],
 )
 def test_what_cannot_be_served_is_named(changed, reason):
