@@ -10,15 +10,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from .commands import Command
 from .errors import DaemonUnavailable, DeadlineExceeded, HoldfastError, Unavailable, from_code
 from .frames import LENGTH, Answer, Envelope, FrameBuffer, decode_answer, decode_request, encode
+from .object_messages import AbortPut, ObjectsLeased, PutBegun, ReleaseObjects
 from .wire import (
     PROTOCOL_VERSION,
+    AbortIngest,
+    Attached,
+    Detach,
     Goodbye,
     Hello,
+    IngestOpened,
     Refused,
     Reply,
     Request,
@@ -26,6 +31,13 @@ from .wire import (
     Welcome,
 )
 
+# Replies that give something, and what gives it back where nobody waits for it any more.
+GIVING_BACK: Final[dict[type, Callable[[Any], Request]]] = {
+    Attached: lambda reply: Detach(reply.lease),
+    IngestOpened: lambda reply: AbortIngest(reply.ingest),
+    ObjectsLeased: lambda reply: ReleaseObjects(reply.lease),
+    PutBegun: lambda reply: AbortPut(reply.put),
+}
 READ_BYTES: Final = 256 << 10
 DESCRIPTORS: Final = 253  # more cannot come with one read
 FRAME_LIMIT: Final = 256 << 20  # we trust our daemon, but not a broken stream
@@ -90,7 +102,8 @@ class Connection:
     def call(self, body: Request, deadline_seconds: float = REPLY_SECONDS) -> tuple[Reply, list[int]]:
         """Send a request and wait for its reply and the descriptors that came with it.
 
-        Raises what the daemon refused with, DeadlineExceeded, or DaemonUnavailable when the connection ends.
+        Raises what the daemon refused with, DeadlineExceeded, or DaemonUnavailable when the connection ends. What a
+        reply gives that comes after its deadline is given back.
         """
         future: Future[tuple[Reply, list[int]]] = Future()
         with self._lock:
@@ -109,15 +122,21 @@ class Connection:
             reply, descriptors = future.result(deadline_seconds)
         except TimeoutError as error:
             with self._lock:
-                self._waiting.pop(number, None)
-            raise DeadlineExceeded(f"{type(body).__name__} was not answered within {deadline_seconds:g} s") from error
+                given_up = self._waiting.pop(number, None) is not None
+            if given_up:
+                what = f"{type(body).__name__} was not answered within {deadline_seconds:g} s"
+                raise DeadlineExceeded(what) from error
+            reply, descriptors = future.result()  # it came just now
         if isinstance(reply, Refused):
             raise from_code(reply.code, reply.message, reply.holders)
         return reply, descriptors
 
     def notify(self, body: Request) -> None:
-        """Send what needs no reply."""
-        self._send(Envelope(0, body))
+        """Send it, and do not wait for a reply."""
+        with self._lock:
+            number = self._next_id
+            self._next_id += 1
+        self._send(Envelope(number, body))
 
     def _send(self, envelope: Envelope) -> None:
         data = encode(envelope)
@@ -169,6 +188,9 @@ class Connection:
         else:
             for descriptor in descriptors:
                 os.close(descriptor)
+            if type(body) in GIVING_BACK:
+                with suppress(HoldfastError):  # the connection has ended, and with it what it held
+                    self.notify(GIVING_BACK[type(body)](body))
 
     def _ended(self) -> None:
         with self._lock:
