@@ -107,13 +107,14 @@ class LayerKV:
                     for ours, theirs in planes.beside(part, self._position, cut, rows):
                         np.copyto(theirs, ours)
 
-    @property
-    def pages(self) -> Sequence[tuple[int, Array]]:
-        """A native document's pages as they were stored: (number of the first, uint8 views [n, page bytes]), no copy.
+    def pages(self, start: int = 0, stop: int | None = None) -> list[tuple[int, Array]]:
+        """A native document's pages as they were stored: those that hold any of tokens [start, stop); by default all.
 
-        In order, one entry per extent: all pages that hold any of `tokens`. Raises InvalidRequest for canonical KV.
+        In order, in as few pieces as can be: (number of the first page, uint8 view [extents, pages of each, page
+        bytes]), no copy. Raises InvalidRequest for canonical KV.
         """
-        return [found for planes in self._planes for found in planes.native_pages(self._position, *self.tokens)]
+        start, stop = max(start, self.tokens[0]), min(self.tokens[1] if stop is None else stop, self.tokens[1])
+        return [found for planes in self._planes for found in planes.native_pages(self._position, start, stop)]
 
 
 class Attachment:

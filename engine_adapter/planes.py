@@ -149,18 +149,19 @@ class Planes:
         return array
 
     def native_pages(self, layer: int, start: int, stop: int) -> Iterator[tuple[int, Array]]:
-        """By extent the pages that hold any of tokens [start, stop): (number of the first in the document, raw bytes).
+        """The pages that hold any of tokens [start, stop), in order, in as few pieces as can be.
 
+        Each is (number of its first page in the document, raw bytes [extents, pages of each, page bytes]), a view.
         Raises InvalidRequest for canonical KV.
         """
         if not self._spec.page_format:
             raise InvalidRequest("this document is stored in canonical form; it has no pages")
         page_tokens = self._spec.block_tokens
-        for index in range(self.run.count):
-            cut = self.clipped(index, start, stop)
-            first, upto = cut.row // page_tokens, -(-(cut.row + cut.stop - cut.start) // page_tokens)
-            if first < upto:
-                yield (cut.start - cut.row) // page_tokens + first, self.pages[index, layer, first:upto].view(np.uint8)
+        for cut in self.cuts(start, stop):
+            each = (cut.stop - cut.start) // cut.extents
+            first, upto = cut.row // page_tokens, -(-(cut.row + each) // page_tokens)
+            pages = self.pages[cut.first : cut.first + cut.extents, layer, first:upto]
+            yield (cut.start - cut.row) // page_tokens + first, pages.view(np.uint8)
 
     def plane(self, extent: int, layer: int, part: int) -> memoryview:
         """The bytes of one plane, padding included."""

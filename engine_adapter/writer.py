@@ -173,8 +173,9 @@ class IngestWriter:
         for target, cut in self._cuts(number, first_page * page_tokens, stop):
             with self._touching():
                 target.check_open(cut)
-                for first, view in target.planes.native_pages(position, cut.start, cut.stop):
-                    fill(first, view)
+                for first, extents in target.planes.native_pages(position, cut.start, cut.stop):
+                    for number, view in enumerate(extents):
+                        fill(first + number * len(view), view)
                 self._written(target, position, cut)
 
     @contextmanager

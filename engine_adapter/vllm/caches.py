@@ -61,17 +61,18 @@ class Caches:
         return waited
 
     def put(self, layer: int, blocks: Blocks, pages: Array) -> None:
-        """Copy pages, [n, page bytes], into n blocks of a layer."""
+        """Copy n pages, [extents, pages of each, page bytes], into n blocks of a layer."""
         target = self.layers[layer].pages
         if isinstance(target, torch.Tensor):
             kept = blocks != NULL_BLOCK
-            rows = torch.from_numpy(np.ascontiguousarray(pages[kept])).to(target.device)
+            rows = torch.from_numpy(pages.reshape(len(blocks), -1)[kept]).to(target.device)
             target.index_copy_(0, torch.from_numpy(blocks[kept]).to(target.device), rows)
             torch.accelerator.current_stream(target.device).synchronize()
             return
         for first, run in runs(blocks):
             if run[0] != NULL_BLOCK:
-                np.copyto(target[run[0] : run[-1] + 1], pages[first : first + len(run)])
+                for ours, theirs in _beside(pages, first, target[run[0] : run[-1] + 1]):
+                    np.copyto(theirs, ours)
 
     def take(self, layer: int, blocks: Blocks, pages: Array) -> None:
         """Copy n blocks of a layer into `pages`, [n, page bytes]."""
@@ -90,7 +91,7 @@ class Caches:
         for view, array in zip(key_value(page_format(self.spec), rows), (key, value), strict=True):
             heads, _, dim = array.shape
             np.copyto(view, array.reshape(heads, count, tokens, dim).transpose(1, 0, 2, 3))
-        self.put(layer, blocks, rows.view(np.uint8))
+        self.put(layer, blocks, rows.view(np.uint8)[None])
 
     def decode(self, layer: int, blocks: Blocks) -> tuple[Array, Array]:
         """Keys and values of n blocks of a layer, [heads, n x tokens, dim]: copies."""
@@ -117,6 +118,20 @@ def runs(blocks: Blocks) -> Iterator[tuple[int, Sequence[int]]]:
     for start, stop in pairwise(starts):
         if stop > start:
             yield start, range(int(blocks[start]), int(blocks[stop - 1]) + 1)
+
+
+def _beside(pages: Array, first: int, rows: Array) -> Iterator[tuple[Array, Array]]:
+    """Pairs of equal views, as few as can be: of pages from number `first` on, and of rows [n, page bytes]."""
+    each = pages.shape[1]
+    while len(rows):
+        extent, page = divmod(first, each)
+        whole = len(rows) // each if not page else 0
+        count = whole * each or min(each - page, len(rows))
+        if whole:
+            yield pages[extent : extent + whole], rows[:count].reshape(whole, each, -1)
+        else:
+            yield pages[extent, page : page + count], rows[:count]
+        first, rows = first + count, rows[count:]
 
 
 def _rows(tensor: torch.Tensor, page_bytes: int) -> Any:

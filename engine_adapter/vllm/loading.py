@@ -18,6 +18,7 @@ from .plans import Load, Loaded
 from .tasks import Task, use_all_cores
 
 LANES: Final = 2  # threads of one load: a core alone does not copy as fast as memory allows
+PIECE_BYTES: Final = 16 << 20  # the engine may have to wait for one to be copied, when it takes blocks away
 ATTEMPTS: Final = 3  # an extent that was found damaged is put aside, and what lies before it can still be had
 
 
@@ -62,20 +63,21 @@ def _load(order: Load, store: Store, caches: Caches, task: Task[Loaded], seconds
 
 
 def _copy(attached: Attachment, order: Load, stop: int, caches: Caches, task: Task[Loaded], seconds: float) -> None:
-    tokens = caches.page_tokens
-    first, last = order.start // tokens, stop // tokens
-    tables = [np.asarray(table, np.int64)[: last - first] for table in order.blocks]
+    first = order.start // caches.page_tokens
+    tables = [np.asarray(table, np.int64)[: stop // caches.page_tokens - first] for table in order.blocks]
 
     def copy(layer: LayerKV) -> None:
         table = tables[caches.group_of(layer.index)]
         if order.canonical:
             _encode(layer, table, (order.start, stop), caches, task)
             return
-        for number, pages in layer.pages:
-            low, high = max(number, first), min(number + len(pages), last)
-            if low < high:
+        for number, extents in layer.pages(order.start, stop):
+            each = extents.shape[1]
+            step = max(PIECE_BYTES // extents[0].nbytes, 1)
+            for at in range(0, len(extents), step):
+                pages, begin = extents[at : at + step], number - first + at * each
                 with task.touching():
-                    caches.put(layer.index, table[low - first : high - first], pages[low - number : high - number])
+                    caches.put(layer.index, table[begin : begin + len(pages) * each], pages)
 
     left = max(seconds - task.seconds, 0.001)  # then this thread has others' loads to do
     with ThreadPoolExecutor(LANES, "holdfast-copy", use_all_cores) as lanes:

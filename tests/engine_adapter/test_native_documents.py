@@ -80,7 +80,7 @@ class Stage:
         found = {layer: [] for layer in GROUP.layers}
         for window in self.store.windows(name, spec=NATIVE):
             for layer in window.layers():
-                found[layer.index] += [np.array(view) for _, view in layer.pages]
+                found[layer.index] += [np.array(view).reshape(-1, view.shape[-1]) for _, view in layer.pages()]
         return {layer: np.concatenate(views) for layer, views in found.items()}
 
     def forget(self, name):

@@ -5,8 +5,10 @@ import threading
 
 import numpy as np
 import pytest
-from holdfast.engine_adapter.vllm.caches import runs
+import torch
+from holdfast.engine_adapter.vllm.caches import NULL_BLOCK, Caches, runs
 from holdfast.engine_adapter.vllm.tasks import Stopped, Task, Tasks
+from vllm_cases import PAGE, SPEC
 
 from daemon_process import until
 
@@ -174,3 +176,21 @@ def test_runs_join_neighbours_and_leave_null_blocks_alone(blocks):
     assert [blocks[place] for place, _ in found] == [run[0] for _, run in found]
     assert all(len(run) == 1 for _, run in found if 0 in run)
     assert len(found) == sum(1 for a, b in zip([None, *blocks], blocks, strict=False) if a in (None, 0) or b != a + 1)
+
+
+@pytest.mark.parametrize("each", [1, 2, 3, 12])
+@pytest.mark.parametrize("seed", range(8))
+def test_pages_of_extents_go_into_whatever_blocks_the_engine_gave(each, seed):
+    """Alone and in runs that begin and end inside extents; null blocks stay as they are."""
+    rng = np.random.default_rng(seed)
+    page_bytes, count = SPEC.page_bytes(), 12
+    order = np.roll(np.arange(1, count + 1), rng.integers(count)) if seed % 2 else rng.permutation(count) + 1
+    order[rng.integers(count, size=seed % 3)] = NULL_BLOCK
+    tensor = torch.zeros(count + 2, 2, PAGE, 64, dtype=torch.bfloat16)
+    caches = Caches(SPEC, dict.fromkeys(range(3), (0, tensor)))
+    slots = rng.integers(0, 256, (count // each, 5, each, page_bytes), np.uint8)  # other layers lie in between
+    caches.put(1, order.astype(np.int64), slots[:, 3])
+    wanted = np.zeros((count + 2, page_bytes), np.uint8)
+    kept = order != NULL_BLOCK
+    wanted[order[kept]] = slots[:, 3].reshape(count, page_bytes)[kept]
+    assert np.array_equal(tensor.view(torch.uint8).reshape(count + 2, -1).numpy(), wanted)

@@ -165,7 +165,10 @@ class Stage:
             for layer in range(CONFIG.layers):
                 writer.write(layer, 0, kv[0][layer], kv[1][layer])
         with self.store.attach("encoded", spec=spec) as document:
-            pages = [np.concatenate([view for _, view in layer.pages]).view(np.uint16) for layer in document.layers()]
+            pages = [
+                np.concatenate([view.reshape(-1, view.shape[-1]) for _, view in layer.pages()]).view(np.uint16)
+                for layer in document.layers()
+            ]
         self.store.delete("encoded")
         return np.array(pages)
 
