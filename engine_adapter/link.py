@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS: Final = 1.0  # between attempts to connect
 STOP_SECONDS: Final = 5.0  # it may be asking a daemon that does not answer
+GONE: Final = "the daemon went away"
 REST_SECONDS: Final = 2.0  # after a deadline: a slow daemon costs an engine one wait, not one a request
 
 
@@ -80,8 +81,7 @@ class Link:
         with self._changed:
             session = self._usable()
             if session is None:
-                reason = self._reason.message if self._reason is not None else "it was too slow a moment ago"
-                raise DaemonUnavailable(f"go on without the cache: {reason}")
+                raise DaemonUnavailable(f"go on without the cache: {self._why_not()}")
             session.users += 1
         try:
             yield session.store
@@ -110,6 +110,12 @@ class Link:
             return None
         return self._session
 
+    def _why_not(self) -> str:
+        """Why there is no usable session. Call with the condition held."""
+        if self._session is None and self._reason is not None:
+            return self._reason.message
+        return "it was too slow a moment ago" if self._session is not None and self._session.store.is_open else GONE
+
     def _serve(self) -> None:
         while True:
             with self._changed:
@@ -120,7 +126,7 @@ class Link:
                 session = self._session
                 lost = session is not None and not session.store.is_open
             if lost:
-                self._retire(DaemonUnavailable("the daemon went away"))
+                self._retire(DaemonUnavailable(GONE))
             elif session is None:
                 self._connect()
         self._retire(DaemonUnavailable("the link is closed"))

@@ -65,6 +65,18 @@ def test_a_process_without_descriptors_or_threads_is_connected_when_it_has_some_
     assert news[1] is None
 
 
+def test_a_daemon_that_has_just_died_is_not_called_slow():
+    store = SimpleNamespace(is_open=True, close=lambda: None)
+    link = Link(lambda: store, retry_seconds=1000.0)  # it does not look again
+    try:
+        assert link.wait(20.0)
+        store.is_open = False
+        with pytest.raises(DaemonUnavailable, match="went away"), link.use():
+            pass
+    finally:
+        link.close()
+
+
 def test_a_connection_is_closed_when_its_last_user_leaves():
     news: list = []
     with DaemonProcess() as daemon:
