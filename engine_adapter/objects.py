@@ -7,8 +7,9 @@ miss or refusal; only what the caller got wrong is raised.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..kvstore.document import WritePolicy
-from ..kvstore.errors import DaemonUnavailable, HoldfastError, InvalidRequest, Unavailable, from_code
+from ..kvstore.errors import DaemonUnavailable, HoldfastError, InvalidRequest, NoCapacity, Unavailable, from_code
 from ..kvstore.object_client import ObjectClient
 from ..kvstore.object_messages import PutBegun
 from ..kvstore.object_views import NamespaceView
@@ -151,18 +152,13 @@ class Objects:
 
         What is on NVMe only is brought up, and verified. Raises Unavailable when there is no daemon.
         """
-        leases: list[int] = []
         found: list[memoryview | None] = []
-        try:
+        with ExitStack() as leases:
             for first in range(0, len(keys), OBJECTS_AT_ONCE):
                 leased = self._client.get(self.namespace, keys[first : first + OBJECTS_AT_ONCE], deadline_seconds)
-                leases.append(leased.lease)
+                leases.enter_context(self._released(leased.lease))
                 found += self._views(leased.slots)
             yield found
-        finally:
-            for lease in leases:
-                with suppress(Unavailable):  # a daemon that is gone holds no lease
-                    self._client.release(lease)
 
     def _views(self, slots: Sequence[PartMessage | None]) -> list[memoryview | None]:
         here = [slot for slot in slots if slot is not None]
@@ -183,13 +179,35 @@ class Objects:
             raise InvalidRequest("objects are loaded into writable buffers")
         loaded: list[bool] = []
         for batch in _batches([(key, [target]) for key, target in zip(keys, targets, strict=True)]):
-            with self.get([key for key, _ in batch], deadline_seconds=deadline_seconds) as views:
-                for view, (_, (target,)) in zip(views, batch, strict=True):
-                    is_it = view is not None and view.nbytes == target.nbytes
-                    if view is not None and is_it:
-                        np.copyto(target, np.frombuffer(view, np.uint8))
-                    loaded.append(is_it)
+            loaded += self._loaded([(key, target) for key, (target,) in batch], deadline_seconds)
         return loaded
+
+    def _loaded(self, batch: Sequence[tuple[bytes, Bytes]], deadline_seconds: float) -> list[bool]:
+        """See `load_into`. Those for which there is no room beside the others are asked for again, behind them."""
+        loaded = [False] * len(batch)
+        until = time.monotonic() + deadline_seconds
+        waiting = list(range(len(batch)))
+        while waiting:
+            left = max(0.0, until - time.monotonic())
+            leased = self._client.get(self.namespace, [batch[number][0] for number in waiting], left)
+            with self._released(leased.lease):
+                for number, view in zip(waiting, self._views(leased.slots), strict=True):
+                    target = batch[number][1]
+                    if view is not None and view.nbytes == target.nbytes:
+                        np.copyto(target, np.frombuffer(view, np.uint8))
+                        loaded[number] = True
+            crowded = [waiting[place] for place, (code, _) in leased.refused.items() if code == NoCapacity.code]
+            waiting = sorted(crowded) if len(crowded) < len(waiting) else []
+        return loaded
+
+    @contextmanager
+    def _released(self, lease: int) -> Iterator[None]:
+        """End a lease at the end of the block."""
+        try:
+            yield
+        finally:
+            with suppress(Unavailable):  # a daemon that is gone holds no lease
+                self._client.release(lease)
 
     # By key ------------------------------------------------------------------------------------
 

@@ -126,6 +126,17 @@ def test_loading_into_buffers():
         assert not buffers[1].any()
 
 
+def test_more_than_fits_is_loaded_bit_by_bit():
+    made = some(200, 8000)  # twice what DDR has
+    with stores() as (_, store):
+        objects = store.objects("ns")
+        for key, payload in made.items():
+            assert objects.put([(key, payload)], write_policy=WritePolicy.THROUGH)[0].is_there
+        buffers = [bytearray(len(payload)) for payload in made.values()]
+        assert objects.load_into(list(made), buffers) == [True] * 200
+        assert [bytes(buffer) for buffer in buffers] == list(made.values())
+
+
 def test_arrays_are_stored_as_their_bytes():
     array = np.arange(600, dtype=np.float32).reshape(20, 30)
     with stores() as (_, store):
