@@ -14,7 +14,7 @@ import threading
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -60,10 +60,11 @@ class HoldfastL2Adapter(L2AdapterInterface):
         self._link = link_to(settings.socket, settings.data_dir, settings.tenant)
         self._stores = ThreadPoolExecutor(settings.threads, "holdfast-store")
         self._reads = ThreadPoolExecutor(settings.threads, "holdfast-read")
+        self._leaves = ThreadPoolExecutor(1, "holdfast-leave")  # what makes room is not queued behind what waits for it
         self._storing: Tasks[L2StoreResult] = Tasks(self._stores, create_event_notifier(), self._failed)
         self._looking: Tasks[Bitmap] = Tasks(self._reads, create_event_notifier(), self._failed)
         self._loading: Tasks[Bitmap] = Tasks(self._reads, create_event_notifier(), self._failed)
-        self._locks = Locks(self._soon, settings.lock_seconds)
+        self._locks = Locks(self._give_back, settings.lock_seconds)
         self._inventory = Inventory()
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -223,6 +224,7 @@ class HoldfastL2Adapter(L2AdapterInterface):
                     loaded.set(number)
         try:
             if rest:
+                self._wait_for_room()
                 self._load_rest(keys, objects, buffers, rest, loaded)
         finally:
             here = [keys[number] for number in loaded.get_indices_list()]
@@ -230,6 +232,11 @@ class HoldfastL2Adapter(L2AdapterInterface):
             if here:
                 self._notify_keys_accessed(here)
         return loaded
+
+    def _wait_for_room(self) -> None:
+        """What lay in DDR has been read: its leases end before the rest asks for room there."""
+        with suppress(TimeoutError):
+            self._leaves.submit(lambda: None).result(self._settings.find_seconds)
 
     def _load_rest(
         self,
@@ -350,21 +357,29 @@ class HoldfastL2Adapter(L2AdapterInterface):
 
     def _soon(self, work: Callable[[], None]) -> None:
         """Do what nobody waits for, and what may wait for the daemon."""
-        try:
-            self._reads.submit(work)
-        except RuntimeError:  # the pool has ended, and so does the adapter
-            work()
+        _submitted(self._reads, work)
+
+    def _give_back(self, work: Callable[[], None]) -> None:
+        """End leases, in this order."""
+        _submitted(self._leaves, work)
 
     def close(self) -> None:
         """Tasks that have not begun fail; what copies to and from LMCache's memory ends first."""
         for tasks in (self._storing, self._looking, self._loading):
             tasks.stop()
         self._locks.close()
-        for pool in (self._stores, self._reads):
+        for pool in (self._stores, self._reads, self._leaves):
             pool.shutdown()
         self._link.close()
         for tasks in (self._storing, self._looking, self._loading):
             tasks.close()
+
+
+def _submitted(pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+    try:
+        pool.submit(work)
+    except RuntimeError:  # the pool has ended, and so does the adapter
+        work()
 
 
 def _bytes_of(one: MemoryObj) -> npt.NDArray[np.uint8]:

@@ -213,6 +213,17 @@ def test_a_full_store_refuses_and_what_is_locked_stays(start, daemon, memory):
     assert len(asked.look_up(first)) < 40
 
 
+def test_what_is_locked_in_memory_makes_room_for_the_rest_of_its_prompt(asked, memory):
+    wanted = keys(*range(200))  # of 128 that memory has room for
+    for first in range(0, 200, 40):
+        some = wanted[first : first + 40]
+        assert asked.store(some, memory.filled(some))
+    for _ in range(2):
+        objects = memory.take(200)
+        assert asked.fetch(wanted, objects) == list(range(200))
+        assert all(holds(*pair) for pair in zip(wanted, objects, strict=True))
+
+
 def test_a_prompt_that_was_stored_bit_by_bit_leaves_from_its_end(memory):
     prompt = keys(*range(60))
     names = [naming.key_of(one) for one in prompt]
