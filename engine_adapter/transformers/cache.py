@@ -53,7 +53,10 @@ class HoldfastLayer(DynamicLayer):
 
     def _begin(self, key_states: Tensor, value_states: Tensor) -> None:
         if key_states.shape[0] != 1:
-            raise InvalidRequest(f"this cache is for one sequence, not for a batch of {key_states.shape[0]}")
+            raise InvalidRequest(
+                f"this cache is for one sequence, not for a batch of {key_states.shape[0]}, which beams and several "
+                "answers at once are, too: generate these without it"
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
         made = []
         for states in (key_states, value_states):
@@ -180,6 +183,9 @@ class HoldfastCache(Cache):
     ) -> None:
         self.close()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        raise InvalidRequest("this cache is not copied: attach once more for each answer, which reads it again")
+
     def close(self) -> None:
         """Give the lease back. Layers that were not touched by then are computed if they are touched after all."""
         self._attached = None
@@ -226,6 +232,12 @@ def refuse_unknown_layers(model: PreTrainedModel) -> int:
         raise InvalidRequest(f"{type(model).__name__} is an encoder with a decoder; only decoders can reuse documents")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise InvalidRequest("an adapter that puts virtual tokens in front of a prompt cannot reuse documents")
+    for kind in _ropes(model):
+        if "dynamic" in kind or kind == "longrope":  # as Transformers tells them
+            raise InvalidRequest(
+                f"the rotary embedding ({kind}) of {type(model).__name__} changes with the length of a prompt, and so "
+                "does the KV of every token; such models cannot reuse documents"
+            )
     layers = DynamicCache(config=model.config).layers
     for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -234,3 +246,9 @@ def refuse_unknown_layers(model: PreTrainedModel) -> int:
                 "token; only models with attention in all layers can reuse documents"
             )
     return len(layers)
+
+
+def _ropes(model: PreTrainedModel) -> set[str]:
+    """The kinds of its rotary embeddings, which may differ from layer to layer."""
+    told = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return {str(one.get("rope_type")) for one in (told, *told.values()) if isinstance(one, dict)}

@@ -85,9 +85,9 @@ def attach(
     begins; then only canonical documents are found. `spec` is the model's identity where the caller knows better than
     `spec_of_model`. The deadline is for finding it, and for each layer.
 
-    Raises InvalidRequest for a batch, for pictures without extras, and for a model whose layers keep something else
-    than KV; SpecMismatch when the named document is another model's; what the store cannot do only under
-    `trouble="raise"`.
+    Raises InvalidRequest for a batch, for padding, for pictures without extras, and for a model whose layers keep
+    something else than KV, or KV that changes with the length of a prompt; SpecMismatch when the named document is
+    another model's; what the store cannot do only under `trouble="raise"`.
     """
     tokens = row(input_ids)
     _check_kind(model, tokens, extras)
@@ -151,6 +151,11 @@ def _place(
 def _check_kind(model: PreTrainedModel, tokens: npt.NDArray[np.integer], extras: Extras | None) -> None:
     """Raises InvalidRequest where tokens do not tell KV."""
     refuse_unknown_layers(model)
+    if (padding := _hidden(model)) is not None and padding in tokens:
+        raise InvalidRequest(
+            f"input_ids have the padding token {padding}, which `generate` hides and does not count, so that what "
+            "stands behind it is elsewhere: give them without padding"
+        )
     if extras:
         return
     placeholders = {
@@ -163,6 +168,13 @@ def _check_kind(model: PreTrainedModel, tokens: npt.NDArray[np.integer], extras:
             f"input_ids have {placeholders[token]} {token}: their KV depends on what stands behind it; give `extras`, "
             "a digest of each picture or sound by the block where it begins"
         )
+
+
+def _hidden(model: PreTrainedModel) -> int | None:
+    """The token that `generate` takes for padding where it stands, if there is one."""
+    told = getattr(model, "generation_config", None)
+    padding, ends = getattr(told, "pad_token_id", None), getattr(told, "eos_token_id", None)
+    return None if padding in (ends if isinstance(ends, list) else [ends]) else padding
 
 
 def _spec_of(store: Store, name: str) -> KVSpec:

@@ -4,6 +4,7 @@ Bounds on logits, whose largest is about 4: a prompt that is prefilled in two pa
 with the very same KV is held to equal bits.
 """
 
+import copy
 import logging
 import os
 import re
@@ -32,7 +33,7 @@ from holdfast.kvstore.errors import (
 )
 from holdfast.ring_attention.config import ModelConfig
 from holdfast.ring_attention.synthetic import write_checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config, T5Config
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen3Config, T5Config
 
 from daemon_process import DaemonProcess, until
 
@@ -349,9 +350,41 @@ def test_what_cannot_be_right_is_refused(store, llama, models):
     ):
         with pytest.raises(InvalidRequest, match=match):
             refuse_unknown_layers(other)
+    with attach(store, llama, ids) as cache, pytest.raises(InvalidRequest, match="attach once more"):
+        copy.deepcopy(cache)
     with pytest.raises(ValueError, match="retry"):
         attach(store, llama, ids, trouble="retry")
     assert len([view for view in store.documents() if view.complete]) == len(store.documents())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_embeddings_that_change_with_the_length_of_a_prompt_are_refused(kind, nested):
+    """The front of a long prompt has other KV than a short prompt of the same tokens."""
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8} if kind == "longrope" else {}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=rope)
+    if nested:
+        config.rope_parameters = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    with pytest.raises(InvalidRequest, match=kind):
+        refuse_unknown_layers(SimpleNamespace(config=config))
+
+
+def test_padding_is_refused_because_it_moves_what_stands_behind_it(store, llama, monkeypatch):
+    """A `generate` that is given no mask makes one, of the padding token."""
+    ids = prompt(100)
+    plain = saved(store, llama, ids)
+    monkeypatch.setattr(llama.generation_config, "pad_token_id", int(ids[0, 50]))
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", None)
+    made = DynamicCache()
+    llama.generate(ids, past_key_values=made, max_new_tokens=1)
+    assert not torch.equal(made.layers[0].keys, plain.layers[0].keys)
+    for use in (lambda: attach(store, llama, ids), lambda: save(store, llama, ids, made)):
+        with pytest.raises(InvalidRequest, match="without padding"):
+            use()
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", [1, int(ids[0, 50])])  # nobody masks it then
+    with attach(store, llama, ids) as cache:
+        check(llama, ids, cache)
 
 
 def test_pictures_are_told_apart_by_extras_and_refused_without(store, llama, monkeypatch):
