@@ -65,11 +65,14 @@ class Pages:
     """The pages of one pool. `indices` are of all their tokens, page after page, as SGLang gives them."""
 
     def __init__(self, pool: HostPool) -> None:
+        """Raises NotImplementedError for a pool whose pages cannot be had as bytes."""
         self._pool = pool
         self._page_tokens = int(getattr(pool, "logical_page_size", 0) or getattr(pool, "page_size", 1) or 1)
-        self._spare = pool.get_dummy_flat_data_page()  # a flat page on its way into the pool
+        self._spare = _flat_page(pool)  # on its way into the pool; None: pages are written in place only
         self._writing = threading.Lock()
-        self.size_bytes = self._spare.numel() * self._spare.element_size()
+        self.size_bytes = self._page_bytes() if self._spare is None else flat_bytes(self._spare).nbytes
+        if not self.size_bytes:
+            raise NotImplementedError("its pages have no bytes")
         self.tokens = self._page_tokens
 
     @property
@@ -95,6 +98,7 @@ class Pages:
 
     def write_flat(self, start: int, content: memoryview) -> None:
         """Write one page through the pool's own method."""
+        assert self._spare is not None
         with self._writing:
             np.copyto(flat_bytes(self._spare), np.frombuffer(content, np.uint8))
             self._pool.set_from_flat_data_page(start, self._spare)
@@ -104,17 +108,31 @@ class Pages:
 
     def _parts(self, indices: torch.Tensor) -> list[list[Bytes]] | None:
         """The buffers of each page, in place; None where they do not make up its flat page."""
-        if getattr(self._pool, "layout", "") not in IN_PLACE or not indices.numel():
+        if not indices.numel():
             return None
-        addresses, sizes = self._pool.get_page_buffer_meta(indices)
-        if isinstance(sizes, int):
-            sizes = [sizes] * len(addresses)
+        try:
+            addresses, sizes = self._places(indices)
+        except (NotImplementedError, ValueError):  # as some pools say of some states
+            return None
         pages = indices.numel() // self._page_tokens
         each = len(addresses) // pages
         if len(addresses) != each * pages or sum(sizes[:each]) != self.size_bytes:
             return None
         buffers = [_at(address, size) for address, size in zip(addresses, sizes, strict=True)]
         return [buffers[first : first + each] for first in range(0, len(buffers), each)]
+
+    def _places(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
+        """Addresses and sizes of all buffers of these pages. Raises NotImplementedError or ValueError."""
+        if getattr(self._pool, "layout", "") not in IN_PLACE:
+            raise NotImplementedError("its pages neither are flat nor lie in few buffers")
+        addresses, sizes = self._pool.get_page_buffer_meta(indices)
+        return addresses, [sizes] * len(addresses) if isinstance(sizes, int) else sizes
+
+    def _page_bytes(self) -> int:
+        try:
+            return sum(self._places(torch.arange(self._page_tokens))[1])
+        except ValueError as error:
+            raise NotImplementedError(str(error)) from error
 
 
 class Writing:
@@ -134,6 +152,14 @@ class Writing:
         for part in self._parts[number]:
             np.copyto(part, source[offset : offset + part.size])
             offset += part.size
+
+
+def _flat_page(pool: HostPool) -> torch.Tensor | None:
+    """Memory for a flat page; None where the pool has no such form (heads of keys and of values that differ)."""
+    try:
+        return pool.get_dummy_flat_data_page()
+    except NotImplementedError:
+        return None
 
 
 def flat_bytes(tensor: torch.Tensor) -> Bytes:

@@ -17,6 +17,7 @@ published wheel, not with a running engine, which needs CUDA.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter, deque
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.pool_host import HostKVCache
     from sglang.srt.observability.metrics_collector import StorageMetrics
 
+log = logging.getLogger(__name__)
+
 PREFIX: Final = "holdfast."
 SETTINGS: Final = {
     "socket": str,
@@ -55,7 +58,7 @@ SETTINGS: Final = {
     "tenant": str,
     "model": str,
     "layout": str,
-    "write_policy": str,
+    "write_policy": WritePolicy,
     "load_seconds": float,
     "store_seconds": float,
 }
@@ -108,7 +111,11 @@ class HoldfastHiCacheStorage(HiCacheStorage):
         self._register(str(host_pool_name), host_pool)
 
     def _register(self, name: str, pool: HostPool) -> None:
-        pages = Pages(pool)
+        try:
+            pages = Pages(pool)
+        except NotImplementedError as error:
+            log.warning("SGLang's pool %s (%s) is not kept in Holdfast: %s", name, type(pool).__name__, error)
+            return
         shelf = self._shelf(name, pages.facts, pages.tokens if name == PoolName.KV else 0)
         with self._lock:
             self._pools[name] = _Pool(pages, shelf)
@@ -132,7 +139,7 @@ class HoldfastHiCacheStorage(HiCacheStorage):
             self._link,
             origin,
             tokens_each=tokens_each,
-            write_policy=WritePolicy(self._settings.get("write_policy", WritePolicy.AUTO)),
+            write_policy=self._settings.get("write_policy", WritePolicy.AUTO),
             patience=Patience(
                 load_seconds=self._settings.get("load_seconds", patience.load_seconds),
                 store_seconds=self._settings.get("store_seconds", patience.store_seconds),
@@ -395,7 +402,9 @@ def _settings(extra: Mapping[str, Any]) -> dict[str, Any]:
         try:
             found[name] = SETTINGS[name](value)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"{key} is {SETTINGS[name].__name__}, not {value!r}") from error
+            kind = SETTINGS[name]
+            wanted = f"one of {', '.join(WritePolicy)}" if kind is WritePolicy else kind.__name__
+            raise ConfigError(f"{key} is {wanted}, not {value!r}") from error
     return found
 
 

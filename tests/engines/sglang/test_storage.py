@@ -162,6 +162,8 @@ def test_an_unknown_setting_is_an_error_at_start(daemon):
         HoldfastHiCacheStorage(config(daemon, extra={"holdfast.sokcet": "x"}), {})
     with pytest.raises(ConfigError, match="load_seconds is float"):
         HoldfastHiCacheStorage(config(daemon, extra={"holdfast.load_seconds": "long"}), {})
+    with pytest.raises(ConfigError, match="one of auto, write-through"):
+        HoldfastHiCacheStorage(config(daemon, extra={"holdfast.write_policy": "sometimes"}), {})
 
 
 # Pages ------------------------------------------------------------------------------------------
@@ -195,6 +197,56 @@ def test_page_first_pages_are_not_copied_through_the_pools_methods(daemon, opene
     keys = keys_of("direct", 2)
     assert storage.batch_set_v1(keys, indices(pool, [0, 1])) == [True, True]
     assert storage.batch_get_v1(keys, indices(pool, [3, 4])) == [True, True]
+
+
+def without(pool, *methods):
+    """A pool that lacks some forms of its pages, as SGLang's for unlike head dims, for MXFP8 and for Mamba do."""
+
+    def refused(*_, **__):
+        raise NotImplementedError("flat pages are not supported")
+
+    for method in methods:
+        setattr(pool, method, refused)
+    return pool
+
+
+FLAT = ("get_data_page", "get_dummy_flat_data_page", "set_from_flat_data_page")
+
+
+@pytest.mark.parametrize("lacking", [FLAT, ("get_page_buffer_meta",)])
+def test_one_form_of_pages_is_enough(daemon, opened, lacking):
+    pool = randomized(MhaPool("page_first"))
+    storage = opened(config(daemon), without(pool, *lacking))
+    keys, before = keys_of("".join(lacking), 2), pool.kv_buffer.clone()
+    assert storage.batch_set_v1(keys, indices(pool, [0, 1])) == [True, True]
+    randomized(pool)
+    assert storage.batch_get_v1(keys, indices(pool, [3, 4])) == [True, True]
+    tokens = 2 * pool.page_size
+    assert torch.equal(pool.kv_buffer[:, 3 * pool.page_size :][:, :tokens], before[:, :tokens])
+
+
+def no_bytes(pool):
+    """LogicalHostPool: indices alone."""
+    pool.get_dummy_flat_data_page, pool.get_page_buffer_meta = lambda: torch.empty(0), lambda _: None
+    return pool
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda: without(MhaPool("layer_first"), *FLAT),
+        lambda: without(MhaPool("page_first"), *FLAT, "get_page_buffer_meta"),
+        lambda: no_bytes(MhaPool("page_first")),
+    ],
+)
+def test_a_pool_whose_pages_cannot_be_had_is_left_out_and_its_engine_starts(daemon, opened, caplog, pool):
+    made = pool()
+    storage = opened(config(daemon), made)
+    assert "pool kv (MhaPool) is not kept" in caplog.text
+    keys = keys_of("left out", 2)
+    assert storage.batch_set_v1(keys, indices(made, [0, 1])) == [False, False]
+    assert storage.batch_exists(keys) == 0
+    assert storage.batch_get_v1(keys, indices(made, [0, 1])) == [False, False]
 
 
 def test_the_plain_interface_as_the_controller_uses_it(daemon, opened):
