@@ -17,6 +17,14 @@ CPU_PAGES: Final = {  # by backend and instruction set
 }
 FLASH_LAYOUTS: Final = {"LBNHC": "vllm-flash-nhd/1", "LBHNC": "vllm-flash-hnd/1"}
 DRAFTS_WITHOUT_KV: Final = ("ngram", "ngram_gpu", "suffix")  # other drafts keep KV that our identity does not cover
+# What else decides which KV a picture makes. A picture's hash knows only what its request says of it.
+MEDIA_SETTINGS: Final = (
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "mm_encoder_attn_dtype",
+    "video_pruning_rate",
+    "video_pruning_method",
+)
 
 Tensors = dict[int, tuple[int, torch.Tensor]]
 
@@ -61,6 +69,7 @@ def describe(config: Any, cache_config: Any, caches: Mapping[str, Any]) -> tuple
         overrides=None if callable(model.hf_overrides) else model.hf_overrides,
         rope_type=str(rope.get("rope_type", "default" if not any(map(_is_object, rope.values())) else "several")),
         max_tokens=model.max_model_len,
+        media=_media(model),
         rank=config.parallel_config.rank % parallel.tensor_parallel_size,
         ranks=parallel.tensor_parallel_size,
         refusals=tuple(refusals),
@@ -88,9 +97,31 @@ def _refusals(config: Any) -> list[str]:
         found.append(f"the model's config is not the checkpoint's but {model.hf_config_path}'s")
     if model.runner_type != "generate":
         found.append(f"a {model.runner_type} model's KV is not kept")
+    if _numbers_pictures(config):
+        found.append(
+            "vLLM numbers pictures instead of hashing them; leave out --no-enable-prefix-caching or "
+            "--mm-processor-cache-gb 0"
+        )
     if config.cache_config.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
         found.append(f"--kv-cache-dtype {config.cache_config.cache_dtype} is not supported yet")
     return found
+
+
+def _numbers_pictures(config: Any) -> bool:
+    """Whether a picture is named by when it came: by the same names in every engine."""
+    media = getattr(config.model_config, "multimodal_config", None)
+    if media is None or media.language_model_only:
+        return False
+    return not media.mm_processor_cache_gb and not config.cache_config.enable_prefix_caching
+
+
+def _media(model: Any) -> dict[str, Any]:
+    """How this engine prepares pictures; empty for a model of text, or as the model does by itself."""
+    media = getattr(model, "multimodal_config", None)
+    found = {name: getattr(media, name, None) for name in MEDIA_SETTINGS}
+    if not found["video_pruning_rate"]:
+        del found["video_pruning_method"]
+    return {name: value for name, value in found.items() if value}
 
 
 def _layer_number(name: str) -> int | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -43,6 +43,7 @@ class CacheGroup:
 class Engine:
     """What an engine says of itself. `overrides` are changes of the checkpoint's config; None: they cannot be told.
 
+    `media` is what it changes in how pictures are prepared.
     `format_name` is the page format of its backend; `refusals` what of its configuration the connector cannot serve.
     """
 
@@ -56,6 +57,7 @@ class Engine:
     overrides: Mapping[str, Any] | None = None
     rope_type: str = "default"
     max_tokens: int = 0
+    media: Mapping[str, Any] = field(default_factory=dict)
     rank: int = 0
     ranks: int = 1
     refusals: tuple[str, ...] = ()
@@ -137,6 +139,8 @@ def _changes(engine: Engine) -> str:
         changes["weights"] = engine.quantisation
     if engine.overrides:
         changes["overrides"] = dict(engine.overrides)
+    if engine.media:
+        changes["media"] = dict(engine.media)
     if engine.rope_type not in SETTLED_ROPES:
         changes["max_tokens"] = engine.max_tokens  # such a rotary embedding depends on it
     return json.dumps(changes, sort_keys=True, default=str) if changes else ""

@@ -103,6 +103,50 @@ def test_page_formats_are_those_of_backends(given, layout, name):
     assert vllm.described()[0].format_name == name
 
 
+PICTURES = SimpleNamespace(
+    language_model_only=False,
+    mm_processor_cache_gb=4,
+    mm_processor_kwargs=None,
+    media_io_kwargs={},
+    mm_encoder_attn_dtype=None,
+    video_pruning_rate=None,
+    video_pruning_method="evs",
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "media"),
+    [
+        ({}, {}),
+        ({"mm_processor_kwargs": {"max_pixels": 9}}, {"mm_processor_kwargs": {"max_pixels": 9}}),
+        ({"video_pruning_rate": 0.5}, {"video_pruning_rate": 0.5, "video_pruning_method": "evs"}),
+    ],
+)
+def test_how_pictures_are_prepared_is_told_as_far_as_the_engine_was_told(given, media):
+    """Hashes of pictures do not cover it."""
+    vllm = Vllm()
+    vllm.config.model_config.multimodal_config = SimpleNamespace(**vars(PICTURES) | given)
+    engine, _ = vllm.described()
+    assert (engine.media, engine.refusals) == (media, ())
+
+
+@pytest.mark.parametrize(
+    ("given", "caching", "refused"),
+    [
+        ({"mm_processor_cache_gb": 0}, False, True),
+        ({"mm_processor_cache_gb": 0}, True, False),
+        ({}, False, False),
+        ({"mm_processor_cache_gb": 0, "language_model_only": True}, False, False),
+    ],
+)
+def test_an_engine_that_numbers_its_pictures_is_refused(given, caching, refused):
+    """Without its caches vLLM hashes none: in every engine the first picture has the first number."""
+    vllm = Vllm()
+    vllm.config.model_config.multimodal_config = SimpleNamespace(**vars(PICTURES) | given)
+    vllm.config.cache_config.enable_prefix_caching = caching
+    assert [bool("pictures" in text) for text in vllm.described()[0].refusals] == [True] * refused
+
+
 def change(path, value):
     def apply(vllm):
         *way, last = path.split(".")

@@ -76,6 +76,7 @@ DIFFERENT = {
     "other part": {"rank": 1, "ranks": 2},
     "block size": {"groups": (replace(GROUP, block_tokens=64),)},
     "dtype": {"dtype": "float16"},
+    "media": {"media": {"mm_processor_kwargs": {"max_pixels": 9}}},
     "rope": {"rope_type": "dynamic", "max_tokens": 4096},
     "length": {"rope_type": "dynamic", "max_tokens": 8192},
 }
