@@ -32,6 +32,7 @@ from ...kvstore.errors import HoldfastError
 from ...kvstore.keys import Extras
 from ..api import Store, connect
 from ..link import Link
+from .adapters import Adapters
 from .caches import Caches
 from .describe import describe
 from .identity import ready
@@ -156,7 +157,7 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
             settings = self._settings
             no_loads = "" if settings.load and transfer.is_kv_consumer else "this engine does not load"
             no_saves = "" if settings.store and transfer.is_kv_producer else "this engine does not store"
-            self._scheduler = SchedulerSide(settings, extras_of, loads=no_loads, saves=no_saves)
+            self._scheduler = SchedulerSide(settings, partial(extras_of, Adapters()), loads=no_loads, saves=no_saves)
 
     @property
     def requires_kv_delivery(self) -> bool:
@@ -322,16 +323,23 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
             self._worker.close()
 
 
-def extras_of(request: Any, page_tokens: int, token_count: int) -> Extras:
-    """The extra key parts of vLLM (LoRA, media, salt, embeddings) by page, in a form that is the same everywhere."""
-    if not (request.lora_request or request.mm_features or request.cache_salt or request.prompt_embeds is not None):
+def extras_of(adapters: Adapters, request: Any, page_tokens: int, token_count: int) -> Extras | None:
+    """The extra key parts of vLLM (LoRA, media, salt, embeddings) by page, in a form that is the same everywhere.
+
+    A LoRA's weights are in the first. None: they cannot be told from others.
+    """
+    lora = request.lora_request
+    if not (lora or request.mm_features or request.cache_salt or request.prompt_embeds is not None):
         return {}
+    weights = adapters.digest(lora.lora_path) if lora else b""
+    if weights is None:
+        return None
     found: dict[int, bytes] = {}
     media = 0
     for page, (start, stop) in enumerate(pairwise(range(0, token_count + 1, page_tokens))):
         parts, media = generate_block_hash_extra_keys(request, start, stop, media)
         if parts:
-            found[page] = msgspec.msgpack.encode(parts)
+            found[page] = msgspec.msgpack.encode(parts) + (weights if page == 0 else b"")
     return found
 
 

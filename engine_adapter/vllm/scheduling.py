@@ -47,6 +47,7 @@ class Request(Protocol):
 
 
 Blocks = tuple[list[int], ...]
+ExtrasOf = Callable[[Any, int, int], Extras | None]
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +64,7 @@ class _Request:
     found: Found = NOTHING  # of the load that was ordered
     ordered: int = 0  # tokens to be there after the load; 0: none was ordered
     loading: bool = False
+    untold: bool = False  # what its KV depends on cannot be told
     spoilt: bool = False  # a load brought less than was promised: it is not tried again
     loaded: Loaded | None = None
     saved_tokens: int = 0  # of the last save that was ordered
@@ -74,11 +76,10 @@ class _Request:
 class SchedulerSide:
     """The engine's scheduler asks, `plan` says what its workers are to do, `heard` is told what they did."""
 
-    def __init__(
-        self, settings: Settings, extras_of: Callable[[Any, int, int], Extras], *, loads: str = "", saves: str = ""
-    ) -> None:
+    def __init__(self, settings: Settings, extras_of: ExtrasOf, *, loads: str = "", saves: str = "") -> None:
         """`extras_of(request, page_tokens, token_count)`: what its KV depends on besides tokens, by page.
 
+        None: on what cannot be told; then nothing is loaded or saved for it.
         `loads`, `saves`: why nothing is loaded or saved in this engine; empty: it is.
         """
         self._settings = settings
@@ -135,6 +136,8 @@ class SchedulerSide:
         stale = time.monotonic() > known.expires and not known.unanswered
         if question is None or stale or known.preemptions != request.num_preemptions:
             question = self._ask(known, expires=inf)
+            if question is None:
+                return 0, False
         if question.found is None:
             if question.seconds < self._settings.lookup_seconds:
                 self._awaited = question
@@ -281,23 +284,29 @@ class SchedulerSide:
             and not self._no_loads
             and known.wishes.load
             and not known.spoilt
+            and not known.untold
             and not known.request.skip_reading_prefix_cache
             and known.request.num_tokens > self._page_tokens
         )
 
-    def _ask(self, known: _Request, expires: float) -> Question:
+    def _ask(self, known: _Request, expires: float) -> Question | None:
+        """Have it looked up; None where nobody could tell its KV from others'."""
         assert self._lookups is not None
         request = known.request
         tokens = _tokens(request, request.num_tokens)
         extras = self._extras(known, request.num_tokens)
+        if extras is None:
+            return None
         known.preemptions = request.num_preemptions
         known.expires, known.unanswered = expires, False
         known.question = self._lookups.ask(tokens, extras)
         self.counts["lookups"] += 1
         return known.question
 
-    def _extras(self, known: _Request, count: int) -> Extras:
-        return self._extras_of(known.request, self._page_tokens, count)
+    def _extras(self, known: _Request, count: int) -> Extras | None:
+        extras = self._extras_of(known.request, self._page_tokens, count)
+        known.untold = known.untold or extras is None
+        return extras
 
     def _save_prompt(self, known: _Request, computed: int, blocks_of: Callable[[str], Blocks | None]) -> None:
         """Order a save when the prompt is prefilled with this step."""
@@ -347,11 +356,15 @@ class SchedulerSide:
         if any(NULL_BLOCK in table[:pages] or len(table) < pages for table in blocks):
             known.not_saved = "some of its blocks are gone"
             return
+        extras = self._extras(known, count)
+        if extras is None:
+            known.not_saved = "its LoRA adapter cannot be told from others; the engine's log says why"
+            return
         self._saves.append(
             Save(
                 request=request.request_id,
                 tokens=_tokens(request, count),
-                extras=self._extras(known, count),
+                extras=extras,
                 blocks=tuple(table[:pages] for table in blocks),
                 canonical=count % self._page_tokens > 0,
                 name=name,

@@ -300,6 +300,20 @@ def test_where_the_engine_lacks_blocks_saves_give_way(engine):
     assert engine.plan() == Plan(stops=("r",), held=("r",))
 
 
+def test_what_cannot_be_told_from_others_is_neither_loaded_nor_saved():
+    side = SchedulerSide(Settings(save_generated=True), lambda *_: None)
+    lookups = FakeLookups()
+    side.open([READY], lambda _: lookups)
+    one = request(kv_transfer_params={"document": "report"})
+    side.arrived(one)
+    assert side.matched(one, 0) == (0, False)
+    assert not lookups.questions
+    assert side.plan({"r": one.num_tokens}, (), lambda _: blocks(20)) == Plan()
+    hold, answer = side.ended(one, blocks(20))
+    assert not hold
+    assert "cannot be told" in answer["holdfast"]["saved"]
+
+
 @pytest.mark.parametrize("table", [[0, *range(1, 10)], list(range(1, 10))])
 def test_a_prompt_of_which_blocks_are_gone_is_not_saved(engine, table):
     one = engine.arrive(request(kv_transfer_params={}), found=0)
