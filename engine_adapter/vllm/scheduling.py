@@ -63,12 +63,13 @@ class _Request:
     computed: int = 0  # tokens that the engine had by itself when it was told of ours
     found: Found = NOTHING  # of the load that was ordered
     ordered: int = 0  # tokens to be there after the load; 0: none was ordered
-    loading: bool = False
+    loading: int = 0  # ranks that have not said how the load ended
     untold: bool = False  # what its KV depends on cannot be told
     spoilt: bool = False  # a load brought less than was promised: it is not tried again
     loaded: Loaded | None = None
     saved_tokens: int = 0  # of the last save that was ordered
     saves: int = 0  # ordered, and not yet heard of
+    saves_preemptions: int = 0  # of the request, when the last was ordered
     saved: Saved | None = None
     not_saved: str | None = None
 
@@ -165,7 +166,7 @@ class SchedulerSide:
         assert question.found is not None
         start, stop = known.computed, known.computed + external
         first, last = start // self._page_tokens, stop // self._page_tokens
-        known.found, known.ordered, known.loading = question.found, stop, True
+        known.found, known.ordered, known.loading = question.found, stop, self._ranks
         self._loads.append(
             Load(
                 request=request.request_id,
@@ -237,7 +238,9 @@ class SchedulerSide:
             return False, self._answer(known)
         if self._settings.save_generated and known.saved_tokens and not known.saves:
             self._save_generated(known, blocks)
-        hold = known.saves > 0 and not self._is_beyond_window(request.num_computed_tokens)
+        # A reset of the engine's cache takes blocks away between two steps, and the next one tells only of who is left.
+        its_own = known.saves_preemptions == request.num_preemptions
+        hold = known.saves > 0 and its_own and not self._is_beyond_window(request.num_computed_tokens)
         if known.saves and not hold:
             self._stops.append(request.request_id)
         if hold:
@@ -373,6 +376,7 @@ class SchedulerSide:
         )
         known.saved_tokens = count
         known.saves += self._ranks
+        known.saves_preemptions = request.num_preemptions
         self.counts["saves"] += 1
 
     def _hear_load(self, loaded: Loaded) -> None:
@@ -380,7 +384,7 @@ class SchedulerSide:
         self.counts["load_seconds"] += loaded.seconds
         if known is None:
             return
-        known.loading = False
+        known.loading -= 1
         if known.loaded is None or loaded.stop < known.loaded.stop:  # of several ranks the one that has least
             known.loaded = loaded
         if loaded.stop < known.ordered:

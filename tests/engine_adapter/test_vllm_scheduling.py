@@ -169,7 +169,7 @@ def test_what_a_load_did_not_bring_is_computed_and_not_tried_again(engine):
 
 
 def test_of_several_ranks_the_one_that_has_least_counts():
-    engine = Side(ranks=[READY, READY])
+    engine = Side(ranks=[READY] * 3)
     one = engine.arrive(request(kv_transfer_params={}), found=4 * PAGE)
     engine.load(one)
     for stop in (4 * PAGE, PAGE, 3 * PAGE):
@@ -183,6 +183,25 @@ def test_a_request_that_ends_while_it_loads_takes_its_blocks_back(engine):
     assert ended(engine, one) == (False, None)  # the engine frees them when the load is over
     assert engine.plan() == Plan(stops=("r",))
     engine.loaded("r", 0)
+
+
+def test_a_request_that_ends_while_one_rank_still_loads_takes_its_blocks_back_and_saves_nothing():
+    """It was preempted after its prompt was saved, and lost what it had generated."""
+    engine = Side(ranks=[READY, READY], save_generated=True)
+    one = engine.arrive(request(), found=0)
+    engine.plan({one: one.num_tokens})
+    for _ in range(2):
+        engine.saved("r")
+    one.all_token_ids += [1] * (4 * PAGE)
+    one.num_computed_tokens, one.num_preemptions = 0, 1
+    engine.plan(preempted=["r"])
+    engine.side.matched(one, 0)
+    engine.lookups.answer(13 * PAGE)
+    engine.load(one)
+    one.num_computed_tokens = 13 * PAGE
+    engine.loaded("r", 13 * PAGE)
+    assert ended(engine, one) == (False, None)
+    assert engine.plan() == Plan(stops=("r",))
 
 
 # Saves -----------------------------------------------------------------------------------------
@@ -288,6 +307,15 @@ def test_a_preempted_request_is_not_read_any_more_and_saved_when_it_was_computed
     assert engine.plan(preempted=["r"]).stops == ("r",)
     engine.saved("r", 0, problem="taken away")
     assert engine.plan({one: one.num_tokens}).saves
+
+
+def test_a_request_that_a_reset_preempted_and_that_ends_before_the_next_step_is_not_read_any_more(engine):
+    """Its blocks were given back; the step that preempts it does not know it any more."""
+    one = engine.arrive(request(), found=0)
+    engine.plan({one: one.num_tokens})
+    one.num_computed_tokens, one.num_preemptions = 0, 1
+    assert ended(engine, one) == (False, None)
+    assert engine.plan(preempted=["r"]) == Plan(stops=("r",))
 
 
 def test_where_the_engine_lacks_blocks_saves_give_way(engine):
