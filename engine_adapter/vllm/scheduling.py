@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from ...kvstore.keys import Extras
 from .caches import NULL_BLOCK
 from .lookups import NOTHING, Found, Lookups, Question
 from .plans import Heard, Load, Loaded, Plan, Ready, Save, Saved, Tokens
+from .request import Blocks, ExtrasOf, Request
 from .settings import Settings
 from .wishes import Wishes, wishes_of
 
@@ -26,28 +27,6 @@ LOG: Final = logging.getLogger("vllm.holdfast")
 ANSWER_SECONDS: Final = 1.0  # a request that waits longer for blocks is looked up again
 IDLE_SECONDS: Final = 0.005  # in a step that computes nothing; a request that arrives then is seen so much later
 QUIET_SECONDS: Final = 10.0  # between two lines of one kind
-
-
-class Request(Protocol):
-    """What we look at of the engine's request."""
-
-    request_id: str
-    num_prompt_tokens: int
-    num_computed_tokens: int
-    num_in_flight_tokens: int
-    num_preemptions: int
-    skip_reading_prefix_cache: bool
-    kv_transfer_params: dict[str, Any] | None
-
-    @property
-    def num_tokens(self) -> int: ...
-
-    @property
-    def all_token_ids(self) -> Sequence[int]: ...
-
-
-Blocks = tuple[list[int], ...]
-ExtrasOf = Callable[[Any, int, int], Extras | None]
 
 
 @dataclass(slots=True, eq=False)
