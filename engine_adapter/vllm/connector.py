@@ -275,7 +275,9 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
         if found.spec is not None:
             caches = Caches(found.spec, tensors)
             part = f"#{engine.rank + 1}of{engine.ranks}" if engine.ranks > 1 else ""
-            self._worker = WorkerSide(self._settings, caches, partial(_connect, self._settings), part)
+            # With several groups vLLM cannot tell from a block's number whose it is.
+            whole = len(self._kv_cache_config.kv_cache_groups) > 1 or found.window is not None
+            self._worker = WorkerSide(self._settings, caches, partial(_connect, self._settings), part, whole=whole)
         return found
 
     def get_handshake_metadata(self) -> HoldfastHandshake:
@@ -304,12 +306,9 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
             return KVConnectorTransferResults()
         idle = _plan(self._get_connector_metadata()).idle
         self._ended = self._worker.ended(IDLE_SECONDS if idle else 0.0)
-        failed = set(self._ended.missing) if len(self._kv_cache_config.kv_cache_groups) > 1 else set()
-        return KVConnectorTransferResults(self._ended.sent, self._ended.received, failed)
+        return KVConnectorTransferResults(self._ended.sent, self._ended.received, self._ended.failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        if len(self._kv_cache_config.kv_cache_groups) > 1:  # block numbers of several groups are not told apart
-            return set()
         return {block for blocks in self._ended.missing.values() for block in blocks}
 
     def build_connector_worker_meta(self) -> HoldfastWorkerMetadata | None:

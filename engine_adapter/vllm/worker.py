@@ -25,10 +25,14 @@ SAVES_MAX: Final = 16  # waiting; more would pin the engine's blocks for a store
 
 @dataclass(slots=True)
 class Ended:
-    """What the engine is to be told: transfers that are over, and blocks whose tokens did not come, by request."""
+    """What the engine is to be told: transfers that are over, and blocks whose tokens did not come, by request.
+
+    `failed`: requests of which nothing that was loaded can be used.
+    """
 
     sent: set[str] = field(default_factory=set)
     received: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
     missing: dict[str, list[int]] = field(default_factory=dict)
 
 
@@ -38,8 +42,22 @@ class WorkerSide:
     `connect` makes a Store; loads and saves have connections of their own, so that neither waits behind the other.
     """
 
-    def __init__(self, settings: Settings, caches: Caches, connect: Callable[[], Store], part: str = "") -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        caches: Caches,
+        connect: Callable[[], Store],
+        part: str = "",
+        *,
+        whole: bool = False,
+    ) -> None:
+        """`whole`: the engine can use no load of which something is missing.
+
+        One that slides a window has blocks for the end of what was promised only. Where less came, what its last tokens
+        would look at was never loaded.
+        """
         self._settings = settings
+        self._whole = whole
         self._caches = caches
         self._part = part  # behind the names of this rank's documents
         self._load_link = Link(connect)
@@ -90,11 +108,14 @@ class WorkerSide:
             self._news.wait(wait_seconds)
         self._news.clear()
         found = Ended()
-        for result in self._loads.take():
-            order = self._orders.pop(result.request)
-            found.received.add(result.request)
-            if result.stop < order.stop:
-                found.missing[result.request] = self._missing(order, result.stop)
+        for ended in self._loads.take():
+            result, order = ended, self._orders.pop(ended.request)
+            found.received.add(order.request)
+            if result.stop < order.stop and self._whole:
+                found.failed.add(order.request)
+                result = replace(result, stop=order.start)
+            elif result.stop < order.stop:
+                found.missing[order.request] = self._missing(order, result.stop)
             self._heard_loads.append(result)
         overdue = time.monotonic() - self._settings.hold_seconds
         for request, since in list(self._held.items()):

@@ -53,16 +53,17 @@ def tensors(seed):
 class Worker:
     """A worker side, and the engine around it. `groups`: the KV cache group of each layer."""
 
-    def __init__(self, socket, seed=0, groups=(0, 0, 0), **settings):
+    def __init__(self, socket, seed=0, groups=(0, 0, 0), whole=False, **settings):
         self.tensors = tensors(seed)
         self.before = {layer: tensor.clone() for layer, tensor in self.tensors.items()}
         caches = Caches(SPEC, {layer: (groups[layer], tensor) for layer, tensor in self.tensors.items()})
-        self.side = WorkerSide(Settings(**settings), caches, lambda: connect(socket))
+        self.side = WorkerSide(Settings(**settings), caches, lambda: connect(socket), whole=whole)
         self.ended = None
         self.loads = []
         self.saves = []
         self.sent = set()
         self.missing = {}
+        self.failed = set()
 
     def step(self, **plan):
         """One step of the engine."""
@@ -74,6 +75,7 @@ class Worker:
         heard = self.side.heard()
         self.sent |= ended.sent
         self.missing |= ended.missing
+        self.failed |= ended.failed
         if heard is not None:
             self.loads += heard.loads
             self.saves += heard.saves
@@ -177,6 +179,18 @@ def test_a_prompt_that_begins_alike_is_loaded_as_far_as_it_does(engine):
     assert "cache" in loaded.problem
     assert worker.missing == {"l": [24, 25]}
     assert worker.unchanged(range(20, 24))
+
+
+def test_a_part_of_a_load_is_nothing_where_a_window_slides(engine):
+    """Block 0 stands where the window has passed what was promised: of what came, its last tokens would look there."""
+    tokens = prompt(6)
+    worker = engine(whole=True)
+    worker.save(tokens[: 5 * PAGE], (list(range(1, 6)),))
+    loaded = worker.load(tokens, 0, 6 * PAGE, ([0, 0, 0, 0, 20, 21],))
+    assert (loaded.stop, worker.failed, worker.missing) == (0, {"l"}, {})
+    assert "cache" in loaded.problem
+    assert worker.load(tokens, 0, 5 * PAGE, ([0, 0, 0, 0, 20],)).stop == 5 * PAGE
+    assert worker.failed == {"l"}
 
 
 def test_what_is_not_there_is_missing_and_nothing_is_written(engine):
