@@ -253,8 +253,13 @@ class HoldfastConnector(KVConnectorBase_V1, SupportsHMA):
         return HoldfastMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def reset_cache(self) -> bool:
-        """Clear what this tenant has stored in this model's pages, except what is pinned."""
-        return self._asked(lambda side: side.clear(), otherwise=False)
+        """Clear what this tenant has stored in this model's pages, except what is pinned.
+
+        It always succeeds: where the daemon does not answer, this engine reads nothing until it was cleared. Else vLLM
+        could not be paused or put to sleep without a daemon.
+        """
+        self._asked(lambda side: side.clear(), None)
+        return True
 
     # Worker ------------------------------------------------------------------------------------
 

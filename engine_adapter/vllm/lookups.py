@@ -84,6 +84,7 @@ class Lookups:
         self._waiting: deque[Question] = deque()
         self._current: Question | None = None
         self._closed = False
+        self._to_clear = False
         threading.Thread(target=self._serve, name="holdfast-lookup", daemon=True).start()
 
     def ask(self, tokens: Tokens, extras: Extras) -> Question:
@@ -99,23 +100,32 @@ class Lookups:
                 self._changed.notify()
         return question
 
-    def clear(self) -> bool:
-        """Forget what was stored in these engines' pages, for an operator, who may wait; whether it was done."""
-        done = threading.Event()
+    def clear(self) -> None:
+        """Forget what was stored in these engines' pages, for an operator, who may wait.
+
+        What cannot be forgotten now, because nobody answers, is so before anything else is looked up.
+        """
+        self._to_clear = True
+        why = [f"not within {CLEAR_SECONDS:g} s"]
 
         def work() -> None:
             try:
                 with self._link.use() as store:
-                    for spec in self._specs:
-                        store.clear(spec)
-                done.set()
+                    self._clear(store)
             except HoldfastError as error:
-                LOG.warning("holdfast: the cache was not cleared: %s", error.message)
+                why[0] = error.message
 
         thread = threading.Thread(target=work, name="holdfast-clear", daemon=True)
         thread.start()
         thread.join(CLEAR_SECONDS)
-        return done.is_set()
+        if self._to_clear:
+            LOG.warning("holdfast: the cache is cleared when it can be, and not read by this engine before: %s", why[0])
+
+    def _clear(self, store: Store) -> None:
+        if self._to_clear:
+            for spec in self._specs:
+                store.clear(spec)
+            self._to_clear = False
 
     def close(self) -> None:
         """Answer nothing any more, and disconnect."""
@@ -137,6 +147,7 @@ class Lookups:
                 continue
             try:
                 with self._link.use() as store:
+                    self._clear(store)
                     question.answer(self._look(store, question))
             except HoldfastError:
                 question.miss()

@@ -244,9 +244,12 @@ class SchedulerSide:
         nvme = min(found.tier_tokens.get("nvme", 0), external)
         return {tier: count for tier, count in (("ddr", external - nvme), ("nvme", nvme)) if count}
 
-    def clear(self) -> bool:
-        """Forget what was stored of this model in this engine's pages; whether it was done. It may take seconds."""
-        return self._lookups is None or self._lookups.clear()
+    def clear(self) -> None:
+        """Forget what was stored of this model in this engine's pages. It may take seconds."""
+        for known in self._requests.values():
+            known.question = None
+        if self._lookups is not None:
+            self._lookups.clear()
 
     def take_counts(self) -> dict[str, float]:
         """Counters since the last call."""

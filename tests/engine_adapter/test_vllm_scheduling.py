@@ -135,6 +135,15 @@ def test_after_a_preemption_the_answer_so_far_is_looked_up_with_the_prompt(engin
     assert engine.side.matched(one, 0) == (5 * PAGE, True)
 
 
+def test_what_was_found_before_a_reset_is_not_loaded_after_it(engine):
+    one = engine.arrive(request(), found=4 * PAGE)
+    engine.side.clear()
+    assert engine.lookups.cleared
+    assert engine.side.matched(one, 0) == (None, False)
+    engine.lookups.answer(0)
+    assert engine.side.matched(one, 0) == (0, False)
+
+
 def test_an_engine_without_workers_that_keep_kv_caches_nothing():
     engine = Side(ranks=[READY, Ready(reason="no")])
     one = engine.arrive(request())

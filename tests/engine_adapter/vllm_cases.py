@@ -48,7 +48,7 @@ class FakeLookups:
 
     def __init__(self, ranks=()):
         self.questions: list[Question] = []
-        self.closed = False
+        self.closed = self.cleared = False
 
     def ask(self, tokens, extras):
         question = Question(tokens, extras, 1000.0)
@@ -59,7 +59,7 @@ class FakeLookups:
         self.questions[-1].answer(Found(token_count=count, tier_tokens={"ddr": count}, **given))
 
     def clear(self):
-        return False
+        self.cleared = True
 
     def close(self):
         self.closed = True
