@@ -39,8 +39,11 @@ _answers = msgspec.msgpack.Decoder(Answer)
 
 
 def encode(message: Envelope | Answer) -> bytes:
-    """The whole frame."""
-    data = _encoder.encode(message)
+    """The whole frame. Raises MalformedFrame for a text that is no Unicode, or a number that is too large."""
+    try:
+        data = _encoder.encode(message)
+    except (UnicodeEncodeError, OverflowError) as error:
+        raise MalformedFrame(f"it cannot be sent: {error}") from error
     return LENGTH.pack(len(data)) + data
 
 

@@ -464,6 +464,16 @@ def test_more_extra_key_parts_than_blocks_of_any_prompt_are_malformed():
         decode_request(msgspec.msgpack.encode([2, ["KeysOf", FINGERPRINT, b"", [[0, b""]] * 65_537]]))
 
 
+def test_what_cannot_be_sent_is_refused_and_forgotten(unharmed):
+    """Half of a surrogate pair comes in valid JSON, and so does a number of any length."""
+    with closing(Client(unharmed.socket)) as client:
+        for ask in (lambda: client.document("\ud800"), lambda: client.pin("x", "ddr", ttl_seconds=10**400, owner="me")):
+            with pytest.raises(MalformedFrame, match="cannot be sent"):
+                ask()
+        assert not client._connection._waiting
+        assert client.is_open
+
+
 def test_what_cannot_be_looked_up_is_refused(unharmed):
     with closing(Client(unharmed.socket)) as client:
         client.register_spec(SPEC)
