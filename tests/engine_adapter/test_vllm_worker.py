@@ -276,7 +276,7 @@ def test_a_name_that_has_other_tokens_is_refused(engine):
 
 @contextmanager
 def stuck(worker):
-    """Saves stop at their first page, until the end of this."""
+    """Saves stop at their first page, until the end of this: of tokens that nobody stored, or there is none to read."""
     reached, free = threading.Event(), threading.Event()
     take = worker.side._caches.take
 
@@ -295,7 +295,7 @@ def stuck(worker):
 def test_blocks_are_held_while_they_are_read_and_no_longer(engine):
     worker = engine()
     with stuck(worker) as (reached, free):
-        worker.step(saves=(Save(request="s", tokens=prompt(4), extras={}, blocks=([1, 2, 3, 4],)),))
+        worker.step(saves=(Save(request="s", tokens=prompt(4, seed=11), extras={}, blocks=([1, 2, 3, 4],)),))
         assert reached.wait(20)
         worker.step(held=("s",))
         worker.step()
@@ -317,7 +317,7 @@ def test_blocks_that_are_taken_away_are_read_no_more_and_leave_no_document(engin
     """Whoever takes them waits for the page that is being copied."""
     worker = engine()
     with stuck(worker) as (reached, free):
-        worker.step(saves=(Save(request="s", tokens=prompt(4), extras={}, blocks=([1, 2, 3, 4],), name="x"),))
+        worker.step(saves=(Save(request="s", tokens=prompt(4, seed=12), extras={}, blocks=([1, 2, 3, 4],), name="x"),))
         assert reached.wait(20)
         taken = threading.Thread(target=worker.step, kwargs={"stops": ("s",), "held": ("s",)})
         taken.start()
