@@ -12,6 +12,10 @@ mean, such as quantisation), `write_policy`, `lookup_seconds`, `load_seconds`, `
 It shows Holdfast only hashes: use HoldfastConnector for documents, names and other layouts. A request says
 `kv_transfer_params={"store": false}` or `{"load": false}`, and pins by `kv_hints` (see hints).
 
+vLLM's hashes name a LoRA adapter by its path, and leave out how the engine was told to prepare pictures: give `layout`
+another text when either changes. Without prefix caching and with --mm-processor-cache-gb 0 it numbers pictures instead
+of hashing them: store none then.
+
 It runs in vLLM's scheduler process, whose thread never waits here. A daemon that is away, slow or full means misses and
 dropped stores, which are counted (vllm:kv_offload_holdfast_*).
 """
