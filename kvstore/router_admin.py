@@ -18,6 +18,7 @@ from .geometry import extent_geometry
 from .keying import keys_of, sent_tokens
 from .keys import Tokens
 from .ledger import Hop
+from .opaque import is_opaque
 from .prefix import Prefix
 from .prefix_wire import EXTRA_BYTES_MAX, EXTRAS_MAX
 from .problems import body, reply
@@ -89,7 +90,7 @@ class RouterRoutes:
     def _specs(self, model: str) -> list[KVSpec]:
         """What the model's KV is stored as. Raises NotFound."""
         specs = self.service.state.specs
-        found = [spec for name, spec in specs.items() if model in (spec.model, name.hex())]
+        found = [spec for name, spec in specs.items() if model in (spec.model, name.hex()) and not is_opaque(spec)]
         if not found:
             raise NotFound(f"no KV of a model {model!r} is known; GET /v1/models names them")
         return found

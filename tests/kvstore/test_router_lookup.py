@@ -6,6 +6,7 @@ import base64
 
 import numpy as np
 import pytest
+from holdfast.engine_adapter.api import Store
 from holdfast.kvstore.errors import InvalidRequest, NotFound
 
 from daemon_process import DaemonProcess, durable, put, tokens_of, until
@@ -90,3 +91,9 @@ def test_wrong_questions(daemon, body, error):
     daemon.client()
     with pytest.raises(error):
         daemon.rest().post("/v1/lookup", body)
+
+
+def test_a_namespace_of_objects_is_no_model(daemon):
+    Store(daemon.client()).objects("pages").put([(b"key", b"value")])
+    with pytest.raises(NotFound, match="/v1/models"):
+        daemon.rest().post("/v1/lookup", {"model": "pages", "tokens": [0]})
