@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from lmcache.v1.platform import create_event_notifier
 
 from ...kvstore.errors import HoldfastError
 from ..link import link_to
-from ..objects import PutStatus
+from ..objects import Objects, PutStatus
 from .inventory import Inventory
 from .locks import Locks
 from .naming import Shard, form_of, is_packed, key_of, namespace_of, shard_of
@@ -67,6 +68,7 @@ class HoldfastL2Adapter(L2AdapterInterface):
         self._locks = Locks(self._give_back, settings.lock_seconds)
         self._inventory = Inventory()
         self._lock = threading.Lock()
+        self._passing = threading.Lock()  # what is below DDR passes through it for one task at a time
         self._counts: Counter[str] = Counter()
         self._last_error: str | None = None
         self._forms: OrderedDict[Shard, str] = OrderedDict()  # as lookups say them
@@ -246,24 +248,40 @@ class HoldfastL2Adapter(L2AdapterInterface):
         rest: Sequence[int],
         loaded: Bitmap,
     ) -> None:
-        """Those that were not locked in DDR."""
+        """Those that were not locked in DDR, one task at a time: each may need all the room that there is."""
         with self._lock:
             for number in rest:
                 self._far.pop(keys[number], None)
         spaces = self._spaces(
             [keys[number] for number in rest], [self._form(keys[number], objects[number]) for number in rest]
         )
-        with self._link.use() as store:
+        with self._passing, self._link.use() as store:
             for namespace, members in spaces.items():
-                numbers = [rest[member] for member, _ in members]
-                outcomes = store.objects(namespace).load_into(
-                    [key_of(key) for _, key in members],
-                    [buffers[number] for number in numbers],
-                    deadline_seconds=self._settings.load_seconds,
-                )
-                for number, outcome in zip(numbers, outcomes, strict=True):
-                    if outcome:
-                        loaded.set(number)
+                wanted = {rest[member]: key_of(key) for member, key in members}
+                for number in self._loaded(store.objects(namespace), wanted, buffers):
+                    loaded.set(number)
+
+    def _loaded(
+        self, there: Objects, wanted: Mapping[int, bytes], buffers: Sequence[npt.NDArray[np.uint8]]
+    ) -> Iterator[int]:
+        """Load these keys into the buffers of their numbers; which were. Rather than go without, no lock is kept."""
+        until = time.monotonic() + self._settings.load_seconds
+        for is_last in (False, True):
+            outcomes = there.load_into(
+                list(wanted.values()),
+                [buffers[number] for number in wanted],
+                deadline_seconds=max(0.0, until - time.monotonic()),
+            )
+            yield from (number for number, outcome in zip(wanted, outcomes, strict=True) if outcome)
+            wanted = {number: key for (number, key), it_was in zip(wanted.items(), outcomes, strict=True) if not it_was}
+            if is_last or not wanted or not self._locks.count:
+                return
+            tiers = there.find(list(wanted.values()), deadline_seconds=self._settings.find_seconds)
+            wanted = {number: key for (number, key), tier in zip(wanted.items(), tiers, strict=True) if tier}
+            if not wanted:
+                return  # they have gone
+            self._locks.give_up()
+            self._wait_for_room()
 
     # Names -------------------------------------------------------------------------------------
 

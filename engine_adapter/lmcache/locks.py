@@ -83,6 +83,13 @@ class Locks:
                 held = next((held for held in waiting if key not in held.views), waiting[0])
                 self._drop(held, key)
 
+    def give_up(self) -> None:
+        """End all leases, for want of room; what is read just now may be read to its end."""
+        with self._changed:
+            for held in self._in_order:
+                held.views.clear()
+                self._end_if_over(held)
+
     def _drop(self, held: _Held, key: Hashable) -> None:
         held.keys.discard(key)
         held.views.pop(key, None)

@@ -85,6 +85,20 @@ def test_what_is_being_read_is_not_given_up(locks):
     assert lease.ends == 1
 
 
+def test_all_are_given_up_for_want_of_room_but_what_is_being_read(locks):
+    read_now, waiting = held(locks, "a", "b"), held(locks, "a")
+    with locks.reading("a") as view:
+        locks.give_up()
+        assert waiting.ended.is_set()
+        assert not read_now.ended.is_set()
+        assert bytes(view) == b"a"
+    assert read_now.ends == 1
+    assert [read(locks, key) for key in ("a", "b")] == [None, None]
+    locks.unlock(["a", "b", "a"])
+    assert locks.count == 0
+    assert (read_now.ends, waiting.ends) == (1, 1)
+
+
 def test_a_lookup_that_found_nothing_in_reach_holds_nothing(locks):
     lease = Lease()
     locks.hold(lease, {})

@@ -224,6 +224,22 @@ def test_what_is_locked_in_memory_makes_room_for_the_rest_of_its_prompt(asked, m
         assert all(holds(*pair) for pair in zip(wanted, objects, strict=True))
 
 
+def test_a_prompt_that_waits_with_locks_does_not_keep_another_one_out(asked, memory):
+    prompts = far, near = keys(*range(128)), keys(*range(128, 256))  # each fills all of memory
+    for wanted in prompts:
+        for first in (0, 64):
+            some = wanted[first : first + 64]
+            assert asked.store(some, memory.filled(some))
+    assert asked.fetch(near, memory.take(128)) == list(range(128))
+    assert asked.look_up(near) == asked.look_up(far) == list(range(128))
+    assert asked.adapter.report_status()["locked_keys"] == 128
+    for wanted in prompts:
+        buffers = memory.take(128)
+        assert asked.load(wanted, buffers) == list(range(128))
+        asked.adapter.submit_unlock(wanted)
+        assert all(holds(*pair) for pair in zip(wanted, buffers, strict=True))
+
+
 def test_a_prompt_that_was_stored_bit_by_bit_leaves_from_its_end(memory):
     prompt = keys(*range(60))
     names = [naming.key_of(one) for one in prompt]
