@@ -55,19 +55,22 @@ def digest_of(directory: Path, progress: Callable[[int, int], None] | None = Non
     `progress` gets the bytes read so far and those of all files. Raises InvalidSpec.
     """
     paths = [directory / CONFIG_FILE, *weight_files(directory)]
-    total = sum(path.stat().st_size for path in paths)
-    done = 0
     digest = hashlib.blake2b(digest_size=16, person=b"holdfast-model")
     buffer = memoryview(bytearray(HASHED_AT_ONCE_BYTES))
-    for path in paths:
-        of_file = hashlib.blake2b()
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                of_file.update(buffer[:count])
-                done += count
-                if progress is not None:
-                    progress(done, total)
-        digest.update(of_file.digest())
+    done = 0
+    try:
+        total = sum(path.stat().st_size for path in paths)
+        for path in paths:
+            of_file = hashlib.blake2b()
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    of_file.update(buffer[:count])
+                    done += count
+                    if progress is not None:
+                        progress(done, total)
+            digest.update(of_file.digest())
+    except OSError as error:
+        raise InvalidSpec(f"{error.filename or directory} cannot be read: {error.strerror or error}") from error
     return digest.hexdigest()
 
 

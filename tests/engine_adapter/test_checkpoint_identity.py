@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from holdfast.engine_adapter import checkpoint_identity
 from holdfast.engine_adapter.checkpoint_identity import checkpoint_digest, checkpoint_spec, model_spec
+from holdfast.engine_adapter.namespaces import model_identity
 from holdfast.kvstore.errors import InvalidSpec
 from holdfast.ring_attention.checkpoint import load_model
 from holdfast.ring_attention.config import ModelConfig
@@ -183,3 +184,12 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, model):
     (model / "model.safetensors").unlink()
     with pytest.raises(InvalidSpec, match="neither"):
         checkpoint_spec(model)
+
+
+def test_weights_that_cannot_be_read_are_no_checkpoint_and_end_no_engine(model):
+    weights = next(model.glob("*.safetensors"))
+    weights.unlink()
+    weights.mkdir()  # whoever runs the tests may read everything
+    with pytest.raises(InvalidSpec, match=f"{weights.name} cannot be read|{model} cannot be read"):
+        checkpoint_digest(model)
+    assert model_identity(str(model)) != str(model)  # SGLang starts, and tells these weights from others by their files
