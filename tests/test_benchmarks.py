@@ -64,6 +64,13 @@ EVICTION = {
     "attach_whole_decision_ms",
     "bytes_per_extent",
 }
+ADAPTERS = {
+    "ttft_ddr_vs_lmcache_ram",
+    "ttft_nvme_vs_lmcache_disk",
+    "ttft_ddr_vs_recompute",
+    "miss_overhead",
+    "miss_overhead_no_store",
+}
 HINTS = {f"hints_{what}_decode_{ms}ms" for what in ("wait", "round") for ms in (150, 40, 10)}
 STORE = {
     "put_vs_memcpy",
@@ -332,6 +339,7 @@ def test_a_committed_result_has_the_same_shape(path):
         "ring": [RING, RING | GPU],
         "eviction": [EVICTION],
         "hints": [HINTS],
+        "adapters": [ADAPTERS],
     }
     assert names in known[path.stem]
     check_shape(report, names)
