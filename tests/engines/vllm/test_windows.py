@@ -70,6 +70,7 @@ def test_of_less_than_was_promised_nothing_is_used(directory, daemon):
 
         assert ask().cached == count // PAGE * PAGE
         damage_last_extent(daemon)
-        until(lambda: ask().holdfast["tier_tokens"], "a load was tried", 60)
-        assert engine.metrics()["vllm:holdfast_load_failures"] == 1
+        # The first load may fail because it is not connected again yet, while lookups are.
+        until(lambda: "sealed as" in str(ask().holdfast.get("problems")), "a load came upon the damage", 60)
+        assert engine.metrics()["vllm:holdfast_load_failures"] >= 1
         assert ask().cached == count - BEHIND
