@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ...kvstore.errors import UnknownPageFormat
 from ..objects import Gathered
 
 IN_PLACE: Final = ("page_first", "page_first_direct", "page_head")
@@ -65,14 +66,15 @@ class Pages:
     """The pages of one pool. `indices` are of all their tokens, page after page, as SGLang gives them."""
 
     def __init__(self, pool: HostPool) -> None:
-        """Raises NotImplementedError for a pool whose pages cannot be had as bytes."""
+        """Raises UnknownPageFormat for a pool whose pages cannot be had as bytes."""
         self._pool = pool
         self._page_tokens = int(getattr(pool, "logical_page_size", 0) or getattr(pool, "page_size", 1) or 1)
         self._spare = _flat_page(pool)  # on its way into the pool; None: pages are written in place only
         self._writing = threading.Lock()
-        self.size_bytes = self._page_bytes() if self._spare is None else flat_bytes(self._spare).nbytes
+        one_page = torch.arange(self._page_tokens)
+        self.size_bytes = sum(self._places(one_page)[1]) if self._spare is None else flat_bytes(self._spare).nbytes
         if not self.size_bytes:
-            raise NotImplementedError("its pages have no bytes")
+            raise UnknownPageFormat("its pages have no bytes")
         self.tokens = self._page_tokens
 
     @property
@@ -87,13 +89,13 @@ class Pages:
         return indices is not None and indices.numel() == pages * self._page_tokens
 
     def sources(self, indices: torch.Tensor) -> list[Bytes | Gathered]:
-        """The pages' contents, flat."""
+        """The pages' contents, flat. Raises UnknownPageFormat while the pool gives them in no form."""
         if (parts := self._parts(indices)) is not None:
             return [Gathered(page) for page in parts]
         return [flat_bytes(self._pool.get_data_page(start)) for start in self._starts(indices)]
 
     def write(self, indices: torch.Tensor) -> Writing:
-        """Make ready to write these pages."""
+        """Make ready to write these pages. Raises UnknownPageFormat while the pool takes them in no form."""
         return Writing(self, self._parts(indices), self._starts(indices))
 
     def write_flat(self, start: int, content: memoryview) -> None:
@@ -107,12 +109,17 @@ class Pages:
         return [int(index) for index in indices[:: self._page_tokens].tolist()]
 
     def _parts(self, indices: torch.Tensor) -> list[list[Bytes]] | None:
-        """The buffers of each page, in place; None where they do not make up its flat page."""
+        """The buffers of each page, in place; None where they do not make up its flat page.
+
+        Raises UnknownPageFormat where there is no flat page either.
+        """
         if not indices.numel():
             return None
         try:
             addresses, sizes = self._places(indices)
-        except (NotImplementedError, ValueError):  # as some pools say of some states
+        except UnknownPageFormat:
+            if self._spare is None:
+                raise
             return None
         pages = indices.numel() // self._page_tokens
         each = len(addresses) // pages
@@ -122,17 +129,14 @@ class Pages:
         return [buffers[first : first + each] for first in range(0, len(buffers), each)]
 
     def _places(self, indices: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Addresses and sizes of all buffers of these pages. Raises NotImplementedError or ValueError."""
+        """Addresses and sizes of all buffers of these pages. Raises UnknownPageFormat."""
         if getattr(self._pool, "layout", "") not in IN_PLACE:
-            raise NotImplementedError("its pages neither are flat nor lie in few buffers")
-        addresses, sizes = self._pool.get_page_buffer_meta(indices)
-        return addresses, [sizes] * len(addresses) if isinstance(sizes, int) else sizes
-
-    def _page_bytes(self) -> int:
+            raise UnknownPageFormat("its pages neither are flat nor lie in few buffers")
         try:
-            return sum(self._places(torch.arange(self._page_tokens))[1])
-        except ValueError as error:
-            raise NotImplementedError(str(error)) from error
+            addresses, sizes = self._pool.get_page_buffer_meta(indices)
+        except (NotImplementedError, ValueError) as error:  # as some pools say always, or of some states
+            raise UnknownPageFormat(f"it gives no addresses of its pages: {error}") from error
+        return addresses, [sizes] * len(addresses) if isinstance(sizes, int) else sizes
 
 
 class Writing:

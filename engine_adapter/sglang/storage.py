@@ -39,7 +39,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 from sglang.version import __version__ as sglang_version
 
 from ...kvstore.document import WritePolicy
-from ...kvstore.errors import ConfigError
+from ...kvstore.errors import ConfigError, UnknownPageFormat
 from ..link import link_to
 from ..namespaces import Origin, model_identity
 from ..shelf import Patience, Shelf
@@ -113,8 +113,8 @@ class HoldfastHiCacheStorage(HiCacheStorage):
     def _register(self, name: str, pool: HostPool) -> None:
         try:
             pages = Pages(pool)
-        except NotImplementedError as error:
-            log.warning("SGLang's pool %s (%s) is not kept in Holdfast: %s", name, type(pool).__name__, error)
+        except UnknownPageFormat as error:
+            log.warning("SGLang's pool %s (%s) is not kept in Holdfast: %s", name, type(pool).__name__, error.message)
             return
         shelf = self._shelf(name, pages.facts, pages.tokens if name == PoolName.KV else 0)
         with self._lock:
@@ -252,7 +252,10 @@ class HoldfastHiCacheStorage(HiCacheStorage):
         pool = self._pools.get(name)
         if pool is None or indices is None or not pool.pages.fits(len(keys), indices):
             return [False] * len(keys)
-        writing = pool.pages.write(indices)
+        try:
+            writing = pool.pages.write(indices)
+        except UnknownPageFormat:
+            return [False] * len(keys)
         loaded = pool.shelf.visit([_name(key) for key in keys], pool.pages.size_bytes, writing.put)
         if name == PoolName.KV:
             self._sample(self._loads, loaded.count(True) * pool.pages.size_bytes, loaded, began)
@@ -269,7 +272,10 @@ class HoldfastHiCacheStorage(HiCacheStorage):
         pool = self._pools.get(name)
         if pool is None or indices is None or not pool.pages.fits(len(keys), indices):
             return [False] * len(keys)
-        contents = pool.pages.sources(indices)
+        try:
+            contents = pool.pages.sources(indices)
+        except UnknownPageFormat:
+            return [False] * len(keys)
         before = extra_info.prefix_keys if extra_info is not None else None
         kept = pool.shelf.put(
             [(_name(key), content) for key, content in zip(keys, contents, strict=True)],

@@ -225,6 +225,16 @@ def test_one_form_of_pages_is_enough(daemon, opened, lacking):
     assert torch.equal(pool.kv_buffer[:, 3 * pool.page_size :][:, :tokens], before[:, :tokens])
 
 
+def test_a_pool_that_gives_its_pages_in_no_form_for_now_misses(daemon, opened):
+    pool = without(randomized(MhaPool("page_first")), *FLAT)
+    storage = opened(config(daemon), pool)
+    keys = keys_of("for now", 2)
+    assert storage.batch_set_v1(keys, indices(pool, [0, 1])) == [True, True]
+    without(pool, "get_page_buffer_meta")
+    assert storage.batch_set_v1(keys_of("later", 2), indices(pool, [0, 1])) == [False, False]
+    assert storage.batch_get_v1(keys, indices(pool, [3, 4])) == [False, False]
+
+
 def no_bytes(pool):
     """LogicalHostPool: indices alone."""
     pool.get_dummy_flat_data_page, pool.get_page_buffer_meta = lambda: torch.empty(0), lambda _: None
